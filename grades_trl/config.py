@@ -1,0 +1,124 @@
+"""GradESConfig: every knob of the method, one dataclass."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+METRICS = ("grad_change", "grad_norm", "weight_change")
+TOWERS = ("language", "vision", "audio", "projector")
+
+
+@dataclass
+class GradESConfig:
+    """
+    When a weight matrix counts as converged. A dataclass beside `SFTConfig`, so that `TrlParser` reads both.
+
+    The defaults are the paper's method (arXiv 2509.01842 v3, algorithm 1) with thresholds that set themselves. To
+    replay a published setting give its number: `--metric weight_change --tau 1.804456 --alpha 0.55`.
+
+    Parameters:
+        metric (`str`, *optional*, defaults to `"grad_change"`):
+            What is read from each matrix at each step, as a sum over its elements: `"grad_change"`, `sum |g_t -
+            g_{t-1}|` (paper, Eq. 1); `"grad_norm"`, `sum |g_t|` (paper v1, and Eq. 3 for LoRA); `"weight_change"`,
+            `sum |W_t - W_{t-1}|` (what the authors' package `grades` 1.0.6 measures; the published thresholds are on
+            this scale). Gradients are those of the whole optimizer step, before clipping.
+        tau (`float`, `dict[str, float]` or `"auto"`, *optional*, defaults to `"auto"`):
+            A matrix whose reading is below it has converged. A number; a number per tower, as
+            `{"vision": 0.3, "language": 6.0}` (JSON on the command line); or `"auto"`: `auto_ratio` times the median
+            of the matrix's own readings during the grace period.
+        auto_ratio (`float`, *optional*, defaults to `0.5`):
+            Used by `tau="auto"` alone: the fraction of its level in the grace period that a matrix must fall below.
+        alpha (`float`, *optional*, defaults to `0.55`):
+            Grace period as a fraction of all optimizer steps; nothing freezes while `step <= ceil(alpha * total)`.
+        patience (`int`, *optional*, defaults to `1`):
+            Consecutive readings below tau that a matrix needs to freeze. 1 is the paper.
+        interval (`int`, *optional*, defaults to `1`):
+            Read every that many steps. A reading always compares two neighbouring steps, so tau keeps its meaning.
+        track_projector (`bool`, *optional*, defaults to `False`):
+            Also watch and freeze the linear layers between two towers (mergers, projectors). The paper does not.
+
+    Raises:
+        ValueError: a value out of range, with the range.
+    """
+
+    metric: str = field(
+        default="grad_change",
+        metadata={"help": "What is read from each matrix at each step.", "choices": list(METRICS)},
+    )
+    tau: dict | str | None = field(
+        default="auto",
+        metadata={
+            "help": "A matrix whose reading is below tau has converged: a number, a JSON object with one per tower "
+            'such as \'{"vision": 0.3, "language": 6.0}\', or "auto".'
+        },
+    )
+    auto_ratio: float = field(
+        default=0.5,
+        metadata={"help": "With tau=auto: fraction of its own level in the grace period a matrix must fall below."},
+    )
+    alpha: float = field(
+        default=0.55,
+        metadata={"help": "Grace period as a fraction of all optimizer steps: nothing freezes during it."},
+    )
+    patience: int = field(
+        default=1,
+        metadata={"help": "Consecutive readings below tau that a matrix needs to freeze; 1 is the paper."},
+    )
+    interval: int = field(default=1, metadata={"help": "Read the matrices every that many steps."})
+    track_projector: bool = field(
+        default=False,
+        metadata={"help": "Also watch the linear layers between two towers (mergers, projectors)."},
+    )
+
+    def __post_init__(self):
+        self.tau = _parse_tau(self.tau)
+        if self.metric not in METRICS:
+            raise ValueError(f"metric is {self.metric!r}; expected one of {', '.join(METRICS)}.")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}; expected a fraction of the training steps from 0 to 1.")
+        if self.tau == "auto" and self.alpha == 0:
+            raise ValueError(
+                'tau is "auto" and alpha is 0: the level of a matrix is taken in the grace period. Set alpha.'
+            )
+        if self.patience < 1 or self.interval < 1:
+            raise ValueError(f"patience is {self.patience} and interval {self.interval}; expected 1 or more of each.")
+        if self.auto_ratio <= 0:
+            raise ValueError(f"auto_ratio is {self.auto_ratio}; expected a number above 0.")
+
+    def tau_of(self, tower: str) -> float | None:
+        """The threshold of a tower; `None` if every matrix finds its own (`tau="auto"`)."""
+        if self.tau == "auto":
+            return None
+        if isinstance(self.tau, dict):
+            if tower not in self.tau:
+                raise ValueError(
+                    f"tau gives thresholds for {', '.join(self.tau)}, but the model trains a {tower} tower: add "
+                    f'"{tower}" to tau, or give one number for all.'
+                )
+            return float(self.tau[tower])
+        return float(self.tau)  # type: ignore[arg-type]  # the annotation is what HfArgumentParser can read
+
+    def grace_steps(self, total_steps: int) -> int:
+        """`ceil(alpha * total_steps)`; the rounding guards against .55 * 100 being 55.00000000000001."""
+        return math.ceil(round(self.alpha * total_steps, 9))
+
+
+def _parse_tau(tau: Any) -> Any:
+    """A number, a dict of towers or "auto", also from the text of a command line."""
+    if isinstance(tau, str) and tau != "auto":
+        try:
+            tau = json.loads(tau)
+        except json.JSONDecodeError:
+            tau = None
+    if tau == "auto" or (isinstance(tau, (int, float)) and not isinstance(tau, bool) and tau >= 0):
+        return tau
+    is_per_tower = isinstance(tau, dict) and tau and set(tau) <= set(TOWERS)
+    if is_per_tower and all(isinstance(value, (int, float)) and value >= 0 for value in tau.values()):
+        return {tower: float(value) for tower, value in tau.items()}
+    raise ValueError(
+        f'tau is {tau!r}; expected a number of at least 0, "auto", or an object with a number for some of '
+        f'{", ".join(TOWERS)}, as in {{"vision": 0.3, "language": 6.0}}.'
+    )

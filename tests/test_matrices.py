@@ -1,0 +1,199 @@
+"""Matrices are found by structure, in architectures that name and lay out their weights differently."""
+
+import pytest
+import torch
+import transformers as T
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from grades_trl.matrices import describe, find_matrices, linear_layers, towers_of_parameters, untracked_parameters
+from models import SMALL, Toy, llava, qwen3, qwen3_moe
+
+VISION = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
+LLAMA_ROLES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def roles(model, tower="language", **arguments):
+    """role -> number of matrices"""
+    counts = {}
+    for matrix in find_matrices(model, **arguments).values():
+        if matrix.tower == tower:
+            counts[matrix.role] = counts.get(matrix.role, 0) + 1
+    return counts
+
+
+def test_the_papers_seven_of_every_layer():
+    matrices = find_matrices(qwen3())
+    assert roles(qwen3()) == dict.fromkeys(LLAMA_ROLES, 2)
+    up = matrices["model.layers.1.mlp.up_proj"]
+    assert (up.layer, up.role, up.tower, up.shape, up.params) == (1, "up_proj", "language", (48, 32), 48 * 32)
+    assert not up.lora
+
+
+def test_embeddings_norms_and_head_are_not_tracked_and_said_to_train():
+    model = qwen3(tie_word_embeddings=False)
+    matrices = find_matrices(model)
+    rest = untracked_parameters(model, matrices)
+    assert rest == {"embed_tokens.weight": 2048, "norms and biases": 192, "lm_head.weight": 2048}
+    text = describe(model, matrices)
+    assert "trains, but is not tracked: embed_tokens.weight 2,048" in text
+    assert "language   q_proj                          2            32 x 32        2,048" in text
+
+
+def test_gpt2_and_its_transposed_weights():
+    model = T.GPT2LMHeadModel(T.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
+    assert roles(model) == {"c_attn": 2, "attn.c_proj": 2, "c_fc": 2, "mlp.c_proj": 2}
+    assert find_matrices(model)["transformer.h.0.attn.c_attn"].shape == (96, 32)
+
+
+def test_neox():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = T.GPTNeoXForCausalLM(T.GPTNeoXConfig(**sizes, intermediate_size=64))
+    assert set(roles(model)) == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
+def test_fused_projections_of_phi3():
+    model = T.Phi3ForCausalLM(T.Phi3Config(**SMALL, pad_token_id=0))
+    assert roles(model) == {"qkv_proj": 2, "o_proj": 2, "gate_up_proj": 2, "down_proj": 2}
+
+
+def test_multi_head_latent_attention_and_mixed_dense_and_expert_layers():
+    config = T.DeepseekV3Config(
+        **(SMALL | {"num_hidden_layers": 3, "num_key_value_heads": 4}),
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        qk_nope_head_dim=8,
+    )
+    found = roles(T.DeepseekV3ForCausalLM(config))
+    assert {"q_a_proj": 3, "q_b_proj": 3, "kv_a_proj_with_mqa": 3, "kv_b_proj": 3}.items() <= found.items()
+    assert found["mlp.gate_proj"] == 1  # the dense layer
+    assert found["shared_experts.gate_proj"] == 2
+    assert found["gate_up_proj"] == 8  # 4 experts in each of 2 layers
+
+
+def test_each_expert_of_a_3d_weight_is_a_matrix():
+    matrices = find_matrices(qwen3_moe())
+    expert = matrices["model.layers.1.mlp.experts.down_proj.3"]
+    assert (expert.expert, expert.shape, expert.params, expert.role) == (3, (32, 16), 32 * 16, "down_proj")
+
+
+def test_linear_attention_without_its_convolution():
+    model = T.Qwen3NextForCausalLM(
+        T.Qwen3NextConfig(
+            **(SMALL | {"num_hidden_layers": 4, "head_dim": 8}),
+            num_experts=4,
+            moe_intermediate_size=16,
+            num_experts_per_tok=2,
+            shared_expert_intermediate_size=16,
+            linear_num_value_heads=4,
+            linear_num_key_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+        )
+    )
+    found = roles(model)
+    assert {"in_proj_qkvz": 3, "in_proj_ba": 3, "q_proj": 1, "o_proj": 1}.items() <= found.items()
+    assert not any("conv" in name for name in find_matrices(model))
+
+
+def test_encoder_and_decoder_have_layers_of_their_own():
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    matrices = find_matrices(T.T5ForConditionalGeneration(T.T5Config(**sizes)))
+    assert {m.stack for m in matrices.values()} == {"encoder.block", "decoder.block"}
+    assert matrices["decoder.block.1.layer.1.EncDecAttention.q"].role == "EncDecAttention.q"
+
+
+def test_towers_of_llava():
+    model = llava()
+    assert set(roles(model, "vision")) == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+    assert set(roles(model, "language")) == LLAMA_ROLES
+    assert roles(model, "projector") == {}  # the paper does not track it ...
+    assert roles(model, "projector", projector=True) == {"linear_1": 1, "linear_2": 1}  # ... unless asked
+
+
+def test_towers_of_qwen2_5_vl():
+    config = T.Qwen2_5_VLConfig(text_config=SMALL, vision_config=VISION)
+    model = T.Qwen2_5_VLForConditionalGeneration(config)
+    assert roles(model, "vision") == {"qkv": 3, "proj": 3, "gate_proj": 3, "up_proj": 3, "down_proj": 3}
+    assert set(roles(model, "language")) == LLAMA_ROLES
+    assert sum(roles(model, "projector", projector=True).values()) == 2
+
+
+def test_deepstack_mergers_of_qwen3_vl_are_no_layers():
+    vision = VISION | {"deepstack_visual_indexes": [0, 1]}
+    text = SMALL | {"head_dim": 8, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    model = T.Qwen3VLForConditionalGeneration(T.Qwen3VLConfig(text_config=text, vision_config=vision))
+    assert roles(model, "vision") == {"qkv": 3, "proj": 3, "linear_fc1": 3, "linear_fc2": 3}
+
+
+@pytest.mark.parametrize("adapter", ["default", "student"])
+def test_lora_pairs_are_one_matrix_under_any_adapter_name(adapter):
+    model = get_peft_model(qwen3(), LoraConfig(r=4, target_modules="all-linear"), adapter_name=adapter)
+    matrices = find_matrices(model)
+    assert set(matrices) == set(find_matrices(qwen3()))  # the names of the base model
+    q = matrices["model.layers.0.self_attn.q_proj"]
+    assert [tuple(p.shape) for p in q.parameters] == [(4, 32), (32, 4)]
+    assert (q.shape, q.params, q.lora) == ((32, 32), 2 * 4 * 32, True)
+
+
+def test_lora_on_expert_weights():
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    )
+    assert roles(get_peft_model(qwen3_moe(), config)) == {"q_proj": 2, "gate_up_proj": 2, "down_proj": 2}
+
+
+def test_lora_on_towers_of_choice():
+    model = llava()
+    layers = linear_layers(model, towers=("vision",))
+    assert len(layers) == 12
+    assert all("vision_tower" in layer for layer in layers)
+    assert len(linear_layers(model, towers=("projector",))) == 2
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=layers))
+    assert set(roles(adapted, "vision")) == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+    assert roles(adapted, "language") == {}
+
+
+def test_every_parameter_has_a_tower():
+    towers = towers_of_parameters(llava())
+    assert towers["model.multi_modal_projector.linear_1.bias"] == "projector"
+    assert towers["model.vision_tower.post_layernorm.weight"] == "vision"
+    assert towers["lm_head.weight"] == towers["model.language_model.embed_tokens.weight"] == "language"
+
+
+def test_plain_pytorch_and_weights_frozen_by_hand():
+    model = Toy()
+    model.layers[0].requires_grad_(False)
+    assert list(find_matrices(model)) == ["layers.1.proj"]
+
+
+def test_a_plain_model_with_a_vision_encoder_is_told_by_its_name():
+    model = nn.ModuleDict({"vision_encoder": Toy(), "decoder": Toy()})
+    assert {m.name: m.tower for m in find_matrices(model).values()} == {
+        "vision_encoder.layers.0.proj": "vision",
+        "vision_encoder.layers.1.proj": "vision",
+        "decoder.layers.0.proj": "language",
+        "decoder.layers.1.proj": "language",
+    }
+
+
+def test_a_model_with_nothing_to_watch_is_an_error():
+    with pytest.raises(ValueError, match=r"found 2 such blocks and 0 trainable tensors"):
+        find_matrices(Toy().requires_grad_(False))
+    with pytest.raises(ValueError, match="found 0 such blocks"):
+        find_matrices(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_names_are_the_modules_full_paths():
+    model = qwen3()
+    for name, matrix in find_matrices(model).items():
+        assert model.get_submodule(name).weight is matrix.parameters[0]
+        assert torch.equal(model.get_parameter(f"{name}.weight"), matrix.parameters[0])
