@@ -1,0 +1,407 @@
+"""GradES in TRL: `GradESMixin` for any SFTTrainer, and `GradESTrainer(GradESMixin, SFTTrainer)`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from . import accounting
+from .config import GradESConfig
+from .engine import FreezeEvent, GradES
+from .matrices import describe, find_blocks, find_matrices, untracked_parameters
+from .timeline import Timeline
+
+STATE_JSON, STATE_TENSORS = "grades_state.json", "grades_state.safetensors"
+# Freeze events come in clusters; W&B gets a new picture when that much more of the model has frozen.
+PICTURE_EVERY = 0.05
+
+
+if TYPE_CHECKING:
+    from typing import Any as _SFTTrainer  # a mixin: what it stands on is known when it is mixed
+else:
+    _SFTTrainer = object
+
+
+class GradESMixin(_SFTTrainer):
+    """
+    Puts GradES into an `SFTTrainer`: `class MyTrainer(GradESMixin, MySFTTrainer)`.
+
+    Args:
+        *args, **kwargs: of the trainer.
+        grades (`GradESConfig`, *optional*, defaults to `GradESConfig()`): `None` is the plain trainer, bit for bit.
+
+    Attributes:
+        watched (`dict[str, WeightMatrix]`): what is tracked.
+        grades (`GradES` or `None`): the engine, from the beginning of `train()` on.
+        grades_summary (`dict`): what `summary.json` holds, after `train()`.
+
+    Raises:
+        ValueError: the model has nothing to watch; several processes, DeepSpeed or FSDP.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "sft", "grades"]
+    _name = "SFT with GradES"
+
+    def __init__(self, *args: Any, grades: GradESConfig | None = GradESConfig(), **kwargs: Any):  # noqa: B008
+        _refuse_stale_base(type(self))
+        super().__init__(*args, **kwargs)
+        # Any, not Optional: all methods below but the first lines of the overridden ones run with an engine only.
+        self.grades_config: Any = grades
+        self.grades: Any = None
+        self.grades_summary: dict[str, Any] = {}
+        self._events: list[FreezeEvent] = []  # of the last step
+        if grades is None:
+            return
+        if self.accelerator.distributed_type != DistributedType.NO:
+            raise ValueError(
+                f"GradES runs in one process on one device; this run is {self.accelerator.distributed_type.value}. "
+                "Start it as `python recipes/...` without a launcher, or train without GradES (grades=None)."
+            )
+        self.watched = find_matrices(self.model, projector=grades.track_projector)
+        for tower in {matrix.tower for matrix in self.watched.values()}:
+            grades.tau_of(tower)  # a tower without a threshold is an error now, not after the grace period
+        self._print(f"\nGradES watches {len(self.watched)} weight matrices\n{describe(self.model, self.watched)}\n")
+        self.add_callback(_GradESCallback(self))
+
+    # ---- the step ----
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # The last micro-batch of an optimizer step: gradients are complete and not clipped yet.
+        if self.grades is not None and self.accelerator.sync_gradients:
+            self._grades_step()
+        return loss
+
+    def _grades_step(self) -> None:
+        step = self.state.global_step + 1
+        scaler = self.accelerator.scaler
+        self._stopwatch.start()
+        self._events = self.grades.step(step, grad_scale=scaler.get_scale() if scaler is not None else 1.0)
+        self._stopwatch.stop()
+        self.timeline.record(step, self._events, self.grades.readings)
+        if self._events:
+            self._announce(step, self._events)
+
+    def _announce(self, step: int, events: list[FreezeEvent]) -> None:
+        shown = ", ".join(f"{e.tower} {e.layer} {e.role}" for e in events[:3]) + (" ..." if len(events) > 3 else "")
+        total = len(self.grades.matrices)
+        self._print(f"step {step}: froze {len(events)} ({shown}); {len(self.grades.frozen)} of {total} frozen")
+
+    # ---- the run ----
+
+    def _start_grades(self) -> None:
+        """Called when the optimizer exists, before a checkpoint's optimizer state is loaded."""
+        if self.grades is not None:  # a second train() on the same model
+            self.grades.unfreeze_all()
+        self.grades = GradES(self.model, self.grades_config, self.state.max_steps, self.optimizer)
+        self._events = []
+        self._clock = accounting.StepClock()
+        self._stopwatch = Stopwatch()
+        self._validation = accounting.Validation(planned=self._planned_evaluations())
+        self._tokens: dict[str, list[int]] = {}
+        self._pictured = 0.0
+
+    def _begin_training(self) -> None:
+        if self.grades is None or self.state.global_step == 0:
+            self._start_grades()
+        self.timeline = Timeline(
+            Path(self.args.output_dir) / "grades",
+            self.grades.matrices,
+            self.state.max_steps,
+            self.grades_config.metric,
+            self.grades.criterion.grace_steps,
+            resume_step=self.state.global_step,
+        )
+        first_blocks: dict[str, str] = {}
+        for path in find_blocks(self.model):
+            matrix = next((m for m in self.grades.matrices.values() if f"{m.stack}.{m.layer}" in path), None)
+            if matrix is not None:
+                first_blocks.setdefault(matrix.tower, path)
+        self._token_hooks = accounting.count_tokens(self.model, first_blocks, self._tokens)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._clock.start()
+
+    def _end_step(self) -> None:
+        self._clock.step(self._stopwatch.read(), froze=bool(self._events))
+        if self.state.global_step % accounting.WINDOW == 0:
+            for hook in self._token_hooks:
+                hook.remove()
+        share = len(self.grades.frozen) / len(self.grades.matrices)
+        if self._events and (share - self._pictured >= PICTURE_EVERY or self.grades.done):
+            self._pictured = share
+            self._wandb_log({"grades/timeline": self.timeline.figure()})
+            self._clock.start()
+
+    def _end_training(self) -> None:
+        for hook in self._token_hooks:
+            hook.remove()
+        self.grades_summary = self._summarize()
+        self.timeline.write_report(self.grades_summary)
+        self._wandb_finish()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        start = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        if self.grades is not None and self.is_in_train:
+            seconds = time.perf_counter() - start
+            self._clock.exclude(seconds)
+            self._validation.run += 1
+            self._validation.seconds += seconds
+        return metrics
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        start = time.perf_counter()
+        super()._save_checkpoint(*args, **kwargs)
+        if self.grades is not None:
+            self._clock.exclude(time.perf_counter() - start)
+
+    # ---- resuming ----
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.grades is not None:
+            state = self.grades.state_dict()
+            save_file({k: t.contiguous() for k, t in state.pop("tensors").items()}, Path(output_dir) / STATE_TENSORS)
+            (Path(output_dir) / STATE_JSON).write_text(json.dumps(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.grades_config is not None and checkpoint is not None:
+            path = Path(checkpoint) / STATE_JSON
+            if not path.exists():
+                raise ValueError(
+                    f"{checkpoint} has no {STATE_JSON}: it was written without GradES or with save_only_model. Resume "
+                    "with grades=None, or start anew from its weights."
+                )
+            self._start_grades()
+            tensors = load_file(Path(checkpoint) / STATE_TENSORS)
+            self.grades.load_state_dict(json.loads(path.read_text()) | {"tensors": tensors})
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # PEFT brings bf16 adapters of a quantized model back as float32, which would drift from the original run.
+        dtypes = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
+        super()._load_from_checkpoint(*args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            if name in dtypes:
+                parameter.data = parameter.data.to(dtypes[name])
+
+    # ---- what people see ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.grades is not None and "loss" in logs:
+            logs.update(self._grades_logs())
+        super().log(logs, start_time)
+
+    def _grades_logs(self) -> dict[str, float]:
+        matrices, frozen = self.grades.matrices, self.grades.frozen
+        params = {name: m.params for name, m in matrices.items()}
+        logs = {
+            "grades/frozen_fraction": len(frozen) / len(matrices),
+            "grades/frozen_params_fraction": sum(params[name] for name in frozen) / sum(params.values()),
+            "grades/frozen_prefix_layers": float(self._frozen_prefix_layers()),
+            "grades/step_time": self._clock.recent_step(),
+            "grades/step_speedup_predicted": self._flops() / self._flops(frozen),
+            "grades/overhead_ms": 1e3 * statistics.median(self._clock.overhead_seconds[-accounting.WINDOW :]),
+        }
+        if (plain := self._clock.plain_step()) is not None:
+            logs["grades/step_speedup"] = plain / self._clock.recent_step()
+        for tower in sorted({m.tower for m in matrices.values()}):
+            members = [name for name, m in matrices.items() if m.tower == tower]
+            logs[f"grades/{tower}/frozen_fraction"] = sum(name in frozen for name in members) / len(members)
+        by_role: dict[str, list[float]] = {}
+        for name, value in self.grades.readings.items():
+            prefix = "" if matrices[name].tower == "language" else f"{matrices[name].tower}/"
+            by_role.setdefault(f"grades/{prefix}{matrices[name].role}/metric", []).append(value)
+        return logs | {key: statistics.fmean(values) for key, values in by_role.items()}
+
+    def _frozen_prefix_layers(self) -> int:
+        """Blocks of the language tower, counted from the input, whose tracked matrices are all frozen."""
+        live = [
+            m.layer
+            for m in self.grades.matrices.values()
+            if m.tower == "language" and m.name not in self.grades.frozen
+        ]
+        layers = {m.layer for m in self.grades.matrices.values() if m.tower == "language"}
+        return min(live) if live else len(layers)
+
+    def _flops(self, frozen: Any = ()) -> float:
+        """Matmul FLOPs of one optimizer step, see `accounting.step_flops`."""
+        per_step = self.args.gradient_accumulation_steps
+        tokens = {tower: per_step * statistics.fmean(counts) for tower, counts in self._tokens.items()}
+        tokens["projector"] = tokens.get("vision", 0.0)
+        return accounting.step_flops(
+            self.grades.matrices.values(), frozen, tokens, checkpointing=self.args.gradient_checkpointing
+        )
+
+    def _planned_evaluations(self) -> int:
+        strategy, steps = self.args.eval_strategy, self.state.max_steps
+        if self.eval_dataset is None or strategy == "no":
+            return 0
+        if strategy == "epoch":
+            return int(self.args.num_train_epochs) if self.args.max_steps <= 0 else 0
+        return int(steps // self.state.eval_steps)
+
+    def _summarize(self) -> dict[str, Any]:
+        grades, clock, steps = self.grades, self._clock, self.state.global_step
+        towers: dict[str, dict[str, int]] = {}
+        for name, matrix in grades.matrices.items():
+            tower = towers.setdefault(matrix.tower, {"matrices": 0, "frozen": 0})
+            tower["matrices"] += 1
+            tower["frozen"] += name in grades.frozen
+        flops_plain = self._flops()
+        flops_run = sum(
+            self._flops([name for name, frozen_at in grades.frozen.items() if frozen_at <= step])
+            for step in range(1, steps + 1)
+        )
+        overhead = sum(clock.overhead_seconds)
+        if grades.done:
+            reason = "all matrices frozen"
+        else:
+            reason = "schedule finished" if steps >= self.state.max_steps else "stopped by something else"
+        return {
+            "model": self.model.config._name_or_path or type(self.model).__name__,
+            "metric": self.grades_config.metric,
+            "tau": self.grades_config.tau,
+            "auto_ratio": self.grades_config.auto_ratio if self.grades_config.tau == "auto" else None,
+            "alpha": self.grades_config.alpha,
+            "patience": self.grades_config.patience,
+            "steps": steps,
+            "total_steps": self.state.max_steps,
+            "stop_reason": reason,
+            "matrices": len(grades.matrices),
+            "frozen": len(grades.frozen),
+            "towers": towers,
+            "params_tracked": sum(m.params for m in grades.matrices.values()),
+            "params_trained_untracked": sum(untracked_parameters(self.model, grades.matrices).values()),
+            "speedup": accounting.speedup(clock, self.state.max_steps, self._validation),
+            "seconds": {"training": clock.total, "validation": self._validation.seconds, "grades": overhead},
+            "overhead": {
+                "ms_per_step": 1e3 * statistics.median(clock.overhead_seconds) if clock.overhead_seconds else None,
+                "fraction": overhead / clock.total if clock.total else None,
+            },
+            "flops": {
+                "run": flops_run,
+                "plain_same_length": flops_plain * steps,
+                "plain_full_schedule": flops_plain * self.state.max_steps,
+            },
+            "peak_memory_mib": accounting.peak_memory_mib(),
+            "device": accounting.device_name(),
+            "versions": accounting.versions(),
+        }
+
+    # ---- Weights & Biases: media and tables, beside the scalars that go through log() ----
+
+    def _wandb_run(self) -> Any:
+        if "wandb" not in self.args.report_to:
+            return None
+        import wandb
+
+        return wandb.run
+
+    def _wandb_log(self, figures: dict[str, Any]) -> None:
+        run = self._wandb_run()
+        if run is not None:
+            import wandb
+
+            # No `step=`: rows logged beside the Trainer's own would be dropped.
+            images = {key: wandb.Image(figure) for key, figure in figures.items()}
+            run.log(images | {"train/global_step": self.state.global_step})
+
+    def _wandb_finish(self) -> None:
+        run = self._wandb_run()
+        if run is None:
+            return
+        import wandb
+
+        columns, rows = self.timeline.table()
+        run.log({"grades/matrices": wandb.Table(columns=list(columns), data=rows)})
+        self._wandb_log({"grades/timeline": self.timeline.figure()})
+        for key, value in self.grades_summary.items():
+            run.summary[f"grades/{key}"] = value
+        report = wandb.Artifact(f"grades-{run.id}", type="grades-report")
+        report.add_dir(str(self.timeline.directory))
+        run.log_artifact(report)
+
+    def _print(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+
+class _GradESCallback(TrainerCallback):
+    """The moments of a run that only callbacks see."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._begin_training()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._end_step()
+        if self.trainer.grades.done:  # in this very step: the next backward would find nothing that needs a gradient
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._end_training()
+
+
+class Stopwatch:
+    """Seconds of a piece of work on the device it runs on, without waiting for that device."""
+
+    def __init__(self):
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if torch.cuda.is_available() else []
+        self._start = self._seconds = 0.0
+
+    def start(self) -> None:
+        self._start = time.perf_counter()
+        if self._events:
+            self._events[0].record()
+
+    def stop(self) -> None:
+        if self._events:
+            self._events[1].record()
+        else:
+            self._seconds = time.perf_counter() - self._start
+
+    def read(self) -> float:
+        """To be called when a later transfer has waited for the device anyway."""
+        if self._events:
+            self._events[1].synchronize()
+            return self._events[0].elapsed_time(self._events[1]) / 1e3
+        return self._seconds
+
+
+def _refuse_stale_base(trainer: type) -> None:
+    import trl
+
+    if "unsloth" in sys.modules and trl.SFTTrainer not in trainer.__mro__:
+        raise ImportError(
+            f"{trainer.__name__} was made before unsloth was imported, so it would train without Unsloth's loss and "
+            "kernels. Import unsloth first, then GradESTrainer (or build your class on trl.SFTTrainer)."
+        )
+
+
+@functools.cache
+def _bind(base: type) -> type:
+    return type("GradESTrainer", (GradESMixin, base), {"__module__": __name__, "__doc__": GradESMixin.__doc__})
+
+
+def __getattr__(name: str) -> Any:
+    """`GradESTrainer` sits on what `trl.SFTTrainer` is now: unsloth replaces it when it is imported."""
+    if name == "GradESTrainer":
+        import trl
+
+        return _bind(trl.SFTTrainer)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

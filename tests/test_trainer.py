@@ -1,0 +1,348 @@
+"""Whole runs of the trainer, next to the plain SFTTrainer and to plain PyTorch."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl import SFTConfig, SFTTrainer
+
+from grades_trl import GradESConfig, GradESMixin, GradESTrainer, demo
+from models import llava, qwen3
+from vlm import GradESVLMTrainer
+from vlm import demo as vlm_demo
+
+LORA = LoraConfig(r=4, target_modules="all-linear")
+
+
+@pytest.fixture(scope="module")
+def text():
+    dataset = demo.dates(train=256, test=8, seed=0)
+    return dataset, demo.tiny_qwen3()[1]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return vlm_demo.digit_pictures(train=64, test=8, seed=0)
+
+
+def arguments(tmp_path, **changes):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "max_steps": 12,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.1,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return SFTConfig(**(defaults | changes))
+
+
+def model_for(tokenizer):
+    return qwen3(vocab_size=len(tokenizer), bos_token_id=None)
+
+
+def losses(trainer):
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def never():
+    """Watches every step and freezes nothing."""
+    return GradESConfig(tau=0.0, alpha=0.0)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("grades", [None, never()], ids=["off", "watching"])
+def test_text_run_equals_sft_trainer_bit_for_bit(tmp_path, text, lora, grades):
+    dataset, tokenizer = text
+    runs = []
+    for cls, extra in ((SFTTrainer, {}), (GradESTrainer, {"grades": grades})):
+        trainer = cls(
+            model=model_for(tokenizer),
+            args=arguments(tmp_path, gradient_accumulation_steps=2),
+            train_dataset=dataset["train"],
+            processing_class=tokenizer,
+            peft_config=LORA if lora else None,
+            **extra,
+        )
+        trainer.train()
+        runs.append((losses(trainer), weights(trainer)))
+    assert len(runs[0][0]) == 12
+    assert runs[0][0] == runs[1][0]
+    assert same(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("grades", [None, never()], ids=["off", "watching"])
+def test_vlm_run_equals_sft_trainer_bit_for_bit(tmp_path, pictures, grades):
+    runs = []
+    for cls, extra in ((SFTTrainer, {}), (GradESVLMTrainer, {"grades": grades})):
+        model, processor = vlm_demo.tiny_llava()
+        trainer = cls(
+            model=model,
+            args=arguments(tmp_path, max_steps=4, max_length=None),
+            train_dataset=pictures["train"],
+            processing_class=processor,
+            **extra,
+        )
+        trainer.train()
+        runs.append((losses(trainer), weights(trainer)))
+    assert runs[0][0] == runs[1][0]
+    assert same(runs[0][1], runs[1][1])
+
+
+def readings(tmp_path, text, scaler=None, **changes):
+    """The readings of every step of a short run, by matrix."""
+    dataset, tokenizer = text
+    seen = []
+
+    class Recording(GradESMixin, SFTTrainer):
+        def _grades_step(self):
+            super()._grades_step()
+            seen.append(dict(self.grades.readings))
+
+    trainer = Recording(
+        model=model_for(tokenizer),
+        args=arguments(tmp_path, **({"max_steps": 3} | changes)),
+        train_dataset=dataset["train"],
+        processing_class=tokenizer,
+        grades=GradESConfig(metric="grad_norm", tau=0.0, alpha=0.0),
+    )
+    trainer.accelerator.scaler = scaler
+    trainer.train()
+    return seen
+
+
+def assert_close(one, other, tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name] == pytest.approx(other[name], rel=tolerance), name
+
+
+def test_readings_are_the_gradient_of_the_batch_loss(tmp_path, text):
+    """Against autograd on the same batch, without a trainer."""
+    dataset, tokenizer = text
+    model = model_for(tokenizer)
+    reference = SFTTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=dataset["train"], processing_class=tokenizer
+    )
+    batch = next(iter(reference.get_train_dataloader()))
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    name = "model.layers.1.mlp.down_proj"
+    (gradient,) = torch.autograd.grad(loss, model.get_submodule(name).weight)
+    assert readings(tmp_path, text)[0][name] == pytest.approx(gradient.abs().sum().item(), rel=1e-4)
+
+
+def test_accumulated_micro_batches_read_like_one_batch(tmp_path, text):
+    whole = readings(tmp_path, text, per_device_train_batch_size=8)
+    parts = readings(tmp_path, text, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert len(whole) == len(parts) == 3
+    assert_close(parts[0], whole[0], 1e-4)
+
+
+def test_gradients_are_read_before_clipping(tmp_path, text):
+    loose, tight = (readings(tmp_path, text, max_grad_norm=norm)[0] for norm in (1e9, 1e-6))
+    assert loose == tight
+
+
+def test_loss_scaling_is_divided_out_and_overflow_is_not_observed(tmp_path, text):
+    """fp16's gradient scaler on a CPU: the scale is a power of 2, so readings agree but for rounding."""
+    plain = readings(tmp_path, text)
+    scaled = readings(tmp_path, text, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    assert_close(scaled[0], plain[0], 1e-5)
+    for one, other in zip(scaled, plain, strict=True):
+        assert_close(one, other, 0.05)  # Adam's first updates turn rounding into whole steps
+    overflowing = readings(tmp_path, text, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**127))
+    assert overflowing[0] == {}
+
+
+def test_bf16_autocast_reads_nearly_the_same(tmp_path, text):
+    plain, bf16 = readings(tmp_path, text)[0], readings(tmp_path, text, bf16=True)[0]
+    assert_close(bf16, plain, 0.1)
+    assert bf16 != plain
+
+
+def trained(tmp_path, text, config, peft=None, **changes):
+    """A run, with every matrix's values at the moment it froze."""
+    dataset, tokenizer = text
+    at_freeze = {}
+
+    class Recording(GradESMixin, SFTTrainer):
+        def _grades_step(self):
+            super()._grades_step()
+            for event in self._events:
+                at_freeze[event.matrix] = [p.detach().clone() for p in self.grades.matrices[event.matrix].parameters]
+
+    trainer = Recording(
+        model=model_for(tokenizer),
+        args=arguments(tmp_path, **({"max_steps": 30} | changes)),
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"],
+        processing_class=tokenizer,
+        grades=config,
+        peft_config=peft,
+    )
+    trainer.train()
+    return trainer, at_freeze
+
+
+# With these, matrices freeze one after the other within 30 steps.
+STAGGERED = pytest.mark.parametrize(
+    ("peft", "config"),
+    [(None, GradESConfig(alpha=0.4, auto_ratio=0.5)), (LORA, GradESConfig(alpha=0.2, auto_ratio=1.0))],
+    ids=["full", "lora"],
+)
+
+
+@STAGGERED
+def test_frozen_matrices_stay_bit_identical_and_the_rest_trains(tmp_path, text, peft, config):
+    trainer, at_freeze = trained(tmp_path, text, config, peft)
+    steps = trainer.grades.frozen
+    assert len(at_freeze) > 3
+    assert min(steps.values()) < trainer.state.global_step  # trained on after the first one
+    for name, values in at_freeze.items():
+        for old, parameter in zip(values, trainer.grades.matrices[name].parameters, strict=True):
+            assert torch.equal(old, parameter), name
+            assert parameter not in trainer.optimizer.state
+    events = [json.loads(line) for line in (tmp_path / "grades" / "events.jsonl").read_text().splitlines()]
+    assert {event["matrix"]: event["step"] for event in events} == steps
+
+
+def test_the_run_ends_in_the_step_in_which_the_last_matrix_freezes(tmp_path, text):
+    config = GradESConfig(metric="grad_norm", tau=1e9, alpha=0.5)
+    trainer, _ = trained(tmp_path, text, config, LORA)
+    assert trainer.grades.done
+    assert trainer.state.global_step == 16  # ceil(.5 * 30) + 1
+    summary = json.loads((tmp_path / "grades" / "summary.json").read_text())
+    assert (summary["steps"], summary["total_steps"]) == (16, 30)
+    assert summary["stop_reason"] == "all matrices frozen"
+    assert summary["speedup"]["steps_not_run"]["ratio"] == pytest.approx(30 / 16)
+    for file in ("history.parquet", "timeline.png", "report.html"):
+        assert (tmp_path / "grades" / file).stat().st_size > 0
+
+
+def test_the_contract_s_keys_are_logged(tmp_path, text):
+    trainer, _ = trained(tmp_path, text, GradESConfig(alpha=0.4, auto_ratio=0.5))
+    row = [row for row in trainer.state.log_history if "loss" in row][-1]
+    expected = {"frozen_fraction", "frozen_params_fraction", "frozen_prefix_layers", "step_time", "step_speedup"}
+    expected |= {"step_speedup_predicted", "overhead_ms", "language/frozen_fraction"}
+    assert {f"grades/{key}" for key in expected} <= row.keys()
+    assert any(key.startswith("grades/") and key.endswith("_proj/metric") for key in row)
+    assert row["grades/frozen_fraction"] == len(trainer.grades.frozen) / 14
+
+
+@STAGGERED
+def test_a_resumed_run_ends_like_the_straight_one(tmp_path, text, peft, config):
+    straight, _ = trained(tmp_path / "a", text, config, peft, save_strategy="steps", save_steps=14)
+    checkpoint = tmp_path / "a" / "checkpoint-14"
+    steps = straight.grades.frozen.values()
+    assert min(steps) <= 14 < max(steps)
+
+    dataset, tokenizer = text
+    resumed = GradESTrainer(
+        model=model_for(tokenizer),
+        args=arguments(tmp_path / "a", max_steps=30),
+        train_dataset=dataset["train"],
+        processing_class=tokenizer,
+        grades=config,
+        peft_config=peft,
+    )
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.grades.frozen == straight.grades.frozen
+    assert same(weights(resumed), weights(straight))
+    events = [json.loads(line) for line in (tmp_path / "a" / "grades" / "events.jsonl").read_text().splitlines()]
+    assert {event["matrix"]: event["step"] for event in events} == straight.grades.frozen
+
+
+def test_a_checkpoint_of_a_plain_run_is_refused(tmp_path, text):
+    dataset, tokenizer = text
+    common = {"train_dataset": dataset["train"], "processing_class": tokenizer}
+    plain = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    GradESTrainer(model=model_for(tokenizer), args=plain, grades=None, **common).train()
+    trainer = GradESTrainer(model=model_for(tokenizer), args=arguments(tmp_path), **common)
+    with pytest.raises(ValueError, match=r"has no grades_state\.json"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_second_train_starts_anew(tmp_path, text):
+    trainer, _ = trained(tmp_path, text, GradESConfig(metric="grad_norm", tau=1e9, alpha=0.5), max_steps=6)
+    assert trainer.grades.done
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert set(trainer.grades.frozen.values()) == {4}
+
+
+def test_qlora_on_the_cpu_freezes_pairs(tmp_path, text):
+    dataset, tokenizer = text
+    model_for(tokenizer).save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization)
+    model = get_peft_model(model, LORA)
+    trainer = GradESTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=10),
+        train_dataset=dataset["train"],
+        processing_class=tokenizer,
+        grades=GradESConfig(alpha=0.3, auto_ratio=1.0),
+    )
+    q = trainer.watched["model.layers.0.self_attn.q_proj"]
+    assert (len(trainer.watched), q.shape, q.params) == (14, (32, 32), 2 * 4 * 32)
+    trainer.train()
+    assert trainer.grades.frozen
+    for name, matrix in trainer.grades.matrices.items():
+        assert {p.requires_grad for p in matrix.parameters} == {name not in trainer.grades.frozen}
+
+
+def test_vlm_freezes_in_both_towers_at_their_own_tau(tmp_path, pictures):
+    model, processor = vlm_demo.tiny_llava()
+    trainer = GradESVLMTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=6, max_length=None),
+        train_dataset=pictures["train"],
+        processing_class=processor,
+        grades=GradESConfig(tau={"vision": 1e9, "language": 0.0}, alpha=0.5),
+    )
+    trainer.train()
+    frozen = {trainer.grades.matrices[name].tower for name in trainer.grades.frozen}
+    assert frozen == {"vision"}
+    assert trainer.state.log_history[-2]["grades/vision/frozen_fraction"] == 1.0
+    assert trainer.state.log_history[-2]["grades/language/frozen_fraction"] == 0.0
+
+
+def test_vlm_errors_come_before_training(tmp_path, pictures):
+    model, processor = vlm_demo.tiny_llava()
+    common = {"model": model, "args": arguments(tmp_path, max_length=None), "train_dataset": pictures["train"]}
+    with pytest.raises(ValueError, match="the model trains a vision tower"):
+        GradESVLMTrainer(**common, processing_class=processor, grades=GradESConfig(tau={"language": 1.0}))
+    text = demo.dates(train=8, test=2)["train"]
+    with pytest.raises(ValueError, match="trained with its processor"):
+        GradESVLMTrainer(
+            model=llava(), args=arguments(tmp_path), train_dataset=text, processing_class=processor.tokenizer
+        )
+    with pytest.raises(ValueError, match="no column `image` or `images`"):
+        GradESVLMTrainer(model=model, args=arguments(tmp_path), train_dataset=text, processing_class=processor)
+
+
+def test_a_model_with_nothing_to_watch_is_refused_before_training(tmp_path, text):
+    dataset, tokenizer = text
+    model = model_for(tokenizer)
+    model.model.layers.requires_grad_(False)
+    with pytest.raises(ValueError, match="no weight matrix to watch"):
+        GradESTrainer(
+            model=model, args=arguments(tmp_path), train_dataset=dataset["train"], processing_class=tokenizer
+        )
