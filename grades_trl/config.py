@@ -44,6 +44,8 @@ class GradESConfig:
         ValueError: a value out of range, with the range.
     """
 
+    _argument_group_name = "GradES"
+
     metric: str = field(
         default="grad_change",
         metadata={"help": "What is read from each matrix at each step.", "choices": list(METRICS)},
@@ -108,6 +110,7 @@ class GradESConfig:
 
 def _parse_tau(tau: Any) -> Any:
     """A number, a dict of towers or "auto", also from the text of a command line."""
+    given = tau
     if isinstance(tau, str) and tau != "auto":
         try:
             tau = json.loads(tau)
@@ -119,6 +122,6 @@ def _parse_tau(tau: Any) -> Any:
     if is_per_tower and all(isinstance(value, (int, float)) and value >= 0 for value in tau.values()):
         return {tower: float(value) for tower, value in tau.items()}
     raise ValueError(
-        f'tau is {tau!r}; expected a number of at least 0, "auto", or an object with a number for some of '
+        f'tau is {given!r}; expected a number of at least 0, "auto", or an object with a number for some of '
         f'{", ".join(TOWERS)}, as in {{"vision": 0.3, "language": 6.0}}.'
     )

@@ -72,12 +72,10 @@ def find_matrices(model: nn.Module, projector: bool = False) -> dict[str, Weight
     Raises:
         ValueError: nothing to track, with the reason.
     """
-    blocks = find_blocks(model)
-    towers = _towers(model)
-    embeddings_and_heads = _embeddings_and_heads(model)
+    blocks, towers, heads = find_blocks(model), _towers(model), find_heads(model)
     found: list[tuple[str, str, int, str, tuple[nn.Parameter, ...], tuple[int, ...]]] = []
     for path, name, parameters, shape in _trainable_linears(model):
-        if path in embeddings_and_heads:
+        if path in heads:
             continue
         stack, layer, inner = _locate(path, name, blocks)
         if inner == "" and not (projector and any(word in path for word in CONNECTORS)):
@@ -136,13 +134,19 @@ def untracked_parameters(model: nn.Module, matrices: dict[str, WeightMatrix]) ->
     return dict(kinds)
 
 
-def towers_of_parameters(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> tower. Embeddings and output head count as language, mergers and projectors as projector."""
+def towers_of_modules(model: nn.Module) -> dict[str, str]:
+    """Path of a module -> tower. Embeddings and output head count as language, mergers and projectors as projector."""
     towers = _towers(model)
     return {
-        name: "projector" if any(word in name for word in CONNECTORS) else _tower_of(_base_path(name), towers)
-        for name, _ in model.named_parameters()
+        path: "projector" if any(word in path for word in CONNECTORS) else _tower_of(_base_path(path) + ".", towers)
+        for path, _ in model.named_modules()
     }
+
+
+def towers_of_parameters(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> tower, see `towers_of_modules`."""
+    towers = towers_of_modules(model)
+    return {name: towers[name.rpartition(".")[0]] for name, _ in model.named_parameters()}
 
 
 def linear_layers(model: nn.Module, towers: Collection[str] = TOWERS) -> list[str]:
@@ -288,10 +292,7 @@ def _tower_of(name: str, towers: dict[str, str]) -> str:
     return next((tower for path, tower in towers.items() if name.startswith(path + ".")), "language")
 
 
-def _embeddings_and_heads(model: nn.Module) -> set[str]:
-    """Paths of the input embeddings and the output head of a Transformers model."""
-    modules = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        if hasattr(model, getter):
-            modules.append(getattr(model, getter)())
-    return {path for path, module in model.named_modules() if any(module is m for m in modules if m is not None)}
+def find_heads(model: nn.Module) -> list[str]:
+    """Paths of the output head of a Transformers model."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [path for path, module in model.named_modules() if module is head]

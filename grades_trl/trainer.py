@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import statistics
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import PIL.Image
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
@@ -115,6 +117,11 @@ class GradESMixin(_SFTTrainer):
     def _begin_training(self) -> None:
         if self.grades is None or self.state.global_step == 0:
             self._start_grades()
+        if self.grades.done:
+            raise ValueError(
+                f"Nothing is left to train: everything was frozen at step {max(self.grades.frozen.values())} of the "
+                "run that is resumed. Use its model as it is, or start anew from its weights."
+            )
         self.timeline = Timeline(
             Path(self.args.output_dir) / "grades",
             self.grades.matrices,
@@ -316,7 +323,7 @@ class GradESMixin(_SFTTrainer):
             import wandb
 
             # No `step=`: rows logged beside the Trainer's own would be dropped.
-            images = {key: wandb.Image(figure) for key, figure in figures.items()}
+            images = {key: wandb.Image(_rendered(figure)) for key, figure in figures.items()}
             run.log(images | {"train/global_step": self.state.global_step})
 
     def _wandb_finish(self) -> None:
@@ -337,6 +344,13 @@ class GradESMixin(_SFTTrainer):
     def _print(self, text: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(text)
+
+
+def _rendered(figure: Any) -> Any:
+    """A PIL picture of a matplotlib figure (W&B renders figures itself only when pyplot is imported)."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=120)
+    return PIL.Image.open(data)
 
 
 class _GradESCallback(TrainerCallback):

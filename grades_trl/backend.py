@@ -1,0 +1,57 @@
+"""Which library loads and speeds up the model: Unsloth or plain Transformers. Import this before transformers or trl.
+
+Importing Unsloth replaces parts of transformers, peft and trl, so it has to come first; and `--backend` says whether
+it comes at all. Hence this module reads the command line when it is imported, before any parser exists.
+"""
+
+import importlib.util
+import itertools
+import sys
+
+BACKENDS = ("auto", "unsloth", "transformers")
+
+
+def requested(argv: list[str]) -> str:
+    """`--backend` of a command line, or of the YAML file behind `--config`; `"auto"` if neither names one."""
+    values = dict(itertools.pairwise(argv))
+    values |= {flag: value for flag, sep, value in (word.partition("=") for word in argv) if sep}
+    if "--backend" in values:
+        return values["--backend"]
+    if "--config" in values:
+        import yaml
+
+        with open(values["--config"]) as config:
+            return (yaml.safe_load(config) or {}).get("backend", "auto")
+    return "auto"
+
+
+def choose(name: str) -> str:
+    """The backend behind a request, with Unsloth imported if it is the one.
+
+    Args:
+        name (`str`): `"unsloth"`, `"transformers"`, or `"auto"`: Unsloth if it is installed and a GPU is there.
+
+    Returns:
+        `str`: `"unsloth"` or `"transformers"`.
+
+    Raises:
+        ValueError: another name.
+        ImportError: Unsloth was asked for and is not installed, or transformers was imported before it.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; expected one of {', '.join(BACKENDS)}.")
+    installed = importlib.util.find_spec("unsloth") is not None
+    if name == "auto":
+        import torch
+
+        name = "unsloth" if installed and torch.cuda.is_available() else "transformers"
+    if name == "unsloth":
+        if not installed:
+            raise ImportError('--backend unsloth, but Unsloth is not installed: pip install -e ".[unsloth]"')
+        if "trl" in sys.modules and "unsloth" not in sys.modules:
+            raise ImportError("trl was imported before Unsloth: import grades_trl.backend first in your script.")
+        import unsloth  # noqa: F401
+    return name
+
+
+BACKEND = choose(requested(sys.argv[1:]))

@@ -1,0 +1,204 @@
+"""The command line that all recipes share: four dataclasses, a YAML file under the flags, W&B that never blocks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import wandb
+from trl import ModelConfig, SFTConfig, TrlParser
+
+from .backend import BACKENDS
+from .config import TOWERS, GradESConfig
+
+# What --help shows of TRL's 200 training and model arguments; --help_all shows the rest.
+COMMON_FLAGS = (
+    "output_dir max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps learning_rate "
+    "lr_scheduler_type warmup_steps weight_decay max_grad_norm optim max_length gradient_checkpointing bf16 fp16 "
+    "packing logging_steps eval_strategy eval_steps save_strategy save_steps resume_from_checkpoint report_to "
+    "run_name seed model_name_or_path dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "
+    "lora_target_modules load_in_4bit"
+)
+
+
+@dataclass
+class RecipeArguments:
+    """
+    What a recipe is run on.
+
+    Parameters:
+        backend (`str`, *optional*, defaults to `"auto"`):
+            `"unsloth"`, `"transformers"`, or `"auto"`: Unsloth if it is installed and a GPU is there.
+        dataset_name (`str`, *optional*):
+            Hub id, local folder or file in one of TRL's formats; or an embedded set: `dates`, `docstrings` (text),
+            `digits` (pictures).
+        dataset_config (`str`, *optional*):
+            Configuration of a data set on the hub.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`), dataset_test_split (`str`, *optional*):
+            Names of the splits. Without a test split, `test_size` of the training split is held out.
+        test_size (`float`, *optional*, defaults to `0.1`):
+            Fraction held out.
+        max_train_samples (`int`, *optional*):
+            Train on that many examples at most.
+        grades (`bool`, *optional*, defaults to `True`):
+            `--grades false` trains plainly.
+        train_towers (`list[str]`, *optional*, defaults to all):
+            What trains of a vision-language model.
+        generate (`int`, *optional*, defaults to `200`):
+            Held-out prompts that are answered after training and compared with the expected answer; 0 for none.
+        samples (`int`, *optional*, defaults to `4`):
+            Held-out prompts that are answered before training and after, and shown.
+        max_new_tokens (`int`, *optional*, defaults to `64`):
+            Longest answer, in tokens.
+    """
+
+    _argument_group_name = "recipe"
+
+    backend: str = field(
+        default="auto",
+        metadata={"help": "auto takes Unsloth if it is installed and a GPU is there.", "choices": list(BACKENDS)},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, local folder or file; or an embedded set: dates, docstrings, digits."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Name of the training split."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Name of the held-out split; without it, test_size is split off."}
+    )
+    test_size: float = field(default=0.1, metadata={"help": "Fraction of the training split to hold out."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many examples at most."})
+    grades: bool = field(default=True, metadata={"help": "Watch and freeze matrices; false trains plainly."})
+    train_towers: list[str] = field(
+        default_factory=lambda: ["vision", "projector", "language"],
+        metadata={"help": "What trains of a vision-language model.", "choices": list(TOWERS)},
+    )
+    generate: int = field(default=200, metadata={"help": "Held-out prompts to answer and score after training."})
+    samples: int = field(default=4, metadata={"help": "Held-out prompts to answer and show before and after."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+
+
+def parse(
+    description: str, demo_config: Path, argv: list[str] | None = None
+) -> tuple[RecipeArguments, SFTConfig, ModelConfig, GradESConfig]:
+    """Reads the command line of a recipe: flags, over the YAML file of `--config`, over the recipes' own defaults.
+
+    Args:
+        description (`str`): the first lines of `--help`.
+        demo_config (`Path`): what is run when neither a config nor a model is named.
+        argv (`list[str]`, *optional*): defaults to `sys.argv[1:]`.
+
+    Raises:
+        SystemExit: an unknown flag, or a value of the wrong type; also after `--help`.
+        ValueError: a key in the YAML file that is no argument, or a value that GradESConfig does not take.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = TrlParser(
+        (RecipeArguments, GradESConfig, ModelConfig, SFTConfig),
+        description=description,
+        formatter_class=_HelpFormatter,
+        usage="%(prog)s [--config configs/X.yaml] [--flag value ...]     (all flags: --help_all)",
+        allow_abbrev=False,
+    )
+    if "--help_all" in argv:
+        argv.append("--help")
+        argv.remove("--help_all")
+    elif "--help" in argv or "-h" in argv:
+        _hide_rare_flags(parser)
+    parser.set_defaults_with_config(report_to="wandb", output_dir="outputs/run")
+    if not torch.accelerator.is_available():  # TRL's default, bf16, is an error there
+        parser.set_defaults_with_config(use_cpu=True, bf16=False)
+    flags = {word.partition("=")[0] for word in argv}
+    if not flags & {"--config", "--model_name_or_path", "--help", "-h"}:
+        argv = ["--config", str(demo_config), *argv]
+    recipe, training, model, grades = _ordered(parser.parse_args_and_config(argv))
+    if "wandb" in training.report_to:
+        start_wandb(training)
+    return recipe, training, model, grades
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=119)
+
+
+def _ordered(parsed: tuple) -> tuple[RecipeArguments, SFTConfig, ModelConfig, GradESConfig]:
+    recipe, grades, model, training = parsed
+    return recipe, training, model, grades
+
+
+def _hide_rare_flags(parser: argparse.ArgumentParser) -> None:
+    """Leaves the flags that most runs need, the recipe's own first."""
+    own = {*RecipeArguments.__dataclass_fields__, *GradESConfig.__dataclass_fields__, *COMMON_FLAGS.split(), "help"}
+    for action in parser._actions:
+        if action.dest not in own or any(option.startswith("--no_") for option in action.option_strings):
+            action.help = argparse.SUPPRESS
+        action.option_strings = [o for o in action.option_strings if "-" not in o[2:]]
+        if action.choices and len(list(action.choices)) > 5:
+            action.metavar = action.dest.upper()
+    parser._action_groups.sort(key=lambda group: group.title not in ("recipe", "GradES"))
+
+
+def start_wandb(training: SFTConfig) -> None:
+    """Online if this machine is logged in to W&B, else offline with one line that says so. Never asks.
+
+    A `WANDB_MODE` or `WANDB_PROJECT` in the environment is respected.
+    """
+    os.environ.setdefault("WANDB_PROJECT", "grades-trl")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_DIR", training.output_dir)
+    Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
+    training.run_name = training.run_name or Path(training.output_dir).name
+    if not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False):
+        os.environ["WANDB_MODE"] = "offline"
+        wandb.teardown()  # login() has read the environment; let init() read it again
+        print(
+            f"W&B: not logged in, recording offline. Later: wandb login; wandb sync {os.environ['WANDB_DIR']}/wandb/*",
+            flush=True,
+        )
+
+
+def finish(trainer: Any, results: dict[str, float]) -> None:
+    """The end of a recipe: results into summary.json, the report and W&B, and a short account on the screen."""
+    output_dir = Path(trainer.args.output_dir)
+    print("\n" + "\n".join(f"{key.removeprefix('final/'):<28} {value:.4g}" for key, value in sorted(results.items())))
+    if wandb.run is not None:
+        wandb.run.summary.update(results)
+    if trainer.grades is not None:
+        trainer.grades_summary["results"] = results
+        trainer.timeline.write_report(trainer.grades_summary)
+        print("\n" + account(trainer.grades_summary))
+        print(f"\nWhat froze when, with pictures: {output_dir / 'grades' / 'report.html'}")
+    print(f"The model: {output_dir}")
+
+
+def account(summary: dict[str, Any]) -> str:
+    """A run in a few lines, from `summary.json`. The speed-up comes in its parts; a part not measured says so."""
+    speedup, seconds = summary["speedup"], summary["seconds"]
+    cheaper, steps, validation = (speedup[part] for part in ("cheaper_steps", "steps_not_run", "validation_not_run"))
+
+    def times(ratio: float | None) -> str:
+        return "not measured" if ratio is None else f"{ratio:.2f}x"
+
+    def saved(part: dict[str, Any]) -> str:
+        return "" if part["seconds_saved"] is None else f"  {part['seconds_saved']:+.1f} s"
+
+    return "\n".join(
+        [
+            f"GradES: {summary['steps']} of {summary['total_steps']} steps, {summary['frozen']} of "
+            f"{summary['matrices']} matrices frozen; {summary['stop_reason']}",
+            f"  cheaper steps          {times(cheaper['ratio'])}{saved(cheaper)}",
+            f"  steps not run          {times(steps['ratio'])}{saved(steps)}",
+            f"  validation not run     {validation['evaluations']} evaluations{saved(validation)}",
+            f"  against a plain run of the same length  {times(speedup['against_same_length'])}",
+            f"  against the full schedule               {times(speedup['against_full_schedule'])}",
+            f"  training {seconds['training']:.1f} s, of which GradES {seconds['grades']:.2f} s; validation "
+            f"{seconds['validation']:.1f} s; peak memory {summary['peak_memory_mib']:,.0f} MiB on {summary['device']}",
+        ]
+    )

@@ -1,0 +1,133 @@
+"""Greedy answers to a prompt-completion data set, and how many of them are exactly right."""
+
+from __future__ import annotations
+
+import textwrap
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+) -> list[str]:
+    """
+    Lets the model answer every prompt, greedily.
+
+    The model may be in the middle of its training: every module's train or eval mode is put back afterwards, and the
+    key-value cache is used even where gradient checkpointing is on. Prompts of similar length share a batch.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): or a PEFT model; the inputs move to its device.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): with a chat template and a padding token. Not changed.
+        dataset ([`~datasets.Dataset`]): with a column `prompt`, conversations or plain text; `completion` is not read.
+        batch_size (`int`, *optional*, defaults to `16`): prompts per batch.
+        max_new_tokens (`int`, *optional*, defaults to `64`): longest answer, in tokens.
+
+    Returns:
+        `list[str]`: one answer per example, in the order of the data set, without special tokens and outer spaces.
+
+    Raises:
+        `ValueError`: if the tokenizer has no padding token.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "answers() pads prompts to one length, and this tokenizer has no padding token. Set tokenizer.pad_token, "
+            "to a token that never occurs in text."
+        )
+    conversations = list(dataset["prompt"])
+    template = {"add_generation_prompt": True, "tokenize": False}
+    prompts = [
+        turns if isinstance(turns, str) else tokenizer.apply_chat_template(turns, **template)
+        for turns in conversations
+    ]
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    found = [""] * len(prompts)
+
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), tqdm(total=len(prompts), desc="answers", unit="prompt") as bar:
+            for start in range(0, len(prompts), batch_size):
+                batch = longest_first[start : start + batch_size]
+                # The template has written the special tokens already. Padding on the left, in this call alone: an
+                # answer has to follow its prompt directly.
+                inputs = tokenizer(
+                    [prompts[i] for i in batch],
+                    add_special_tokens=False,
+                    padding=True,
+                    padding_side="left",
+                    return_tensors="pt",
+                ).to(model.device)
+                output = model.generate(
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    temperature=None,  # with top_p and top_k: silences warnings about sampling defaults
+                    top_p=None,
+                    top_k=None,
+                    use_cache=True,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+                texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                for i, text in zip(batch, texts, strict=True):
+                    found[i] = text.strip()
+                bar.update(len(batch))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return found
+
+
+def text_of(turns: str | list[dict]) -> str:
+    """The text of a prompt or completion: of its last message, and of that the text parts (images stand beside it)."""
+    content = turns if isinstance(turns, str) else turns[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def exact_match(answers: list[str], dataset: Dataset) -> float:
+    """
+    Fraction of the answers that are the completion's text, outer spaces aside.
+
+    Args:
+        answers (`list[str]`): one per example, in the order of the data set.
+        dataset ([`~datasets.Dataset`]): with a column `completion`.
+
+    Returns:
+        `float`: between 0 and 1.
+
+    Raises:
+        `ValueError`: if there are no answers, or not one per example.
+    """
+    if not answers or len(answers) != len(dataset):
+        raise ValueError(
+            f"exact_match() got {len(answers)} answers to {len(dataset)} examples. It needs one answer per "
+            "example, in the data set's order, and at least one."
+        )
+    right = [
+        answer.strip() == text_of(completion).strip()
+        for answer, completion in zip(answers, dataset["completion"], strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+def show_samples(dataset: Dataset, before: list[str], after: list[str]) -> None:
+    """Prints prompts with what was expected, and what the model answered before and after training."""
+    for prompt, completion, first, last in zip(dataset["prompt"], dataset["completion"], before, after, strict=True):
+        print(f"\n  prompt    {_one_line(text_of(prompt))}")
+        print(f"  expected  {_one_line(text_of(completion))}")
+        print(f"  before    {_one_line(first)}")
+        print(f"  after     {_one_line(last)}")
+
+
+def _one_line(text: str) -> str:
+    return textwrap.shorten(text, 100, placeholder=" ...")

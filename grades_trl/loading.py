@@ -1,0 +1,160 @@
+"""A model and its tokenizer or processor, through Unsloth or Transformers: quantization, adapters, GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from trl import ModelConfig, get_quantization_config
+
+from .config import TOWERS
+from .matrices import linear_layers, towers_of_parameters
+
+
+def load_model(
+    args: ModelConfig,
+    backend: str,
+    *,
+    vision: bool = False,
+    towers: Collection[str] = TOWERS,
+    trust_remote_code: bool = False,
+    max_length: int | None = 1024,
+    seed: int = 42,
+) -> tuple[Any, Any]:
+    """A pretrained model, ready to be trained.
+
+    Args:
+        args (`ModelConfig`): TRL's model arguments. `model_name_or_path` is a hub id, a local folder, or a GGUF file
+            (or a folder that holds one and no `config.json`), which is de-quantized to `dtype`.
+        backend (`str`): `"unsloth"` or `"transformers"`.
+        vision (`bool`, *optional*, defaults to `False`): a vision-language model; the second value is its processor.
+        towers (`Collection[str]`, *optional*, defaults to all): what trains of a vision-language model: `"vision"`,
+            `"projector"`, `"language"`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the model's repository brings.
+        max_length (`int`, *optional*, defaults to `1024`): tokens; Unsloth wants to know it at load time.
+        seed (`int`, *optional*, defaults to `42`): of the adapters that Unsloth adds.
+
+    Returns:
+        `tuple`: the model, with LoRA adapters if `args.use_peft`, and its tokenizer or processor.
+
+    Raises:
+        ValueError: quantization without adapters, or a GGUF file with Unsloth or with 4-bit loading.
+    """
+    name = args.model_name_or_path
+    if (args.load_in_4bit or args.load_in_8bit) and not args.use_peft:
+        raise ValueError("load_in_4bit and load_in_8bit train adapters only: add --use_peft.")
+    gguf = find_gguf(name)
+    if gguf is not None:
+        if backend == "unsloth" or args.load_in_4bit or args.load_in_8bit:
+            raise ValueError(f"{gguf} is a GGUF file: it loads with --backend transformers and without 4 or 8 bits.")
+        model, processor = load_gguf(gguf, args.dtype)
+    elif backend == "unsloth":
+        return _load_with_unsloth(args, vision, towers, trust_remote_code, max_length, seed)
+    else:
+        auto_model, auto_processor = (
+            (AutoModelForImageTextToText, AutoProcessor) if vision else (AutoModelForCausalLM, AutoTokenizer)
+        )
+        common = {"revision": args.model_revision, "trust_remote_code": trust_remote_code}
+        model = auto_model.from_pretrained(
+            name,
+            dtype=args.dtype,
+            attn_implementation=args.attn_implementation,
+            quantization_config=get_quantization_config(args),
+            **common,
+        )
+        processor = auto_processor.from_pretrained(name, **common)
+    return make_trainable(model, args, towers), processor
+
+
+def make_trainable(model: nn.Module, args: ModelConfig, towers: Collection[str] = TOWERS) -> nn.Module:
+    """LoRA adapters if `args.use_peft`, else all weights; in the given towers only.
+
+    Adapters go on `args.lora_target_modules`; if not given, on every linear layer inside the blocks, which are the
+    matrices that GradES watches (the paper adapts all seven projections).
+    """
+    if not args.use_peft:
+        for name, tower in towers_of_parameters(model).items():
+            model.get_parameter(name).requires_grad_(tower in towers)
+        return model
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules or linear_layers(model, towers),
+        target_parameters=args.lora_target_parameters,
+        modules_to_save=args.lora_modules_to_save,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        task_type=args.lora_task_type,
+    )
+    return get_peft_model(model, config)
+
+
+def find_gguf(name: str) -> Path | None:
+    """The GGUF file that `name` is, or that is the only one in the folder `name` without a `config.json`."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return path
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.rglob("*.gguf"))
+        if len(files) == 1:
+            return files[0]
+    return None
+
+
+def load_gguf(path: Path, dtype: str | None = "float32") -> tuple[Any, Any]:
+    """De-quantizes a GGUF file into a model that trains and saves like any other, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # The weights are plain tensors now; these marks would make the Trainer and save_pretrained refuse them.
+    model.is_quantized = False
+    for mark in ("hf_quantizer", "quantization_method"):
+        delattr(model, mark)
+    del model.config.quantization_config
+    # GGUF tokenizers come with <bos> as the end of text, or without padding; the model's own config knows better.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _load_with_unsloth(
+    args: ModelConfig,
+    vision: bool,
+    towers: Collection[str],
+    trust_remote_code: bool,
+    max_length: int | None,
+    seed: int,
+) -> tuple[Any, Any]:
+    from unsloth import FastLanguageModel, FastVisionModel
+
+    loader = FastVisionModel if vision else FastLanguageModel
+    model, processor = loader.from_pretrained(
+        args.model_name_or_path,
+        max_seq_length=max_length or 2048,
+        dtype=None if args.dtype in (None, "auto") else getattr(torch, args.dtype),
+        load_in_4bit=args.load_in_4bit,
+        load_in_8bit=args.load_in_8bit,
+        full_finetuning=not args.use_peft,
+        trust_remote_code=trust_remote_code,
+    )
+    if args.use_peft:
+        parts = {f"finetune_{tower}_layers": tower in towers for tower in ("vision", "language")} if vision else {}
+        targets = {} if args.lora_target_modules is None else {"target_modules": args.lora_target_modules}
+        model = loader.get_peft_model(
+            model,
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            use_rslora=args.use_rslora,
+            random_state=seed,
+            **targets,
+            **parts,
+        )
+    return model, processor

@@ -1,0 +1,176 @@
+"""The recipes through their real command line, in processes of their own, and what they leave on disk and in W&B."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlm import demo as vlm_demo
+from wandb_reader import read_run
+
+ROOT = Path(__file__).parents[2]
+EVIDENCE = ("events.jsonl", "history.parquet", "summary.json", "timeline.png", "report.html")
+
+
+def run(recipe, *flags, cwd):
+    """Runs a recipe as a user does who is not logged in to W&B."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    command = [sys.executable, str(ROOT / "recipes" / recipe), *map(str, flags)]
+    home = {"HOME": str(cwd), "NETRC": str(cwd / "netrc")}
+    return subprocess.run(
+        command, cwd=cwd, env=environment | home, capture_output=True, text=True, timeout=400, stdin=subprocess.DEVNULL
+    )
+
+
+def succeeded(done):
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def check_wandb(output_dir, expected_keys):
+    (path,) = (output_dir / "wandb").glob("offline-run-*")
+    recorded = read_run(path)
+    keys = {key for row in recorded["history"] for key in row}
+    assert expected_keys <= keys, expected_keys - keys
+    pictures = [row["grades/timeline"] for row in recorded["history"] if "grades/timeline" in row]
+    assert len(pictures) >= 2  # at a freeze event and at the end
+    assert all(picture["_type"] == "image-file" for picture in pictures)
+    tables = [row["grades/matrices"] for row in recorded["history"] if "grades/matrices" in row]
+    assert [table["_type"] for table in tables] == ["table-file"]
+    for media in (*pictures, *tables):
+        assert (path / "files" / media["path"]).stat().st_size > 0
+    assert any(name.startswith("grades-") for name in recorded["artifacts"])
+    return recorded
+
+
+def test_text_demo(tmp_path):
+    flags = ["--max_steps", 60, "--eval_steps", 30, "--auto_ratio", 1.5, "--generate", 20, "--samples", 2]
+    printed = succeeded(run("sft_text.py", *flags, "--max_train_samples", 640, cwd=tmp_path))
+    assert printed.count("recording offline") == 1
+    assert "language   q_proj                          4          128 x 128       65,536" in printed
+    assert "trains, but is not tracked: embed_tokens.weight" in printed
+    for line in (
+        "expected  ",
+        "before    ",
+        "after     ",
+        "exact_match_test ",
+        "exact_match_test_formats ",
+        "cheaper",
+    ):
+        assert line in printed, line
+    output_dir = tmp_path / "outputs" / "demo_text"
+    for file in EVIDENCE:
+        assert (output_dir / "grades" / file).stat().st_size > 0
+    summary = json.loads((output_dir / "grades" / "summary.json").read_text())
+    assert summary["frozen"] > 0
+    assert 0 <= summary["results"]["final/exact_match_test"] <= 1
+    recorded = check_wandb(
+        output_dir,
+        {
+            "train/loss",
+            "eval/loss",
+            "train/grades/frozen_fraction",
+            "train/grades/frozen_params_fraction",
+            "train/grades/frozen_prefix_layers",
+            "train/grades/language/frozen_fraction",
+            "train/grades/step_time",
+            "train/grades/step_speedup",
+            "train/grades/step_speedup_predicted",
+            "train/grades/overhead_ms",
+            "train/grades/q_proj/metric",
+        },
+    )
+    assert recorded["summary"]["grades/frozen"] == summary["frozen"]
+    assert recorded["summary"]["final/exact_match_test"] == summary["results"]["final/exact_match_test"]
+
+
+def test_vlm_demo(tmp_path):
+    flags = ["--max_steps", 40, "--eval_steps", 40, "--auto_ratio", 1.5, "--generate", 10, "--samples", 2]
+    printed = succeeded(run("sft_vlm.py", *flags, "--max_train_samples", 640, cwd=tmp_path))
+    assert "vision     fc1" in printed
+    assert "exact_match_blank_pictures" in printed
+    output_dir = tmp_path / "outputs" / "demo_vlm"
+    for file in EVIDENCE:
+        assert (output_dir / "grades" / file).stat().st_size > 0
+    assert Image.open(output_dir / "samples.png").size[0] > 500
+    towers = json.loads((output_dir / "grades" / "summary.json").read_text())["towers"]
+    assert set(towers) == {"vision", "language"}
+    assert all(tower["frozen"] > 0 for tower in towers.values())
+    check_wandb(output_dir, {"train/grades/vision/frozen_fraction", "train/grades/vision/fc1/metric", "samples"})
+
+
+def test_text_on_a_users_own_chats_with_lora_and_a_checkpoint(tmp_path):
+    chats = [
+        {"messages": [{"role": "user", "content": f"{i} plus 1?"}, {"role": "assistant", "content": str(i + 1)}]}
+        for i in range(60)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(chat) for chat in chats))
+    flags = (
+        "--dataset_name chats.jsonl --use_peft --lora_r 4 --max_steps 8 --output_dir out --report_to none --samples 1"
+    )
+    flags += " --save_strategy steps --save_steps 4 --generate 3 --max_new_tokens 4"
+    flags += " --metric grad_norm --tau 1e9 --patience 1"
+    config = ["--config", ROOT / "configs" / "demo_text.yaml"]
+    printed = succeeded(run("sft_text.py", *config, *flags.split(), cwd=tmp_path))
+    assert "54 examples to train on, 6 held out" in printed
+    assert "all matrices frozen" in printed
+    assert not (tmp_path / "out" / "wandb").exists()
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    resume = ["--resume_from_checkpoint", "out/checkpoint-4"]
+    again = run("sft_text.py", *config, *flags.split(), *resume, cwd=tmp_path)
+    assert again.returncode != 0
+    assert "everything was frozen at step 4" in again.stderr
+
+
+def test_vlm_on_a_users_own_picture_folder(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = []
+    for i, example in enumerate(vlm_demo.digit_pictures(train=24, test=2)["train"]):
+        example["images"][0].save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "messages": example["prompt"] + example["completion"]})
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    flags = "--dataset_name pictures --max_steps 3 --output_dir out --report_to none --samples 1 --generate 2"
+    config = ["--config", ROOT / "configs" / "demo_vlm.yaml"]
+    printed = succeeded(run("sft_vlm.py", *config, *flags.split(), "--train_towers", "language", cwd=tmp_path))
+    assert "21 examples to train on, 3 held out" in printed
+    assert "vision     " not in printed  # frozen by choice
+    (folder / "7.png").write_bytes(b"no picture")
+    failed = run("sft_vlm.py", *config, *flags.split(), cwd=tmp_path)
+    assert failed.returncode != 0
+    assert "row 7" in failed.stderr
+
+
+@pytest.mark.parametrize("recipe", ["sft_text.py", "sft_vlm.py"])
+def test_help_is_readable(recipe, tmp_path):
+    printed = succeeded(run(recipe, "--help", cwd=tmp_path))
+    assert len(printed.splitlines()) < 150
+    for flag in (
+        "--metric",
+        "--tau",
+        "--alpha",
+        "--patience",
+        "--backend",
+        "--dataset_name",
+        "--use_peft",
+        "--help_all",
+    ):
+        assert flag in printed, flag
+    assert "adafactor" not in printed
+
+
+def test_errors_of_the_command_line(tmp_path):
+    for flags, message in (
+        (["--model_name_or_path", "somewhere"], "No data: give --dataset_name"),
+        (["--metrik", "grad_norm"], "metrik"),
+        (["--tau", "often"], "tau is 'often'; expected a number"),
+        (["--load_in_4bit", "--model_name_or_path", "x", "--dataset_name", "dates"], "add --use_peft"),
+        (["--dataset_name", "nowhere.jsonl"], "nowhere.jsonl"),
+    ):
+        failed = run("sft_text.py", *flags, "--report_to", "none", cwd=tmp_path)
+        assert failed.returncode != 0
+        assert message in failed.stderr, (flags, failed.stderr[-1000:])

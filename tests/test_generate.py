@@ -1,0 +1,135 @@
+"""Batched greedy answers against the plainest loop there is, and what answers() leaves behind."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from grades_trl.demo import dates, tiny_qwen3
+from grades_trl.generate import answers, exact_match
+
+
+@pytest.fixture(scope="module")
+def data():
+    return dates(train=1, test=21)["test"]
+
+
+@pytest.fixture
+def tiny():
+    model, tokenizer = tiny_qwen3()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:  # as initialized, it repeats its last token whatever came before
+                weight.mul_(8)
+    return model, tokenizer
+
+
+def one_by_one(model, tokenizer, data, max_new_tokens):
+    """Whole forward passes without padding, mask or cache."""
+    texts = []
+    for conversation in data["prompt"]:
+        ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True)["input_ids"]
+        new = []
+        while len(new) < max_new_tokens and tokenizer.eos_token_id not in new:
+            with torch.no_grad():
+                new.append(model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax().item())
+        texts.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+    return texts
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+def test_batches_equal_one_by_one(tiny, data, batch_size):
+    model, tokenizer = tiny
+    expected = one_by_one(model.eval(), tokenizer, data, max_new_tokens=8)
+    assert len(set(expected)) > 15  # the answers do depend on the prompts
+    assert answers(model, tokenizer, data, batch_size=batch_size, max_new_tokens=8) == expected
+    tokenizer.padding_side = "right"
+    assert answers(model, tokenizer, data, batch_size=batch_size, max_new_tokens=8) == expected
+    assert tokenizer.padding_side == "right"
+
+
+def test_an_answer_ends_at_eos(tiny, data):
+    model, tokenizer = tiny
+    expected = one_by_one(model.eval(), tokenizer, data, max_new_tokens=8)
+    # Let one token that some answers contain be the end: those stop there, the others go on.
+    first = [tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in expected if text]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first[0])
+    model.generation_config.eos_token_id = first[0]
+    # The template writes eos into the prompts too, so both sides see the same new prompts.
+    expected = one_by_one(model, tokenizer, data, max_new_tokens=8)
+    assert answers(model, tokenizer, data, batch_size=8, max_new_tokens=8) == expected
+
+
+def test_modes_are_restored_module_by_module(tiny, data):
+    model, tokenizer = tiny
+    model.train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    assert len(set(before)) == 2
+    seen = []
+    handle = model.model.layers[0].register_forward_hook(lambda module, *_: seen.append(module.training))
+    first = answers(model, tokenizer, data, max_new_tokens=2)
+    assert seen and not any(seen)
+    assert [module.training for module in model.modules()] == before
+    assert answers(model, tokenizer, data, max_new_tokens=2) == first
+
+    handle.remove()
+    handle = model.model.layers[0].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        answers(model, tokenizer, data, max_new_tokens=2)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_cache_is_used_under_gradient_checkpointing(tiny, data):
+    model, tokenizer = tiny
+    plain = answers(model, tokenizer, data, max_new_tokens=4)
+    model.gradient_checkpointing_enable()
+    model.config.use_cache = False
+    model.train()
+    lengths = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    assert answers(model, tokenizer, data, batch_size=64, max_new_tokens=4) == plain
+    assert lengths[0] > 1 and lengths[1:] == [1, 1, 1]
+    assert model.training and model.is_gradient_checkpointing and model.config.use_cache is False
+
+
+def test_no_gradient_and_no_change(tiny, data):
+    model, tokenizer = tiny
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    answers(model, tokenizer, data, max_new_tokens=2)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_answers_refuses_what_it_cannot_do(tiny, data):
+    model, tokenizer = tiny
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="padding token"):
+        answers(model, tokenizer, data)
+
+
+def completions(*contents):
+    return Dataset.from_dict({"completion": [[{"role": "assistant", "content": content}] for content in contents]})
+
+
+def test_exact_match_closed_form():
+    data = completions("1998-03-03", " 2001-01-01\n", "1850-12-31", "2020-02-29")
+    assert exact_match(["1998-03-03", "2001-01-01", "1850-12-3", ""], data) == 0.5
+    assert exact_match(["  1998-03-03 ", "2001-01-01", "1850-12-31", "2020-02-29\n"], data) == 1.0
+    assert exact_match(["a", "b", "c", "d"], data) == 0.0
+    assert exact_match(["2001-01-01", "1998-03-03", "1850-12-31", "2020-02-29"], data) == 0.5  # order counts
+
+
+def test_exact_match_reads_lists_of_parts():
+    data = completions(
+        [{"type": "text", "text": "12"}, {"type": "text", "text": "34"}], [{"type": "text", "text": "5"}]
+    )
+    assert exact_match(["1234", "6"], data) == 0.5
+
+
+def test_exact_match_refuses_other_lengths():
+    with pytest.raises(ValueError, match="2 answers to 1 examples"):
+        exact_match(["1", "2"], completions("1"))
+    with pytest.raises(ValueError, match="at least one"):
+        exact_match([], Dataset.from_dict({"completion": []}))

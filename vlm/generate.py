@@ -1,0 +1,110 @@
+"""What a vision-language model answers: greedy generation over a data set, and how often it is right."""
+
+from __future__ import annotations
+
+from datasets import Dataset
+from transformers import PreTrainedModel, ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
+
+from .demo import blank as blank_pictures
+
+
+def answers(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    batch_size: int = 16,
+    max_new_tokens: int = 32,
+    blank: bool = False,
+) -> list[str]:
+    """Generates the model's answer to every example, greedily.
+
+    The model is put in evaluation mode, and back into the mode it was in.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Any model that generates from text and pictures.
+        processor ([`~transformers.ProcessorMixin`]):
+            Its processor, with a chat template.
+        dataset (`Dataset`):
+            With columns `prompt` (a list of messages) and `images` (a list of PIL pictures).
+        batch_size (`int`, *optional*, defaults to `16`):
+            Examples generated together.
+        max_new_tokens (`int`, *optional*, defaults to `32`):
+            Longest answer, in tokens.
+        blank (`bool`, *optional*, defaults to `False`):
+            Shows white pictures of the same sizes in place of the real ones: the control that tells reading from
+            guessing.
+
+    Returns:
+        `list[str]`: one answer for each example, without special tokens.
+
+    Raises:
+        ValueError: if `dataset` lacks one of the two columns.
+    """
+    missing = {"prompt", "images"} - set(dataset.column_names)
+    if missing:
+        raise ValueError(
+            f"The data set has no column {sorted(missing)}, only {dataset.column_names}. `answers` needs `prompt` (a "
+            f"list of messages) and `images` (a list of pictures): rename the columns."
+        )
+    was_training = model.training
+    model.eval()
+    texts = []
+    for start in range(0, len(dataset), batch_size):
+        batch = dataset[start : start + batch_size]
+        images = [blank_pictures(row) if blank else row for row in batch["images"]]
+        messages = [
+            prepare_multimodal_messages(prompt, images=row)
+            for prompt, row in zip(batch["prompt"], images, strict=True)
+        ]
+        prompts = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        inputs = processor(
+            images=images,
+            text=prompts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,  # the chat template has put them already
+            return_tensors="pt",
+        ).to(model.device, dtype=model.dtype)
+        # Sampling settings of the model's own generation config are unset: with greedy search they only warn.
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+        )
+        texts += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    model.train(was_training)
+    return texts
+
+
+def _text(content: str | list[dict]) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
+def exact_match(answers: list[str], dataset: Dataset) -> float:
+    """Returns the share of answers, from 0 to 1, whose stripped text is that of the completion.
+
+    Args:
+        answers (`list[str]`):
+            One for each example, in order.
+        dataset (`Dataset`):
+            With a column `completion` (a list of one message).
+
+    Raises:
+        ValueError: if there are no answers, or not as many as examples.
+    """
+    if len(answers) != len(dataset) or not answers:
+        raise ValueError(
+            f"Got {len(answers)} answers for {len(dataset)} examples; expected one for each, and at least one. Pass "
+            "the data set that `answers` was given."
+        )
+    right = sum(
+        answer.strip() == _text(completion[0]["content"]).strip()
+        for answer, completion in zip(answers, dataset["completion"], strict=True)
+    )
+    return right / len(answers)

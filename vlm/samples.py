@@ -1,0 +1,35 @@
+"""A contact sheet: pictures with what was expected and what the model answered before and after training."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from datasets import Dataset
+from matplotlib.figure import Figure
+
+from grades_trl.generate import text_of
+
+
+def save_samples(dataset: Dataset, before: list[str], after: list[str], path: str | Path) -> None:
+    """Draws one row per example, its first picture beside three lines of text, and saves it as PNG.
+
+    Args:
+        dataset (`Dataset`): with `images` and `completion`.
+        before (`list[str]`), after (`list[str]`): the answers, one per example.
+        path (`str` or `Path`): of the PNG.
+    """
+    figure = Figure(figsize=(8, 1.3 * len(dataset)), layout="constrained")
+    rows = figure.subplots(len(dataset), 2, squeeze=False, width_ratios=[1, 2])
+    for (left, right), example, first, last in zip(rows, dataset, before, after, strict=True):
+        if example["images"]:
+            left.imshow(example["images"][0], cmap="gray")
+        expected = text_of(example["completion"])
+        lines = [("expected", expected, "black"), ("before", first, "0.5")]
+        lines.append(("after", last, "tab:green" if last.strip() == expected.strip() else "tab:red"))
+        for y, (label, text, color) in zip((0.82, 0.5, 0.18), lines, strict=True):
+            shown = textwrap.shorten(text, 90, placeholder=" ...").replace("$", r"\$")  # $ would start mathtext
+            right.text(0, y, f"{label:<9} {shown}", color=color, family="monospace", fontsize=9, va="center")
+        left.axis("off")
+        right.axis("off")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,58 @@
+"""`GradESVLMTrainer`: GradESTrainer for models that see."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from transformers import ProcessorMixin
+
+from grades_trl.config import GradESConfig
+from grades_trl.trainer import GradESMixin
+
+
+class GradESVLMMixin(GradESMixin):
+    """
+    `GradESMixin` for vision-language models, with one tau per tower: `tau={"vision": .3, "language": 6}`.
+
+    The towers learn at different speeds and their matrices have different sizes, so one number does not fit both
+    (arXiv 2509.01842, section 4.3). `tau="auto"` takes each matrix against itself and needs no such care.
+
+    Args:
+        *args, **kwargs: of the trainer. `processing_class` must be a processor; rows have `images`.
+        grades (`GradESConfig`, *optional*, defaults to `GradESConfig()`): `None` is the plain trainer.
+
+    Raises:
+        ValueError: a tokenizer in place of a processor; a data set without pictures; a tower without a tau.
+    """
+
+    def __init__(self, *args: Any, grades: GradESConfig | None = GradESConfig(), **kwargs: Any):  # noqa: B008
+        processor = kwargs.get("processing_class")  # None: the trainer loads the model's own
+        if processor is not None and not isinstance(processor, ProcessorMixin):
+            raise ValueError(
+                f"A vision-language model is trained with its processor, and processing_class is a "
+                f"{type(processor).__name__}: pass AutoProcessor.from_pretrained(...) (for text alone, use "
+                "GradESTrainer)."
+            )
+        super().__init__(*args, grades=grades, **kwargs)
+        if not self._is_vision_dataset:
+            raise ValueError(
+                f"train_dataset has no column `image` or `images`, only {', '.join(self.train_dataset.column_names)}: "
+                "add the pictures (for text alone, use GradESTrainer)."
+            )
+
+
+@functools.cache
+def _bind(base: type) -> type:
+    return type(
+        "GradESVLMTrainer", (GradESVLMMixin, base), {"__module__": __name__, "__doc__": GradESVLMMixin.__doc__}
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """`GradESVLMTrainer` sits on what `trl.SFTTrainer` is now: unsloth replaces it when it is imported."""
+    if name == "GradESVLMTrainer":
+        import trl
+
+        return _bind(trl.SFTTrainer)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
