@@ -6,7 +6,9 @@ from .config import GradESConfig
 from .engine import FreezeEvent, GradES
 
 if TYPE_CHECKING:
-    from .trainer import GradESMixin, GradESTrainer
+    from .trainer import GradESMixin
+
+    GradESTrainer: Any
 
 __all__ = ["FreezeEvent", "GradES", "GradESConfig", "GradESMixin", "GradESTrainer"]
 

@@ -37,8 +37,19 @@ class GradESConfig:
             Consecutive readings below tau that a matrix needs to freeze. 1 is the paper.
         interval (`int`, *optional*, defaults to `1`):
             Read every that many steps. A reading always compares two neighbouring steps, so tau keeps its meaning.
+        sample (`float`, *optional*, defaults to `1 / 64`):
+            Fraction of each large matrix that is read and kept for comparison; a matrix that is hardly larger than the
+            smallest sample (16,384 elements) is read as a whole. Unbiased, with an error of about 1 % (see
+            `metrics.py`). 1 reads everything, as the paper does.
         track_projector (`bool`, *optional*, defaults to `False`):
             Also watch and freeze the linear layers between two towers (mergers, projectors). The paper does not.
+        freeze_norms (`bool`, *optional*, defaults to `False`):
+            Freeze the norms and biases of a block with the last of its matrices. Off, because the paper trains them to
+            the end; but as long as one of them trains, backward has to reach that block (see `cutting.py`).
+        freeze_embeddings (`bool`, *optional*, defaults to `False`):
+            Freeze what feeds the first block (token, patch and position embeddings, and with them a tied output head)
+            when all matrices of that block are frozen. Off for the same reason, with the same price. LoRA trains
+            neither norms nor embeddings and needs neither flag.
 
     Raises:
         ValueError: a value out of range, with the range.
@@ -70,9 +81,23 @@ class GradESConfig:
         metadata={"help": "Consecutive readings below tau that a matrix needs to freeze; 1 is the paper."},
     )
     interval: int = field(default=1, metadata={"help": "Read the matrices every that many steps."})
+    sample: float = field(
+        default=1 / 64,
+        metadata={
+            "help": "Fraction of each large matrix that is read, unbiased; 1 reads everything, as the paper does."
+        },
+    )
     track_projector: bool = field(
         default=False,
         metadata={"help": "Also watch the linear layers between two towers (mergers, projectors)."},
+    )
+    freeze_norms: bool = field(
+        default=False,
+        metadata={"help": "Freeze a block's norms and biases with the last of its matrices, so backward can skip it."},
+    )
+    freeze_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Freeze the embeddings (and a tied head) when all matrices of the first block are frozen."},
     )
 
     def __post_init__(self):
@@ -87,6 +112,8 @@ class GradESConfig:
             )
         if self.patience < 1 or self.interval < 1:
             raise ValueError(f"patience is {self.patience} and interval {self.interval}; expected 1 or more of each.")
+        if not 0 < self.sample <= 1:
+            raise ValueError(f"sample is {self.sample}; expected a fraction of a matrix, above 0 and at most 1.")
         if self.auto_ratio <= 0:
             raise ValueError(f"auto_ratio is {self.auto_ratio}; expected a number above 0.")
 

@@ -279,7 +279,7 @@ def _without_docstring(lines: list[str], node: ast.FunctionDef | ast.AsyncFuncti
         docstring = inner.body[0]
         if len(inner.body) == 1 or docstring.lineno == inner.lineno or docstring.end_lineno == inner.body[1].lineno:
             return None
-        for number in range(docstring.lineno, docstring.end_lineno + 1):
+        for number in range(docstring.lineno, (docstring.end_lineno or docstring.lineno) + 1):
             del kept[number]
     indent = node.col_offset
     if any(line[:indent].strip() for line in kept.values()):  # a string's own lines stand further left
@@ -342,7 +342,8 @@ def docstrings(seed: int = 0, test: int = 300) -> DatasetDict:
     rng = random.Random(seed)
     files = list(by_file)
     rng.shuffle(files)
-    held_out, rest = [], []
+    held_out: list[tuple[str, str]] = []
+    rest: list[tuple[str, str]] = []
     for file in files:
         small = len(by_file[file]) <= max(test // 10, 1)
         (held_out if small and len(held_out) < test else rest).extend(by_file[file])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .config import GradESConfig
 from .criterion import Criterion
-from .freezing import FrozenExperts, freeze
-from .matrices import find_matrices
-from .metrics import l1_distance, l1_norm
+from .cutting import PrefixCut
+from .freezing import FrozenExperts, freeze, freeze_parameter
+from .matrices import blocks_of_matrices, find_matrices, towers_of_parameters
+from .metrics import Sample, l1_distances, l1_norms, sample
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class GradES:
         readings (`dict[str, float]`): the metric of every matrix observed in the last step.
         taus (`dict[str, float]`): matrix -> threshold, as far as known.
         done (`bool`): everything is frozen.
+        cut (`PrefixCut`): how far backward is kept out of the frozen prefix.
 
     Raises:
         ValueError: the model has no matrix to track, or experts and no optimizer.
@@ -90,7 +92,12 @@ class GradES:
         # What a reading is compared with: the gradients, or weights, of an earlier step, and that step.
         self._previous: dict[str, list[Tensor]] = {}
         self._previous_step: dict[str, int] = {}
+        self._samples: dict[str, list[Sample | None]] = {}
         self._experts: dict[int, FrozenExperts] = {}
+        self.cut = PrefixCut(model)
+        self._model = model
+        self._companions: list[nn.Parameter] = []
+        self._stale_cut = False
 
     @property
     def done(self) -> bool:
@@ -121,58 +128,72 @@ class GradES:
         for experts in self._experts.values():
             experts.zero_gradients()
         self.readings = self._read(step, grad_scale) if self._wanted(step) or self._wanted(step + 1) else {}
-        return self._freeze(step, self.criterion.update(step, self.readings))
+        events = self._freeze(step, self.criterion.update(step, self.readings))
+        if events or self._stale_cut:
+            self._freeze_companions()
+            self.cut.update()
+            self._stale_cut = False
+        return events
 
     def _wanted(self, step: int) -> bool:
         return step % self.config.interval == 0
 
     def _read(self, step: int, grad_scale: float) -> dict[str, float]:
         """The metric of every matrix observed in this step, with one transfer from the device."""
-        names, norms, values = [], [], []
-        current: dict[str, Sequence[Tensor]] = {}
-        for name, matrix in self.matrices.items():
-            if name in self.frozen:
-                continue
-            gradients = [p.grad for p in matrix.parameters if p.grad is not None]
-            if len(gradients) < len(matrix.parameters):
-                continue  # no gradient: not observed
-            if matrix.expert is not None:
-                gradients = [g[matrix.expert] for g in gradients]
-            norm = l1_norm(gradients) / grad_scale
-            names.append(name)
-            norms.append(norm)
-            if self.config.metric == "grad_norm":
-                values.append(norm)
-                continue
-            if self.config.metric == "weight_change":
-                current[name] = [p[matrix.expert] if matrix.expert is not None else p for p in matrix.parameters]
-            else:
-                current[name] = [g / grad_scale for g in gradients] if grad_scale != 1.0 else gradients
-            previous = self._comparable(step, name)
-            values.append(l1_distance(current[name], previous) if previous else torch.full_like(norm, math.nan))
-        if not names:
+        observed = [name for name in self.matrices if name not in self.frozen and self._has_gradient(name)]
+        if not observed:
             return {}
-        device = norms[0].device
-        table = torch.stack([torch.stack([n.to(device), v.to(device)]) for n, v in zip(norms, values, strict=True)])
+        gradients = {name: self._sampled(name, [p.grad for p in self.matrices[name].parameters]) for name in observed}
+        table = [l1_norms([g for name in observed for g in gradients[name]]) / grad_scale]
+        current = gradients
+        if self.config.metric == "weight_change":
+            current = {name: self._sampled(name, self.matrices[name].parameters) for name in observed}
+        elif grad_scale != 1.0:
+            current = {name: [g / grad_scale for g in tensors] for name, tensors in gradients.items()}
+        compared = [name for name in observed if self._comparable(step, name)]
+        if compared:
+            tensors, previous = ([t for name in compared for t in kept[name]] for kept in (current, self._previous))
+            table.append(l1_distances(tensors, previous))
+        numbers = iter(torch.cat(table).tolist())  # the one wait for the device; the Trainer makes the same one next
 
+        norms = {name: self._total(name, numbers) for name in observed}
+        values = (
+            norms if self.config.metric == "grad_norm" else {name: self._total(name, numbers) for name in compared}
+        )
         readings = {}
-        for name, (norm, value) in zip(names, table.tolist(), strict=True):
+        for name, norm in norms.items():
             if norm == 0.0 or not math.isfinite(norm):
                 continue  # nothing flowed into it, or it overflowed: not observed, and what it is compared with stays
-            if name in current and self._wanted(step + 1):
+            if self.config.metric != "grad_norm" and self._wanted(step + 1):
                 self._remember(step, name, current[name])
-            if self._wanted(step) and math.isfinite(value):
-                readings[name] = value
+            if self._wanted(step) and math.isfinite(values.get(name, math.nan)):
+                readings[name] = values[name]
         return readings
 
-    def _comparable(self, step: int, name: str) -> list[Tensor] | None:
-        """What the metric compares this step with. A weight change is that of one update, so it must be of step - 1;
-        a gradient may be that of the last step in which the matrix was observed."""
+    def _has_gradient(self, name: str) -> bool:
+        return all(p.grad is not None for p in self.matrices[name].parameters)
+
+    def _sampled(self, name: str, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """What is read of the tensors of a matrix: its own expert, and of large ones a sample."""
+        matrix = self.matrices[name]
+        own = [t if matrix.expert is None else t[matrix.expert] for t in tensors if t is not None]
+        if name not in self._samples:
+            self._samples[name] = [
+                sample(t, self.config.sample, f"{name}/{i}") if self.config.sample < 1 else None
+                for i, t in enumerate(own)
+            ]
+        return [t if s is None else s.take(t) for t, s in zip(own, self._samples[name], strict=True)]
+
+    def _total(self, name: str, numbers: Iterator[float]) -> float:
+        """The sum over the tensors of a matrix, each scaled up to all of its elements."""
+        return sum(next(numbers) * (1.0 if s is None else s.scale) for s in self._samples[name])
+
+    def _comparable(self, step: int, name: str) -> bool:
+        """Whether there is something to compare this step with. A weight change is that of one update, so it must be
+        of step - 1; a gradient may be that of the last step in which the matrix was observed."""
         if not self._wanted(step) or name not in self._previous:
-            return None
-        if self.config.metric == "weight_change" and self._previous_step[name] != step - 1:
-            return None
-        return self._previous[name]
+            return False
+        return self.config.metric != "weight_change" or self._previous_step[name] == step - 1
 
     def _remember(self, step: int, name: str, tensors: Sequence[Tensor]) -> None:
         if name in self._previous:
@@ -218,11 +239,36 @@ class GradES:
             freeze(matrix, self.optimizer)
             del self._experts[id(parameter)]
 
+    def _freeze_companions(self) -> None:
+        """Norms, biases and embeddings of layers that are frozen otherwise, where the user allows it."""
+        for path, names in blocks_of_matrices(self._model, self.matrices).items():
+            if any(name not in self.frozen for name in names):
+                continue
+            if self.config.freeze_norms:
+                self._freeze_rest(self._model.get_submodule(path).parameters())
+            if self.config.freeze_embeddings and self.matrices[names[0]].layer == 0:
+                for module in self.cut.upstream(path):
+                    self._freeze_rest(module.parameters(recurse=False))
+        projector = [name for name, matrix in self.matrices.items() if matrix.tower == "projector"]
+        if self.config.freeze_norms and projector and all(name in self.frozen for name in projector):
+            towers = towers_of_parameters(self._model)
+            self._freeze_rest(p for name, p in self._model.named_parameters() if towers[name] == "projector")
+
+    def _freeze_rest(self, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter.requires_grad:
+                freeze_parameter(parameter, self.optimizer)
+                self._companions.append(parameter)
+
+    def close(self) -> None:
+        """Takes everything off the model that this object put on it. What is frozen stays frozen."""
+        self.cut.close()
+
     def unfreeze_all(self) -> None:
         """Gives every tensor back to training, for a new run on the same model. Values stay as they are."""
-        for matrix in self.matrices.values():
-            for parameter in matrix.parameters:
-                parameter.requires_grad_(True)
+        self.close()
+        for parameter in (*self._companions, *(p for matrix in self.matrices.values() for p in matrix.parameters)):
+            parameter.requires_grad_(True)
         for experts in self._experts.values():
             experts.values.clear()
         self.frozen.clear()
@@ -232,6 +278,7 @@ class GradES:
         tensors = {f"{name}/{i}": t for name, kept in self._previous.items() for i, t in enumerate(kept)}
         return {
             "metric": self.config.metric,
+            "sample": self.config.sample,
             "last_step": self._last_step,
             "frozen": dict(self.frozen),
             "previous_step": dict(self._previous_step),
@@ -250,6 +297,11 @@ class GradES:
                 f"The checkpoint was written with metric {state['metric']!r} and this run has "
                 f"{self.config.metric!r}: resume with --metric {state['metric']}."
             )
+        if state["sample"] != self.config.sample:
+            raise ValueError(
+                f"The checkpoint was written with sample {state['sample']} and this run has {self.config.sample}: "
+                f"resume with --sample {state['sample']}."
+            )
         unknown = (set(state["frozen"]) | set(state["previous_step"])) - set(self.matrices)
         if unknown:
             raise ValueError(
@@ -264,3 +316,4 @@ class GradES:
         self.criterion.load_state_dict(state["criterion"])
         for name, step in state["frozen"].items():
             self._take_out(name, step)
+        self._stale_cut = True  # to be made in the next step: a cut needs to have seen one forward pass

@@ -22,10 +22,15 @@ def freeze(matrix: WeightMatrix, optimizer: Any = None) -> None:
         optimizer (`torch.optim.Optimizer`, *optional*): any with a `state` keyed by tensor, accelerate's wrapper too.
     """
     for parameter in matrix.parameters:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-        if optimizer is not None:
-            optimizer.state.pop(parameter, None)
+        freeze_parameter(parameter, optimizer)
+
+
+def freeze_parameter(parameter: nn.Parameter, optimizer: Any = None) -> None:
+    """`freeze` for a single tensor."""
+    parameter.requires_grad_(False)
+    parameter.grad = None
+    if optimizer is not None:
+        optimizer.state.pop(parameter, None)
 
 
 class FrozenExperts:

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -121,13 +122,22 @@ def find_blocks(model: nn.Module) -> dict[str, tuple[str, int]]:
     return blocks
 
 
+def blocks_of_matrices(model: nn.Module, matrices: dict[str, WeightMatrix]) -> dict[str, list[str]]:
+    """Path of a block -> the tracked matrices in it; blocks without any are left out."""
+    names: dict[tuple[str, int], list[str]] = {}
+    for name, matrix in matrices.items():
+        names.setdefault((matrix.stack, matrix.layer), []).append(name)
+    located = {path: (base_path(stack), index) for path, (stack, index) in find_blocks(model).items()}
+    return {path: names[place] for path, place in located.items() if place in names}
+
+
 def untracked_parameters(model: nn.Module, matrices: dict[str, WeightMatrix]) -> dict[str, int]:
     """What trains but is not tracked: kind (`"embed_tokens.weight"`, `"norms and biases"`, ...) -> elements."""
     tracked = {id(p) for matrix in matrices.values() for p in matrix.parameters}
     kinds: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in tracked:
-            path = re.sub(r"\.lora_\w+\..*", " (LoRA)", _base_path(name))
+            path = re.sub(r"\.lora_\w+\..*", " (LoRA)", base_path(name))
             words = [part for part in path.split(".") if not part.isdigit()]
             kind = "norms and biases" if parameter.ndim < 2 else ".".join(words[-2:])
             kinds[kind] += parameter.numel()
@@ -138,7 +148,7 @@ def towers_of_modules(model: nn.Module) -> dict[str, str]:
     """Path of a module -> tower. Embeddings and output head count as language, mergers and projectors as projector."""
     towers = _towers(model)
     return {
-        path: "projector" if any(word in path for word in CONNECTORS) else _tower_of(_base_path(path) + ".", towers)
+        path: "projector" if any(word in path for word in CONNECTORS) else _tower_of(base_path(path) + ".", towers)
         for path, _ in model.named_modules()
     }
 
@@ -211,7 +221,7 @@ def _trainable_linears(model: nn.Module) -> Iterator[tuple[str, str, tuple[nn.Pa
             parameters = tuple(
                 p for n, p in module.named_parameters() if p.requires_grad and not n.startswith("base_layer.")
             )
-            name, shape = _base_path(path), (module.out_features, module.in_features)
+            name, shape = base_path(path), (module.out_features, module.in_features)
             if hasattr(module, "parameter_name"):  # PEFT's target_parameters: LoRA on a 3-D expert weight
                 name = f"{name}.{module.parameter_name}"
             if parameters and len(getattr(module, "lora_A", {})) > 0:
@@ -220,15 +230,15 @@ def _trainable_linears(model: nn.Module) -> Iterator[tuple[str, str, tuple[nn.Pa
             rows, columns = module.weight.shape
             if type(module).__name__ == "Conv1D":  # GPT-2 keeps its weights as (in, out)
                 rows, columns = columns, rows
-            yield path, _base_path(path), (module.weight,), (rows, columns)
+            yield path, base_path(path), (module.weight,), (rows, columns)
         elif not isinstance(module, nn.modules.conv._ConvNd):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and parameter.requires_grad:
                     full = f"{path}.{name}"
-                    yield full, _base_path(full), (parameter,), tuple(parameter.shape)
+                    yield full, base_path(full), (parameter,), tuple(parameter.shape)
 
 
-def _base_path(path: str) -> str:
+def base_path(path: str) -> str:
     """Path in the base model: PEFT's wrappers removed."""
     parts = [part for part in path.split(".") if part != "base_layer"]
     if parts[:2] == ["base_model", "model"]:
@@ -243,7 +253,7 @@ def _locate(path: str, name: str, blocks: dict[str, tuple[str, int]]) -> tuple[s
         block = ".".join(parts[:end])
         if block in blocks:
             stack, layer = blocks[block]
-            return _base_path(stack), layer, name.removeprefix(_base_path(block) + ".")
+            return base_path(stack), layer, name.removeprefix(base_path(block) + ".")
     return "", -1, ""
 
 
@@ -285,7 +295,7 @@ def _towers(model: nn.Module) -> dict[str, str]:
             towers[path] = kinds[type(module.config)]
         elif not kinds and any(word in last for word in by_name) and any(map(_is_linear, module.modules())):
             towers[path] = next(tower for word, tower in by_name.items() if word in last)
-    return {_base_path(path): tower for path, tower in towers.items()}
+    return {base_path(path): tower for path, tower in towers.items()}
 
 
 def _tower_of(name: str, towers: dict[str, str]) -> str:
@@ -294,5 +304,6 @@ def _tower_of(name: str, towers: dict[str, str]) -> str:
 
 def find_heads(model: nn.Module) -> list[str]:
     """Paths of the output head of a Transformers model."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    getter: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = getter()
     return [path for path, module in model.named_modules() if module is head]

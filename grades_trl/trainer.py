@@ -8,6 +8,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,7 +22,7 @@ from transformers import TrainerCallback
 from . import accounting
 from .config import GradESConfig
 from .engine import FreezeEvent, GradES
-from .matrices import describe, find_blocks, find_matrices, untracked_parameters
+from .matrices import blocks_of_matrices, describe, find_matrices, untracked_parameters
 from .timeline import Timeline
 
 STATE_JSON, STATE_TENSORS = "grades_state.json", "grades_state.safetensors"
@@ -89,11 +90,18 @@ class GradESMixin(_SFTTrainer):
         step = self.state.global_step + 1
         scaler = self.accelerator.scaler
         self._stopwatch.start()
+        depths = dict(self.grades.cut.depths)
         self._events = self.grades.step(step, grad_scale=scaler.get_scale() if scaler is not None else 1.0)
         self._stopwatch.stop()
+        if self._events or self.grades.cut.depths != (self._states[-1]["cut"] if self._states else {}):
+            self._states.append({"step": step, "frozen": len(self.grades.frozen), "cut": dict(self.grades.cut.depths)})
         self.timeline.record(step, self._events, self.grades.readings)
         if self._events:
             self._announce(step, self._events)
+        for stack, depth in self.grades.cut.depths.items():
+            if depth > depths.get(stack, 0):
+                whole = all(m.layer < depth for m in self.grades.matrices.values() if m.stack == stack)
+                self._print(f"step {step}: backward ends above {'all' if whole else depth} blocks of {stack}")
 
     def _announce(self, step: int, events: list[FreezeEvent]) -> None:
         shown = ", ".join(f"{e.tower} {e.layer} {e.role}" for e in events[:3]) + (" ..." if len(events) > 3 else "")
@@ -112,6 +120,8 @@ class GradESMixin(_SFTTrainer):
         self._stopwatch = Stopwatch()
         self._validation = accounting.Validation(planned=self._planned_evaluations())
         self._tokens: dict[str, list[int]] = {}
+        # Where the cost of a step changed: number of frozen matrices, and blocks that backward does not enter.
+        self._states: list[dict[str, Any]] = []
         self._pictured = 0.0
 
     def _begin_training(self) -> None:
@@ -131,10 +141,8 @@ class GradESMixin(_SFTTrainer):
             resume_step=self.state.global_step,
         )
         first_blocks: dict[str, str] = {}
-        for path in find_blocks(self.model):
-            matrix = next((m for m in self.grades.matrices.values() if f"{m.stack}.{m.layer}" in path), None)
-            if matrix is not None:
-                first_blocks.setdefault(matrix.tower, path)
+        for path, names in blocks_of_matrices(self.model, self.grades.matrices).items():
+            first_blocks.setdefault(self.grades.matrices[names[0]].tower, path)
         self._token_hooks = accounting.count_tokens(self.model, first_blocks, self._tokens)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -154,6 +162,7 @@ class GradESMixin(_SFTTrainer):
     def _end_training(self) -> None:
         for hook in self._token_hooks:
             hook.remove()
+        self.grades.close()
         self.grades_summary = self._summarize()
         self.timeline.write_report(self.grades_summary)
         self._wandb_finish()
@@ -180,6 +189,7 @@ class GradESMixin(_SFTTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.grades is not None:
             state = self.grades.state_dict()
+            state |= {"clock": vars(self._clock), "validation": vars(self._validation), "states": self._states}
             save_file({k: t.contiguous() for k, t in state.pop("tensors").items()}, Path(output_dir) / STATE_TENSORS)
             (Path(output_dir) / STATE_JSON).write_text(json.dumps(state))
 
@@ -192,8 +202,11 @@ class GradESMixin(_SFTTrainer):
                     "with grades=None, or start anew from its weights."
                 )
             self._start_grades()
-            tensors = load_file(Path(checkpoint) / STATE_TENSORS)
-            self.grades.load_state_dict(json.loads(path.read_text()) | {"tensors": tensors})
+            state = json.loads(path.read_text())
+            self.grades.load_state_dict(state | {"tensors": load_file(Path(checkpoint) / STATE_TENSORS)})
+            self._states = state["states"]
+            vars(self._clock).update(state["clock"])
+            vars(self._validation).update(state["validation"])
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -219,7 +232,7 @@ class GradESMixin(_SFTTrainer):
             "grades/frozen_params_fraction": sum(params[name] for name in frozen) / sum(params.values()),
             "grades/frozen_prefix_layers": float(self._frozen_prefix_layers()),
             "grades/step_time": self._clock.recent_step(),
-            "grades/step_speedup_predicted": self._flops() / self._flops(frozen),
+            "grades/step_speedup_predicted": self._flops() / self._flops(frozen, self.grades.cut.depths),
             "grades/overhead_ms": 1e3 * statistics.median(self._clock.overhead_seconds[-accounting.WINDOW :]),
         }
         if (plain := self._clock.plain_step()) is not None:
@@ -227,6 +240,8 @@ class GradESMixin(_SFTTrainer):
         for tower in sorted({m.tower for m in matrices.values()}):
             members = [name for name, m in matrices.items() if m.tower == tower]
             logs[f"grades/{tower}/frozen_fraction"] = sum(name in frozen for name in members) / len(members)
+            stacks = {matrices[name].stack for name in members}
+            logs[f"grades/{tower}/cut_layers"] = float(sum(self.grades.cut.depths.get(s, 0) for s in stacks))
         by_role: dict[str, list[float]] = {}
         for name, value in self.grades.readings.items():
             prefix = "" if matrices[name].tower == "language" else f"{matrices[name].tower}/"
@@ -243,14 +258,24 @@ class GradESMixin(_SFTTrainer):
         layers = {m.layer for m in self.grades.matrices.values() if m.tower == "language"}
         return min(live) if live else len(layers)
 
-    def _flops(self, frozen: Any = ()) -> float:
+    def _flops(self, frozen: Collection[str] = (), depths: dict[str, int] | None = None) -> float:
         """Matmul FLOPs of one optimizer step, see `accounting.step_flops`."""
+        matrices = self.grades.matrices
+        cut = {name for name, m in matrices.items() if m.layer < depths.get(m.stack, 0)} if depths else ()
         per_step = self.args.gradient_accumulation_steps
         tokens = {tower: per_step * statistics.fmean(counts) for tower, counts in self._tokens.items()}
         tokens["projector"] = tokens.get("vision", 0.0)
         return accounting.step_flops(
-            self.grades.matrices.values(), frozen, tokens, checkpointing=self.args.gradient_checkpointing
+            matrices.values(), frozen, tokens, checkpointing=self.args.gradient_checkpointing, cut=cut
         )
+
+    def _flops_of_run(self) -> float:
+        """Of all steps that were run: a state holds for the step after it was reached, and on to the next one."""
+        frozen, total, start, cost = list(self.grades.frozen), 0.0, 0, self._flops()
+        for state in self._states:
+            total += cost * (state["step"] - start)
+            start, cost = state["step"], self._flops(frozen[: state["frozen"]], state["cut"])
+        return total + cost * (self.state.global_step - start)
 
     def _planned_evaluations(self) -> int:
         strategy, steps = self.args.eval_strategy, self.state.max_steps
@@ -268,10 +293,6 @@ class GradESMixin(_SFTTrainer):
             tower["matrices"] += 1
             tower["frozen"] += name in grades.frozen
         flops_plain = self._flops()
-        flops_run = sum(
-            self._flops([name for name, frozen_at in grades.frozen.items() if frozen_at <= step])
-            for step in range(1, steps + 1)
-        )
         overhead = sum(clock.overhead_seconds)
         if grades.done:
             reason = "all matrices frozen"
@@ -290,6 +311,7 @@ class GradESMixin(_SFTTrainer):
             "matrices": len(grades.matrices),
             "frozen": len(grades.frozen),
             "towers": towers,
+            "cuts": [{"step": s["step"], **s["cut"]} for s in self._states if s["cut"]],
             "params_tracked": sum(m.params for m in grades.matrices.values()),
             "params_trained_untracked": sum(untracked_parameters(self.model, grades.matrices).values()),
             "speedup": accounting.speedup(clock, self.state.max_steps, self._validation),
@@ -299,7 +321,7 @@ class GradESMixin(_SFTTrainer):
                 "fraction": overhead / clock.total if clock.total else None,
             },
             "flops": {
-                "run": flops_run,
+                "run": self._flops_of_run(),
                 "plain_same_length": flops_plain * steps,
                 "plain_full_schedule": flops_plain * self.state.max_steps,
             },

@@ -35,6 +35,8 @@ def test_tau_of_a_tower():
         ({"patience": 0}, "expected 1 or more"),
         ({"interval": 0}, "expected 1 or more"),
         ({"auto_ratio": 0.0}, "above 0"),
+        ({"sample": 0.0}, "above 0 and at most 1"),
+        ({"sample": 2.0}, "above 0 and at most 1"),
     ],
 )
 def test_values_out_of_range(arguments, message):

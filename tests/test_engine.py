@@ -174,6 +174,8 @@ def test_a_state_of_something_else_is_refused():
     grades = GradES(qwen3(), GradESConfig(metric="grad_norm"), 10)
     with pytest.raises(ValueError, match="resume with --metric grad_norm"):
         GradES(qwen3(), GradESConfig(), 10).load_state_dict(grades.state_dict())
+    with pytest.raises(ValueError, match=r"resume with --sample 0\.015625"):
+        GradES(qwen3(), GradESConfig(metric="grad_norm", sample=1.0), 10).load_state_dict(grades.state_dict())
     state = grades.state_dict() | {"frozen": {"model.layers.7.mlp.up_proj": 3}}
     with pytest.raises(ValueError, match=r"1 matrices that this model does not train, model\.layers\.7"):
         grades.load_state_dict(state)

@@ -12,9 +12,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from grades_trl.generate import exact_match
 from vlm import demo
 from vlm.demo import blank, digit_pictures, split_scans, tiny_llava
-from vlm.generate import answers, exact_match
+from vlm.generate import answers
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .trainer import GradESVLMMixin, GradESVLMTrainer
+    from .trainer import GradESVLMMixin
+
+    GradESVLMTrainer: Any
 
 __all__ = ["GradESVLMMixin", "GradESVLMTrainer"]
 

@@ -1,4 +1,4 @@
-"""What a vision-language model answers: greedy generation over a data set, and how often it is right."""
+"""What a vision-language model answers: greedy generation over a data set."""
 
 from __future__ import annotations
 
@@ -80,31 +80,3 @@ def answers(
         texts += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     model.train(was_training)
     return texts
-
-
-def _text(content: str | list[dict]) -> str:
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
-
-
-def exact_match(answers: list[str], dataset: Dataset) -> float:
-    """Returns the share of answers, from 0 to 1, whose stripped text is that of the completion.
-
-    Args:
-        answers (`list[str]`):
-            One for each example, in order.
-        dataset (`Dataset`):
-            With a column `completion` (a list of one message).
-
-    Raises:
-        ValueError: if there are no answers, or not as many as examples.
-    """
-    if len(answers) != len(dataset) or not answers:
-        raise ValueError(
-            f"Got {len(answers)} answers for {len(dataset)} examples; expected one for each, and at least one. Pass "
-            "the data set that `answers` was given."
-        )
-    right = sum(
-        answer.strip() == _text(completion[0]["content"]).strip()
-        for answer, completion in zip(answers, dataset["completion"], strict=True)
-    )
-    return right / len(answers)

@@ -1,0 +1,267 @@
+"""What GradES costs while it watches, and what a step costs when matrices are frozen. One command, one table.
+
+  python benchmarks/step_time.py                      # on this machine; results into benchmarks/results/
+  python benchmarks/step_time.py --hidden 256 --steps 5 --rounds 1       # a quick look
+
+Everything is measured side by side in one process: variants take turns, the first steps of each turn are warm-up, and
+a figure is the median over all turns. Beside each speed-up stands the limit that the matmul FLOPs set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from grades_trl import GradESConfig, GradESMixin, accounting, demo
+
+RESULTS = Path(__file__).parent / "results"
+WARM_UP = 2
+SHARES = (0.0, 0.25, 0.5, 0.75)
+
+
+def build(method: str, args: argparse.Namespace, tokenizer) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden,
+        intermediate_size=3 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=args.hidden // 128,
+        head_dim=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config).to(args.dtype)
+    if method == "qlora":
+        folder = args.scratch / "base"
+        model.save_pretrained(folder)
+        four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=args.dtype)
+        model = Qwen3ForCausalLM.from_pretrained(folder, quantization_config=four_bit)
+    if method != "full":
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    return model
+
+
+class Clock(TrainerCallback):
+    """Seconds of each optimizer step, from the end of the last one."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+        self._mark = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        synchronize()
+        self._mark = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        synchronize()
+        self.seconds.append(time.perf_counter() - self._mark)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Scheduled(GradESMixin, SFTTrainer):
+    """Freezes what it is told to, when it is told to: `plan[step]` is the set of matrices frozen from that step on."""
+
+    plan: dict[int, set[str]]
+
+    def _start_grades(self):
+        super()._start_grades()
+
+        def update(step, readings):
+            names = [name for name in self.plan.get(step, ()) if name not in self.grades.frozen]
+            self.grades.taus.update(dict.fromkeys(names, 1.0))
+            readings.update(dict.fromkeys(names, 0.0))
+            return names
+
+        self.grades.criterion.update = update
+
+    def _print(self, text):
+        pass
+
+
+def trainer_for(cls, model, args, tokenizer, data, checkpointing, steps, callbacks=(), **extra):
+    training = SFTConfig(
+        output_dir=str(args.scratch),
+        max_steps=steps,
+        per_device_train_batch_size=args.batch,
+        max_length=args.length,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=checkpointing != "off",
+        gradient_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"},
+        report_to=[],
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    return cls(
+        model=model, args=training, train_dataset=data, processing_class=tokenizer, callbacks=list(callbacks), **extra
+    )
+
+
+def held_bytes(trainer) -> dict[str, int]:
+    """Bytes of what training holds beside the weights."""
+
+    def size(tensors):
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    state = [v for s in trainer.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    previous = [t for kept in trainer.grades._previous.values() for t in kept]
+    return {"gradients": size(trained), "optimizer_state": size(state), "previous_gradients": size(previous)}
+
+
+class Held(TrainerCallback):
+    """Notes the bytes held at the end of given steps."""
+
+    def __init__(self, at):
+        self.at, self.noted, self.trainer = at, [], None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.at:
+            self.noted.append(held_bytes(self.trainer))
+
+
+def watching(args, tokenizer, data) -> dict:
+    """Step time of plain SFTTrainer, of GradES watching (sampled, exact) and of the authors' package."""
+    from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
+
+    def authors():
+        settings = GradEarlyStoppingConfig(tau=1e-30, alpha=0.5, enable_wandb_logging=False)
+        return [GradEarlyStoppingCallback(settings)]
+
+    never = {"tau": 0.0, "alpha": 0.0}
+    variants = {
+        "plain": (SFTTrainer, list, {}),
+        "grades_trl": (Scheduled, list, {"grades": GradESConfig(**never)}),
+        "grades_trl_exact": (Scheduled, list, {"grades": GradESConfig(**never, sample=1.0)}),
+        "grades_1.0.6": (SFTTrainer, authors, {}),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    Scheduled.plan = {}
+    for _ in range(args.rounds):
+        for name, (cls, callbacks, extra) in variants.items():
+            clock = Clock()
+            model = build("full", args, tokenizer)
+            steps = WARM_UP + args.steps
+            trainer = trainer_for(cls, model, args, tokenizer, data, "off", steps, [clock, *callbacks()], **extra)
+            # Our clock runs first at the beginning of a step and must run last at its end.
+            trainer.callback_handler.callbacks.sort(key=lambda callback: callback is clock)
+            trainer.train()
+            seconds[name] += clock.seconds[WARM_UP:]
+            print(f"  {name:<18} {statistics.median(clock.seconds[WARM_UP:]) * 1e3:8.1f} ms", flush=True)
+    plain = statistics.median(seconds["plain"])
+    return {
+        name: {"ms": 1e3 * statistics.median(times), "over_plain": statistics.median(times) / plain}
+        for name, times in seconds.items()
+    }
+
+
+def frozen(args, tokenizer, data, method: str, checkpointing: str) -> list[dict]:
+    """Step time with a growing share of the layers frozen from below, and with a random half of all matrices."""
+    config = GradESConfig(freeze_norms=True, freeze_embeddings=True)
+    phase = WARM_UP + args.steps
+    rows: dict[str, dict] = {}
+    for _ in range(args.rounds):
+        for kind in ("bottom", "random"):
+            clock, shares = Clock(), SHARES if kind == "bottom" else (0.0, 0.5)
+            held = Held([phase * (i + 1) for i in range(len(shares))])
+            trainer = trainer_for(
+                Scheduled, build(method, args, tokenizer), args, tokenizer, data, checkpointing,
+                phase * len(shares), [clock, held], grades=config,
+            )  # fmt: skip
+            held.trainer = trainer
+            trainer.callback_handler.callbacks.sort(key=lambda callback: callback is clock)
+            matrices = trainer.watched
+            generator = torch.Generator().manual_seed(0)
+            order = [list(matrices)[i] for i in torch.randperm(len(matrices), generator=generator).tolist()]
+            chosen = {
+                share: {n for n, m in matrices.items() if m.layer < share * args.layers}
+                if kind == "bottom"
+                else set(order[: int(share * len(order))])
+                for share in shares
+            }
+            Scheduled.plan = {phase * i + 1: chosen[share] for i, share in enumerate(shares) if share}
+            trainer.train()
+            for i, share in enumerate(shares):
+                name = f"{share:.0%} {'of matrices, random' if kind == 'random' else 'of layers'}" if share else kind
+                times = clock.seconds[phase * i + WARM_UP : phase * (i + 1)]
+                row = rows.setdefault(name, {"kind": kind, "share": share, "seconds": [], **held.noted[i]})
+                row["seconds"] += times
+                cut = chosen[share] if kind == "bottom" else set()
+                row["flops"] = accounting.step_flops(
+                    matrices.values(), chosen[share], checkpointing=checkpointing != "off", cut=cut
+                )
+    for name, row in rows.items():
+        row["ms"] = 1e3 * statistics.median(row.pop("seconds"))
+        row["state"] = "nothing frozen" if row["share"] == 0 else name
+    for row in rows.values():
+        start = rows[row["kind"]]
+        row |= {"method": method, "checkpointing": checkpointing}
+        row["speedup"], row["limit"] = start["ms"] / row["ms"], start["flops"] / row["flops"]
+    for row in (r for name, r in rows.items() if name != "random"):
+        print(
+            f"  {method:<6} {checkpointing:<14} {row['state']:<24} {row['ms']:8.1f} ms  {row['speedup']:.2f}x"
+            f" (limit {row['limit']:.2f}x)  optimizer state {row['optimizer_state'] / 2**20:.1f} MiB",
+            flush=True,
+        )
+    return [row for name, row in rows.items() if name != "random"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=8, help="measured steps per turn")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each variant")
+    args = parser.parse_args()
+    args.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    args.scratch = Path("outputs/benchmark")
+    disable_progress_bars()
+    tokenizer = demo.tiny_qwen3()[1]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, len(tokenizer), (512, args.length), generator=generator)
+    data = Dataset.from_dict({"input_ids": ids.tolist()})
+
+    print("watching, nothing frozen", flush=True)
+    result: dict = {"watching": watching(args, tokenizer, data)}
+    for name, row in result["watching"].items():
+        print(f"{name:<18} {row['ms']:8.1f} ms   {row['over_plain']:.3f} of plain")
+    print("frozen", flush=True)
+    result["frozen"] = [
+        row
+        for method in ("full", "lora", "qlora")
+        for checkpointing in ("off", "non-reentrant", "reentrant")
+        for row in frozen(args, tokenizer, data, method, checkpointing)
+    ]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    settings = {key: value for key, value in vars(args).items() if key != "scratch"} | {"dtype": str(args.dtype)}
+    result |= {"device": accounting.device_name(), "versions": accounting.versions(), "commit": commit}
+    result["settings"] = settings
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"step_time_{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()
