@@ -225,6 +225,38 @@ def frozen(args, tokenizer, data, method: str, checkpointing: str) -> list[dict]
     return [row for name, row in rows.items() if name != "random"]
 
 
+def cached(args, tokenizer, data, method: str, checkpointing: str) -> dict:
+    """Half of the layers frozen: the cut alone, and with the prefix read from the cache from the second epoch on."""
+    few = data.select(range(4 * args.batch))
+    steps_in_epoch = 4
+    seconds: dict[int, list[float]] = {0: [], 256: []}
+    losses: dict[int, list[float]] = {}
+    for _ in range(args.rounds):
+        for mib in seconds:
+            clock = Clock()
+            config = GradESConfig(freeze_norms=True, freeze_embeddings=True, cache_prefix=mib)
+            trainer = trainer_for(
+                Scheduled, build(method, args, tokenizer), args, tokenizer, few, checkpointing,
+                3 * steps_in_epoch + args.steps, [clock], grades=config,
+            )  # fmt: skip
+            trainer.callback_handler.callbacks.sort(key=lambda callback: callback is clock)
+            Scheduled.plan = {1: {n for n, m in trainer.watched.items() if m.layer < args.layers / 2}}
+            trainer.train()
+            seconds[mib] += clock.seconds[3 * steps_in_epoch :]
+            losses.setdefault(mib, []).append(trainer.state.log_history[-1]["train_loss"])
+    alone, both = (1e3 * statistics.median(times) for times in seconds.values())
+    row = {"method": method, "checkpointing": checkpointing, "cut_ms": alone, "cut_and_cache_ms": both}
+    row |= {
+        "speedup": alone / both,
+        "train_loss_difference": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
+    }
+    print(
+        f"  {method:<6} {checkpointing:<14} cut {alone:.1f} ms, cut and cache {both:.1f} ms: {alone / both:.2f}x",
+        flush=True,
+    )
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512)
@@ -252,6 +284,10 @@ def main() -> None:
         for method in ("full", "lora", "qlora")
         for checkpointing in ("off", "non-reentrant", "reentrant")
         for row in frozen(args, tokenizer, data, method, checkpointing)
+    ]
+    print("half of the layers frozen, without and with the prefix cache", flush=True)
+    result["cache"] = [
+        cached(args, tokenizer, data, "lora", checkpointing) for checkpointing in ("off", "non-reentrant", "reentrant")
     ]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     settings = {key: value for key, value in vars(args).items() if key != "scratch"} | {"dtype": str(args.dtype)}

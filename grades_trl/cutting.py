@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .caching import PrefixCache, draws_at_random
 from .matrices import base_path, find_blocks, find_heads, towers_of_modules
 
 TOUCHED = ("forward", "gradient_checkpointing")
@@ -30,15 +31,19 @@ class PrefixCut:
 
     Args:
         model (`nn.Module`): the model that trains.
+        cache_bytes (`int`, *optional*, defaults to `0`): CPU memory for the outputs of the cut language blocks, to be
+            read when a sample comes back (see `caching.py`); 0 is off.
 
     Attributes:
+        cache (`PrefixCache` or `None`): if there is one.
         depths (`dict[str, int]`): list of blocks, by its path in the base model -> number of its leading blocks that
             backward does not enter.
         blocks (`set[str]`): paths of all these blocks.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, cache_bytes: int = 0):
         self.model = model
+        self.cache = PrefixCache(cache_bytes) if cache_bytes else None
         self.depths: dict[str, int] = {}
         self.blocks: set[str] = set()
         self._stacks = find_blocks(model)
@@ -56,7 +61,7 @@ class PrefixCut:
         self._before: dict[str, dict[str, Any]] = {}  # attributes of the cut blocks as they were
         self._hooks = [m.register_forward_pre_hook(self._note(path)) for path, m in self._units.items()]
         # Before each pass of the whole model: `for_training()` of Unsloth turns checkpointing on again in all blocks.
-        self._hooks.append(model.register_forward_pre_hook(lambda *_: self._begin_pass()))
+        self._hooks.append(model.register_forward_pre_hook(self._begin_pass, with_kwargs=True))
 
     def _note(self, path: str) -> Callable:
         def hook(*_: Any) -> None:
@@ -81,9 +86,18 @@ class PrefixCut:
             stack, index = self._stacks[path]
             block = self._units[path]
             self._before[path] = {name: vars(block)[name] for name in TOUCHED if name in vars(block)}
-            feeds_a_live_block = index + 1 == self.depths[base_path(stack)] and f"{stack}.{index + 1}" in self._stacks
-            _run_without_grad(block, feeds_a_live_block)
+            last = index + 1 == self.depths[base_path(stack)]
+            feeds_a_live_block = last and f"{stack}.{index + 1}" in self._stacks
+            _run_without_grad(
+                block, feeds_a_live_block, self._cache_for(path), last and self._towers[path] == "language"
+            )
         return True
+
+    def _cache_for(self, path: str) -> PrefixCache | None:
+        """The cache stands for all cut blocks of a decoder, and for the encoders whose output goes nowhere else."""
+        stacks = {self._stacks[path][0] for path in self.blocks if self._towers[path] == "language"}
+        usable = len(stacks) == 1 and not any(draws_at_random(self._units[path]) for path in self.blocks)
+        return self.cache if usable else None
 
     def _prefix(self, tower: str) -> set[str]:
         """The blocks of a tower that come before the first module that trains, in every pass that was seen.
@@ -117,7 +131,9 @@ class PrefixCut:
         same_tower = (path for path in before if self._towers[path] == self._towers[first])
         return [self._units[path] for path in same_tower if path not in self._stacks]
 
-    def _begin_pass(self) -> None:
+    def _begin_pass(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.cache is not None and self.blocks and model.training:
+            self.cache.begin_pass({} if args else kwargs)
         if self._order:
             self._orders.add(tuple(self._order))
             self._order = []
@@ -132,6 +148,8 @@ class PrefixCut:
                 attributes.pop(name, None)
             attributes.update(self._before.pop(path))
         self.blocks, self.depths = set(), {}
+        if self.cache is not None:
+            self.cache.clear()
 
     def close(self) -> None:
         """Leaves the model as it was found."""
@@ -144,7 +162,7 @@ def _own(module: nn.Module) -> Iterator[nn.Parameter]:
     return module.parameters(recurse=False)
 
 
-def _run_without_grad(block: nn.Module, feeds_a_live_block: bool) -> None:
+def _run_without_grad(block: nn.Module, feeds_a_live_block: bool, cache: PrefixCache | None, last: bool) -> None:
     forward = block.forward
     checkpoint = getattr(block, "_gradient_checkpointing_func", None)
     # Reentrant checkpointing of the next block gives no gradients at all unless its input requires one.
@@ -153,8 +171,13 @@ def _run_without_grad(block: nn.Module, feeds_a_live_block: bool) -> None:
     def no_grad_forward(*args: Any, **kwargs: Any) -> Any:
         if not block.training:
             return forward(*args, **kwargs)
-        with torch.no_grad():
-            output = forward(*args, **kwargs)
+        if cache is not None and cache.output is not None:
+            output = cache.output if last else args[0]
+        else:
+            with torch.no_grad():
+                output = forward(*args, **kwargs)
+            if cache is not None and last and isinstance(output, torch.Tensor):
+                cache.store(output)
         if feeds_a_live_block and reentrant:
             hidden = output if isinstance(output, torch.Tensor) else output[0]
             hidden.requires_grad_(True)

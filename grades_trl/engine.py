@@ -10,12 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import kernels, metrics
 from .config import GradESConfig
 from .criterion import Criterion
 from .cutting import PrefixCut
 from .freezing import FrozenExperts, freeze, freeze_parameter
 from .matrices import blocks_of_matrices, find_matrices, towers_of_parameters
-from .metrics import Sample, l1_distances, l1_norms, sample
+from .metrics import Sample, sample
+from .unsloth_lora import skip_frozen_pairs
+
+FUSED_ON = "cuda"  # the devices that the kernels are for; tests in Triton's interpreter say "cpu"
+
+
+def _sums(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale: float) -> list[list[float]]:
+    """`[sum |x / scale|, sum |x / scale - p|]` of each tensor x, NaN without p, with one transfer to the host."""
+    groups: dict[tuple[torch.device, bool], list[int]] = {}  # a model may lie on several devices
+    for i, x in enumerate(tensors):
+        groups.setdefault((x.device, x.device.type == FUSED_ON and x.dtype in kernels.DTYPES), []).append(i)
+    tables = []
+    for (_, fused), members in groups.items():
+        read = kernels.read if fused and kernels.available() else metrics.read
+        tables.append(read([tensors[i] for i in members], [previous[i] for i in members], scale))
+    # The one wait for the device; the Trainer makes the same one next.
+    rows = torch.cat([table.to(tables[0].device) for table in tables]).tolist()
+    sums = dict(zip((i for members in groups.values() for i in members), rows, strict=True))
+    return [sums[i] for i in range(len(tensors))]
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,7 @@ class GradES:
         self.total_steps = total_steps
         self.optimizer = optimizer
         self.matrices = find_matrices(model, projector=config.track_projector)
+        skip_frozen_pairs(model)  # where Unsloth's fused LoRA kernels compute the gradients
         if optimizer is None and any(matrix.expert is not None for matrix in self.matrices.values()):
             raise ValueError(
                 "This model keeps its experts in 3-D weights, and frozen ones are held still after each step of the "
@@ -94,7 +114,7 @@ class GradES:
         self._previous_step: dict[str, int] = {}
         self._samples: dict[str, list[Sample | None]] = {}
         self._experts: dict[int, FrozenExperts] = {}
-        self.cut = PrefixCut(model)
+        self.cut = PrefixCut(model, cache_bytes=config.cache_prefix * 2**20)
         self._model = model
         self._companions: list[nn.Parameter] = []
         self._stale_cut = False
@@ -144,28 +164,32 @@ class GradES:
         if not observed:
             return {}
         gradients = {name: self._sampled(name, [p.grad for p in self.matrices[name].parameters]) for name in observed}
-        table = [l1_norms([g for name in observed for g in gradients[name]]) / grad_scale]
-        current = gradients
+        before: dict[str, Sequence[Tensor | None]] = {
+            name: self._previous[name] for name in observed if self._comparable(step, name)
+        }
+        tensors: list[Tensor] = []
         if self.config.metric == "weight_change":
             current = {name: self._sampled(name, self.matrices[name].parameters) for name in observed}
-        elif grad_scale != 1.0:
-            current = {name: [g / grad_scale for g in tensors] for name, tensors in gradients.items()}
-        compared = [name for name in observed if self._comparable(step, name)]
-        if compared:
-            tensors, previous = ([t for name in compared for t in kept[name]] for kept in (current, self._previous))
-            table.append(l1_distances(tensors, previous))
-        numbers = iter(torch.cat(table).tolist())  # the one wait for the device; the Trainer makes the same one next
+            tensors += [g for name in observed for g in gradients[name]]  # for 0 and overflow alone, at any scale
+            scale = 1.0
+        else:  # norm and distance in one pass
+            current, scale = gradients, grad_scale
+            before = {name: before.get(name, [None] * len(gradients[name])) for name in observed}
+        skip = len(tensors)
+        tensors += [x for name in before for x in current[name]]
+        sums = _sums(tensors, [None] * skip + [p for kept in before.values() for p in kept], scale)
 
+        numbers = iter(norm for norm, _ in sums)
         norms = {name: self._total(name, numbers) for name in observed}
-        values = (
-            norms if self.config.metric == "grad_norm" else {name: self._total(name, numbers) for name in compared}
-        )
+        numbers = iter(distance for _, distance in sums[skip:])
+        changes = {name: self._total(name, numbers) for name in before}
+        values = norms if self.config.metric == "grad_norm" else changes
         readings = {}
         for name, norm in norms.items():
             if norm == 0.0 or not math.isfinite(norm):
                 continue  # nothing flowed into it, or it overflowed: not observed, and what it is compared with stays
             if self.config.metric != "grad_norm" and self._wanted(step + 1):
-                self._remember(step, name, current[name])
+                self._remember(step, name, current[name], scale)
             if self._wanted(step) and math.isfinite(values.get(name, math.nan)):
                 readings[name] = values[name]
         return readings
@@ -195,12 +219,13 @@ class GradES:
             return False
         return self.config.metric != "weight_change" or self._previous_step[name] == step - 1
 
-    def _remember(self, step: int, name: str, tensors: Sequence[Tensor]) -> None:
-        if name in self._previous:
-            for old, new in zip(self._previous[name], tensors, strict=True):
-                old.copy_(new)
-        else:
-            self._previous[name] = [tensor.detach().clone() for tensor in tensors]
+    def _remember(self, step: int, name: str, tensors: Sequence[Tensor], scale: float) -> None:
+        """Keeps `tensors / scale`: a sample as it is, for it is a copy already, and of the rest a copy, for clipping
+        changes gradients and the optimizer weights. The kernels want it contiguous."""
+        self._previous[name] = [
+            x if chosen is not None and scale == 1.0 else (x / scale).contiguous()
+            for x, chosen in zip(tensors, self._samples[name], strict=True)
+        ]
         self._previous_step[name] = step
 
     def _freeze(self, step: int, names: list[str]) -> list[FreezeEvent]:

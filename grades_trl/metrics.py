@@ -5,8 +5,9 @@ A matrix may consist of several tensors (the LoRA factors A and B); its number i
 
 Large tensors are sampled: the sum over n of N equal chunks, times N / n, is an unbiased estimate of the sum over all,
 with a relative standard error of cv * sqrt((1 - n / N) / n), where cv is the standard deviation of the chunks' sums
-over their mean. Chunks lie all over the tensor, so cv is small: about 0.1 for independent entries, below 1 for the
-gradients we looked at. The same chunks are read in every step, so that what a matrix is compared with is itself.
+over their mean. Gradients of SmolLM2-135M had a cv of 0.7 in the median and 2.3 at most: 2 % and 7 % with 1,024
+chunks, 0.6 % and 2 % with the 16,384 chunks of a matrix of 16M elements. (Whole rows in place of chunks: three to five
+times the error.) The same chunks are read in every step, so that a matrix is always compared with itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 64  # consecutive elements: two memory sectors of 64 bytes in bf16
+CHUNK = 16  # consecutive elements: 32 bytes in bf16, the smallest piece that a GPU reads from memory
 MIN_ELEMENTS = 2**14  # of a sample
 
 
@@ -74,3 +75,25 @@ def l1_distances(tensors: Sequence[Tensor], previous: Sequence[Tensor]) -> Tenso
     # bf16 minus bf16 would round the difference to 8 bits before it is summed, hence float() first.
     differences = torch._foreach_sub([x.float() for x in tensors], [y.float() for y in previous])
     return torch.stack(torch._foreach_norm(differences, 1))
+
+
+def read(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale: float = 1.0) -> Tensor:
+    """`sum |x / scale|` and `sum |x / scale - p|` of each tensor x, all on one device. Nothing waits for the device.
+
+    Args:
+        tensors (`Sequence[Tensor]`): n tensors of any shape and dtype.
+        previous (`Sequence[Tensor | None]`): p, of the shape of its tensor. The second sum is NaN where there is none.
+        scale (`float`, *optional*, defaults to `1.0`): the loss scale that gradients are still multiplied by.
+
+    Returns:
+        `Tensor`: float32 of shape `(n, 2)`, on the device.
+    """
+    norms = l1_norms(tensors) / scale
+    pairs = [
+        (x if scale == 1.0 else x.float() / scale, p) for x, p in zip(tensors, previous, strict=True) if p is not None
+    ]
+    if not pairs:
+        return torch.stack([norms, torch.full_like(norms, math.nan)], dim=1)
+    found = iter(l1_distances(*zip(*pairs, strict=True)))
+    missing = norms.new_full((), math.nan)
+    return torch.stack([norms, torch.stack([missing if p is None else next(found) for p in previous])], dim=1)

@@ -223,7 +223,7 @@ def config_for(tmp_path, reentrant, **changes):
     )
 
 
-def bottom_up(trainer):
+def bottom_up(trainer, most=99):
     """Freezes one more layer from below every fourth step, so that a cut is sure to move during the run."""
 
     class BottomUp(trainer):
@@ -232,7 +232,11 @@ def bottom_up(trainer):
             matrices = self.grades.matrices
 
             def update(step, readings):
-                done = [name for name, m in matrices.items() if m.layer < step // 4 and name not in self.grades.frozen]
+                done = [
+                    name
+                    for name, m in matrices.items()
+                    if m.layer < min(step // 4, most) and name not in self.grades.frozen
+                ]
                 self.grades.taus.update(dict.fromkeys(done, 1.0))
                 readings.update(dict.fromkeys(done, 0.0))
                 return done

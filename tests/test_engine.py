@@ -2,11 +2,17 @@
 
 import copy
 import json
+import re
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
+from test_kernels import DEVICE, INTERPRETED, check, triton_environment
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from grades_trl import GradES, GradESConfig
+from grades_trl import GradES, GradESConfig, engine, kernels, metrics
 from models import Toy, qwen3, qwen3_moe
 
 ONE = "layers.0.proj"
@@ -197,3 +203,166 @@ def test_done_when_all_are_frozen_and_the_rest_trains_on():
     grades.unfreeze_all()
     assert all(p.requires_grad for p in model.parameters())
     assert not grades.done
+
+
+def step_of(model, step, vocabulary=64, scale=1.0):
+    """Backward of one batch; the gradients carry the loss scale."""
+    batch = torch.randint(0, vocabulary, (2, 8), generator=torch.Generator().manual_seed(step)).to(model.device)
+    (model(input_ids=batch, labels=batch).loss * scale).backward()
+
+
+def test_the_fused_readings_in_the_interpreter():
+    if INTERPRETED:
+        pytest.skip("this is the interpreter")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "give_the_same_readings"],
+        env=triton_environment(TRITON_INTERPRET="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) == 9, run.stdout[-2000:]
+
+
+@check
+@pytest.mark.parametrize("metric", ["grad_change", "grad_norm", "weight_change"])
+@pytest.mark.parametrize("build, scale", [(qwen3, 1.0), (qwen3, 1024.0), (qwen3_moe, 1024.0)])
+def test_the_kernels_give_the_same_readings_as_torch(monkeypatch, build, metric, scale):
+    """Two engines read the same run, one of them with each form."""
+    called = {kernels: 0, metrics: 0}
+    for module in called:
+
+        def counted(*args, module=module, read=module.read):
+            called[module] += 1
+            return read(*args)
+
+        monkeypatch.setattr(module, "read", counted)
+    model = build(intermediate_size=4096, num_hidden_layers=1).to(DEVICE)
+    if build is qwen3:
+        model.to(torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = GradESConfig(metric=metric, tau=0.0, alpha=0.0)
+    fused, plain = (GradES(model, config, 10, optimizer) for _ in range(2))
+    steps = 4
+    for step in range(1, steps + 1):
+        step_of(model, step, scale=scale)
+        if step == 3:  # other tensors than in the step before
+            model.model.layers[0].self_attn.q_proj.weight.grad = None
+        for grades, device in ((plain, "none"), (fused, DEVICE)):
+            monkeypatch.setattr(engine, "FUSED_ON", device)
+            grades.step(step, grad_scale=scale)
+        first, after_gap = metric != "grad_norm", metric == "weight_change"
+        unread = {1: first * len(plain.matrices), 3: 1, 4: int(after_gap)}.get(step, 0)
+        assert len(plain.readings) == len(plain.matrices) - unread
+        assert fused.readings == pytest.approx(plain.readings, rel=1e-5)
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(0.5 / scale)  # as clipping does, in place
+        optimizer.step()
+        optimizer.zero_grad()
+    if build is qwen3:
+        assert plain._samples["model.layers.0.mlp.up_proj"][0] is not None
+    assert called == {kernels: steps, metrics: steps}
+
+
+class Waits(TorchDispatchMode):
+    """Counts what reads values of tensors into Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2")
+        if func.overloadpacket.__name__ in names:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("metric", ["grad_change", "grad_norm", "weight_change"])
+def test_a_step_waits_once_for_the_device(monkeypatch, metric, scale):
+    transfers = []
+    for name in ("tolist", "numpy", "cpu"):  # not seen by a dispatch mode on the CPU
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, name=name, original=original):
+            transfers.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    model = qwen3(intermediate_size=4096)
+    grades = GradES(model, GradESConfig(metric=metric, tau=1e9, alpha=0.3), 10, None)
+    for step in range(1, 6):
+        step_of(model, step, scale=scale)
+        transfers.clear()
+        with Waits() as waits:
+            grades.step(step, grad_scale=scale)
+        if step > 1:  # in the first one, samples are drawn
+            assert transfers == ([] if step > 4 else ["tolist"])
+            assert waits.count == 0
+        model.zero_grad()
+    assert grades.done  # in step 4, and there was nothing to read in step 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("metric", ["grad_change", "grad_norm", "weight_change"])
+def test_a_step_on_a_gpu_waits_once(metric):
+    model = qwen3(intermediate_size=4096).to(DEVICE)
+    grades = GradES(model, GradESConfig(metric=metric, tau=0.0, alpha=0.0), 10, None)
+    for step in range(1, 5):
+        step_of(model, step)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                grades.step(step, grad_scale=1024.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if step > 2:  # samples are drawn in the first, kernels compiled in the first two
+            assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
+
+
+def test_sums_come_back_in_order_from_several_devices(monkeypatch):
+    groups = []
+
+    def read(tensors, previous, scale):
+        groups.append((tensors[0].device.type, len(tensors)))
+        pairs = zip(tensors, previous, strict=True)
+        return torch.tensor([[x.numel() / scale, -1.0 if p is None else p.numel()] for x, p in pairs])
+
+    monkeypatch.setattr(metrics, "read", read)
+    here, there = torch.zeros(2), torch.zeros(6, device="meta")
+    sums = engine._sums([there, here, here, there], [None, here, None, there], 2.0)
+    assert sums == [[3, -1], [1, 2], [1, -1], [3, 6]]
+    assert groups == [("meta", 2), ("cpu", 2)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_what_is_remembered_is_out_of_reach_of_clipping_and_of_the_optimizer(scale):
+    """By another route: the gradients of a small and of a sampled matrix, cloned before they are changed."""
+    for metric in ("grad_change", "weight_change"):
+        model = qwen3(intermediate_size=4096)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        grades = GradES(model, GradESConfig(metric=metric, tau=0.0, alpha=0.0), 10, optimizer)
+        names = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
+        before = {}
+        for step in range(1, 4):
+            step_of(model, step, scale=scale)
+            grades.step(step, grad_scale=scale)
+            for name in names:
+                weight = grades.matrices[name].parameters[0]
+                chosen = grades._samples[name][0]
+                now = (weight.grad / scale if metric == "grad_change" else weight.detach()).double().clone()
+                if step > 1:
+                    difference = now - before[name]
+                    if chosen is not None:
+                        difference = chosen.take(difference) * chosen.scale
+                    assert grades.readings[name] == pytest.approx(difference.abs().sum().item(), rel=1e-4)
+                before[name] = now
+            for p in model.parameters():
+                p.grad.mul_(0.1 / scale)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        assert chosen is not None

@@ -252,5 +252,5 @@ def test_exact_match_counts_stripped_equals():
     assert exact_match([" 12\n", "345", "67", "8"], plain) == 0.75
     parts = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in completions]
     assert exact_match(["12", "34", "6 7", "8"], Dataset.from_dict({"completion": parts})) == 0.25
-    with pytest.raises(ValueError, match="3 answers for 4 examples"):
+    with pytest.raises(ValueError, match="3 answers to 4 examples"):
         exact_match(["12", "345", "67"], plain)
