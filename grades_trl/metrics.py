@@ -40,7 +40,7 @@ class Sample:
 
     def take(self, tensor: Tensor) -> Tensor:
         """The sampled elements, (n, chunk), a copy."""
-        return tensor.reshape(-1, self.chunk)[self.index]
+        return tensor.reshape(-1, self.chunk).index_select(0, self.index)
 
 
 def sample(tensor: Tensor, fraction: float, name: str) -> Sample | None:
