@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,7 +168,7 @@ def start_wandb(training: SFTConfig) -> None:
 def finish(trainer: Any, results: dict[str, float]) -> None:
     """The end of a recipe: results into summary.json, the report and W&B, and a short account on the screen."""
     output_dir = Path(trainer.args.output_dir)
-    print("\n" + "\n".join(f"{key.removeprefix('final/'):<28} {value:.4g}" for key, value in sorted(results.items())))
+    print("\n" + "\n".join(f"{key:<34} {value:.4g}" for key, value in sorted(results.items())))
     if wandb.run is not None:
         wandb.run.summary.update(results)
     if trainer.grades is not None:
@@ -176,6 +177,9 @@ def finish(trainer: Any, results: dict[str, float]) -> None:
         print("\n" + account(trainer.grades_summary))
         print(f"\nWhat froze when, with pictures: {output_dir / 'grades' / 'report.html'}")
     print(f"The model: {output_dir}")
+    if trainer.grades is not None:
+        plain = ["--grades", "false", "--output_dir", f"{output_dir}_plain"]
+        print(f"Next, the same run without freezing: {shlex.join(['python', *sys.argv, *plain])}")
 
 
 def account(summary: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
@@ -146,6 +147,8 @@ class GradESMixin(_SFTTrainer):
         self._token_hooks = accounting.count_tokens(self.model, first_blocks, self._tokens)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        if (run := self._wandb_run()) is not None:
+            run.config.update({"grades": dataclasses.asdict(self.grades_config)}, allow_val_change=True)
         self._clock.start()
 
     def _end_step(self) -> None:

@@ -14,6 +14,7 @@ from grades_trl.backend import BACKEND  # isort: skip  Unsloth, if it is used, m
 
 import torch
 import wandb
+from datasets import Dataset
 
 from grades_trl import GradESTrainer, data, demo
 from grades_trl.cli import finish, parse
@@ -67,21 +68,27 @@ def main() -> None:
         grades=grades if recipe.grades else None,
     )
 
-    # 3. Train, with a few answers before and after.
+    # 3. Train, with a few answers and their exact match before and after.
     can_ask = "prompt" in test.column_names
     shown = test.select(range(min(recipe.samples, len(test)))) if can_ask and recipe.samples else None
-    before = answers(trainer.model, tokenizer, shown, max_new_tokens=recipe.max_new_tokens) if shown else []
+    asked = {
+        split: rows.select(range(min(recipe.generate, len(rows))))
+        for split, rows in dataset.items()
+        if can_ask and recipe.generate and split.startswith("test")
+    }
+
+    def ask(rows: Dataset) -> list[str]:
+        return answers(trainer.model, tokenizer, rows, max_new_tokens=recipe.max_new_tokens)
+
+    before = ask(shown) if shown else []
+    results = {f"before/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    after = answers(trainer.model, tokenizer, shown, max_new_tokens=recipe.max_new_tokens) if shown else []
+    after = ask(shown) if shown else []
 
     # 4. What came of it.
     scores = trainer.evaluate()
-    results = {f"final/{key}": scores[key] for key in ("eval_loss", "eval_mean_token_accuracy") if key in scores}
-    if can_ask and recipe.generate:
-        for split in [name for name in dataset if name.startswith("test")]:
-            asked = dataset[split].select(range(min(recipe.generate, len(dataset[split]))))
-            given = answers(trainer.model, tokenizer, asked, max_new_tokens=recipe.max_new_tokens)
-            results[f"final/exact_match_{split}"] = exact_match(given, asked)
+    results |= {f"final/{key}": scores[key] for key in ("eval_loss", "eval_mean_token_accuracy") if key in scores}
+    results |= {f"final/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}
     if shown:
         show_samples(shown, before, after)
     trainer.save_model()

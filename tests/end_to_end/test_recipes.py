@@ -57,8 +57,8 @@ def test_text_demo(tmp_path):
         "expected  ",
         "before    ",
         "after     ",
-        "exact_match_test ",
-        "exact_match_test_formats ",
+        "before/exact_match_test ",
+        "final/exact_match_test_formats ",
         "cheaper",
     ):
         assert line in printed, line
@@ -85,6 +85,7 @@ def test_text_demo(tmp_path):
         },
     )
     assert recorded["summary"]["grades/frozen"] == summary["frozen"]
+    assert recorded["config"]["grades"]["auto_ratio"] == 1.5
     assert recorded["summary"]["final/exact_match_test"] == summary["results"]["final/exact_match_test"]
 
 
