@@ -81,11 +81,14 @@ def make_trainable(model: nn.Module, args: ModelConfig, towers: Collection[str] 
         for name, tower in towers_of_parameters(model).items():
             model.get_parameter(name).requires_grad_(tower in towers)
         return model
+    targets = args.lora_target_modules or linear_layers(model, towers)
+    if isinstance(targets, str) and targets.isidentifier():  # ModelConfig unpacks a list of one; a str is a pattern
+        targets = [targets]
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules or linear_layers(model, towers),
+        target_modules=targets,
         target_parameters=args.lora_target_parameters,
         modules_to_save=args.lora_modules_to_save,
         use_rslora=args.use_rslora,
@@ -157,4 +160,6 @@ def _load_with_unsloth(
             **targets,
             **parts,
         )
+    elif vision:
+        model = make_trainable(model, args, towers)
     return model, processor

@@ -1,0 +1,144 @@
+"""Models from local folders and GGUF files, through the real loading code; what trains of them."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from trl import ModelConfig
+
+from grades_trl import demo
+from grades_trl.loading import find_gguf, load_model, make_trainable
+from grades_trl.matrices import find_matrices
+from models import SMALL, llava
+from vlm import demo as vlm_demo
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model, tokenizer = demo.tiny_qwen3()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def trained(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_full_fine_tuning_of_a_local_folder(folder):
+    model, tokenizer = load_model(ModelConfig(model_name_or_path=folder), "transformers")
+    assert model.dtype == torch.float32
+    assert trained(model) == {name for name, _ in model.named_parameters()}
+    assert tokenizer.chat_template
+
+
+def test_lora_goes_on_the_matrices_that_grades_watches(folder):
+    arguments = ModelConfig(model_name_or_path=folder, use_peft=True, lora_r=4, dtype="bfloat16")
+    model, _ = load_model(arguments, "transformers")
+    assert len(find_matrices(model)) == 28
+    assert all(".lora_" in name for name in trained(model))
+    few = ModelConfig(model_name_or_path=folder, use_peft=True, lora_target_modules=["q_proj"])
+    assert {m.role for m in find_matrices(load_model(few, "transformers")[0]).values()} == {"q_proj"}
+
+
+def test_four_bits_on_a_cpu(folder):
+    arguments = ModelConfig(model_name_or_path=folder, use_peft=True, load_in_4bit=True)
+    model, _ = load_model(arguments, "transformers")
+    weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert weight.dtype == torch.uint8
+    assert find_matrices(model)["model.layers.0.self_attn.q_proj"].shape == (128, 128)
+
+
+def test_a_vision_language_model_and_its_processor(tmp_path):
+    model, processor = vlm_demo.tiny_llava()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    arguments = ModelConfig(model_name_or_path=str(tmp_path))
+    loaded, reloaded = load_model(arguments, "transformers", vision=True, towers=["vision"])
+    assert type(reloaded).__name__ == "LlavaProcessor"
+    assert trained(loaded)
+    assert all("vision_tower" in name for name in trained(loaded))
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_towers_of_choice(peft):
+    arguments = ModelConfig(use_peft=peft, lora_r=2)
+    model = make_trainable(llava(), arguments, ["projector", "language"])
+    assert any("multi_modal_projector" in name for name in trained(model))
+    assert any("language_model.layers.1" in name for name in trained(model))
+    assert not any("vision_tower" in name for name in trained(model))
+
+
+def test_errors(folder, tmp_path):
+    with pytest.raises(ValueError, match="add --use_peft"):
+        load_model(ModelConfig(model_name_or_path=folder, load_in_4bit=True), "transformers")
+    with pytest.raises(ValueError, match=r"loads with --backend transformers and without 4 or 8 bits"):
+        load_model(ModelConfig(model_name_or_path=str(tmp_path / "x.gguf")), "unsloth")
+    four_bit = ModelConfig(model_name_or_path=str(tmp_path / "x.gguf"), load_in_4bit=True, use_peft=True)
+    with pytest.raises(ValueError, match=r"x\.gguf is a GGUF file"):
+        load_model(four_bit, "transformers")
+
+
+def write_gguf(path, model):
+    """A GGUF file of a tiny Llama, as llama.cpp lays it out."""
+    writer = gguf.GGUFWriter(path, "llama")
+    config = model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = ["<unk>", "<bos>", "<eos>", *(chr(ord("!") + i) for i in range(config.vocab_size - 5)), '!"', "#$"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * (config.vocab_size - 3))
+    writer.add_token_merges(['! "', "# $"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+    parts |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+    parts |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    for i in range(config.num_hidden_layers):
+        names |= {f"model.layers.{i}.{part}": f"blk.{i}.{name}" for part, name in parts.items()}
+    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        values = tensor.numpy().astype(np.float32)
+        for part, count in heads.items():  # llama.cpp interleaves the two halves of each head for its rotary embedding
+            if part in name:
+                values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(f"{names[name.removesuffix('.weight')]}.weight", np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_becomes_a_model_that_trains_and_saves(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    original = LlamaForCausalLM(LlamaConfig(**SMALL, head_dim=8, tie_word_embeddings=False, pad_token_id=0)).eval()
+    (tmp_path / "gguf").mkdir()
+    write_gguf(tmp_path / "gguf" / "tiny.gguf", original)
+    assert find_gguf(str(tmp_path / "gguf")) == tmp_path / "gguf" / "tiny.gguf"  # the only one in the folder
+    model, tokenizer = load_model(ModelConfig(model_name_or_path=str(tmp_path / "gguf")), "transformers")
+    ids = torch.arange(3, 19).view(1, 16)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(ids).logits, original(ids).logits, atol=1e-5)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<eos>", "<unk>")
+    assert len(find_matrices(model)) == 14
+    model.save_pretrained(tmp_path / "saved")
+    assert find_gguf(str(tmp_path / "saved")) is None
+
+
+def test_what_is_no_gguf(tmp_path, folder):
+    assert find_gguf("Qwen/Qwen3-0.6B") is None
+    assert find_gguf(folder) is None
+    assert find_gguf("somewhere/model.gguf").name == "model.gguf"
