@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
@@ -51,7 +52,7 @@ def answers(
     was_training = model.training
     model.eval()
     texts = []
-    for start in range(0, len(dataset), batch_size):
+    for start in tqdm(range(0, len(dataset), batch_size), desc="answers", unit="batch"):
         batch = dataset[start : start + batch_size]
         images = [blank_pictures(row) if blank else row for row in batch["images"]]
         messages = [
