@@ -118,7 +118,7 @@ def parse(
     flags = {word.partition("=")[0] for word in argv}
     if not flags & {"--config", "--model_name_or_path", "--help", "-h"}:
         argv = ["--config", str(demo_config), *argv]
-    recipe, training, model, grades = _ordered(parser.parse_args_and_config(argv))
+    recipe, grades, model, training = parser.parse_args_and_config(argv)
     if "wandb" in training.report_to:
         start_wandb(training)
     return recipe, training, model, grades
@@ -127,11 +127,6 @@ def parse(
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32, width=119)
-
-
-def _ordered(parsed: tuple) -> tuple[RecipeArguments, SFTConfig, ModelConfig, GradESConfig]:
-    recipe, grades, model, training = parsed
-    return recipe, training, model, grades
 
 
 def _hide_rare_flags(parser: argparse.ArgumentParser) -> None:

@@ -42,7 +42,6 @@ class PrefixCut:
     """
 
     def __init__(self, model: nn.Module, cache_bytes: int = 0):
-        self.model = model
         self.cache = PrefixCache(cache_bytes) if cache_bytes else None
         self.depths: dict[str, int] = {}
         self.blocks: set[str] = set()
@@ -56,7 +55,7 @@ class PrefixCut:
         }
         for head in find_heads(model):  # called last, or not at all: TRL's chunked loss reads its weight
             self._units.pop(head, None)
-        self._order: list[str] = []  # of the pass that is under way, or the last one
+        self._order: dict[str, None] = {}  # paths by first call, of this pass or the last
         self._orders: set[tuple[str, ...]] = set()  # all different ones before
         self._before: dict[str, dict[str, Any]] = {}  # attributes of the cut blocks as they were
         self._hooks = [m.register_forward_pre_hook(self._note(path)) for path, m in self._units.items()]
@@ -65,8 +64,7 @@ class PrefixCut:
 
     def _note(self, path: str) -> Callable:
         def hook(*_: Any) -> None:
-            if path not in self._order:
-                self._order.append(path)
+            self._order.setdefault(path)
 
         return hook
 
@@ -136,7 +134,7 @@ class PrefixCut:
             self.cache.begin_pass({} if args else kwargs)
         if self._order:
             self._orders.add(tuple(self._order))
-            self._order = []
+            self._order = {}
         for path in self.blocks:
             self._units[path].gradient_checkpointing = False  # type: ignore[assignment]
 

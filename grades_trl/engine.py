@@ -266,6 +266,8 @@ class GradES:
 
     def _freeze_companions(self) -> None:
         """Norms, biases and embeddings of layers that are frozen otherwise, where the user allows it."""
+        if not (self.config.freeze_norms or self.config.freeze_embeddings):
+            return
         for path, names in blocks_of_matrices(self._model, self.matrices).items():
             if any(name not in self.frozen for name in names):
                 continue

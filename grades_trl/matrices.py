@@ -50,7 +50,7 @@ class WeightMatrix:
     @property
     def params(self) -> int:
         """Number of trainable elements."""
-        return sum(p[self.expert].numel() if self.expert is not None else p.numel() for p in self.parameters)
+        return sum(p.numel() // (1 if self.expert is None else p.shape[0]) for p in self.parameters)
 
     @property
     def lora(self) -> bool:
@@ -79,7 +79,7 @@ def find_matrices(model: nn.Module, projector: bool = False) -> dict[str, Weight
         if path in heads:
             continue
         stack, layer, inner = _locate(path, name, blocks)
-        if inner == "" and not (projector and any(word in path for word in CONNECTORS)):
+        if inner == "" and not (projector and _is_connector(path)):
             continue
         found.append((name, stack, layer, inner or name, parameters, shape))
     roles = _roles({(stack, inner) for _, stack, _, inner, _, _ in found})
@@ -114,7 +114,7 @@ def find_blocks(model: nn.Module) -> dict[str, tuple[str, int]]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(path.startswith(block + ".") for block in blocks):
             continue
-        if any(word in path for word in CONNECTORS):
+        if _is_connector(path):
             continue
         if all(_is_linear(child) or not any(map(_is_linear, child.modules())) for child in module):
             continue
@@ -148,7 +148,7 @@ def towers_of_modules(model: nn.Module) -> dict[str, str]:
     """Path of a module -> tower. Embeddings and output head count as language, mergers and projectors as projector."""
     towers = _towers(model)
     return {
-        path: "projector" if any(word in path for word in CONNECTORS) else _tower_of(base_path(path) + ".", towers)
+        path: "projector" if _is_connector(path) else _tower_of(base_path(path) + ".", towers)
         for path, _ in model.named_modules()
     }
 
@@ -169,7 +169,7 @@ def linear_layers(model: nn.Module, towers: Collection[str] = TOWERS) -> list[st
     for path, module in model.named_modules():
         if not _is_linear(module):
             continue
-        if any(word in path for word in CONNECTORS):
+        if _is_connector(path):
             tower = "projector"
         elif _locate(path, path, blocks)[0]:
             tower = _tower_of(path, tower_paths)
@@ -204,6 +204,10 @@ def _is_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     is_matrix = isinstance(weight, torch.Tensor) and weight.ndim == 2
     return (is_matrix and not isinstance(module, nn.Embedding)) or _is_adapter(module)
+
+
+def _is_connector(path: str) -> bool:
+    return any(word in path for word in CONNECTORS)
 
 
 def _is_adapter(module: nn.Module) -> bool:

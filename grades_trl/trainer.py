@@ -159,7 +159,8 @@ class GradESMixin(_SFTTrainer):
         share = len(self.grades.frozen) / len(self.grades.matrices)
         if self._events and (share - self._pictured >= PICTURE_EVERY or self.grades.done):
             self._pictured = share
-            self._wandb_log({"grades/timeline": self.timeline.figure()})
+            if (run := self._wandb_run()) is not None:  # drawing takes a while: only where someone will look
+                self._wandb_picture(run, _rendered(self.timeline.figure()))
             self._clock.start()
 
     def _end_training(self) -> None:
@@ -342,14 +343,11 @@ class GradESMixin(_SFTTrainer):
 
         return wandb.run
 
-    def _wandb_log(self, figures: dict[str, Any]) -> None:
-        run = self._wandb_run()
-        if run is not None:
-            import wandb
+    def _wandb_picture(self, run: Any, picture: Any) -> None:
+        import wandb
 
-            # No `step=`: rows logged beside the Trainer's own would be dropped.
-            images = {key: wandb.Image(_rendered(figure)) for key, figure in figures.items()}
-            run.log(images | {"train/global_step": self.state.global_step})
+        # No `step=`: rows logged beside the Trainer's own would be dropped.
+        run.log({"grades/timeline": wandb.Image(picture), "train/global_step": self.state.global_step})
 
     def _wandb_finish(self) -> None:
         run = self._wandb_run()
@@ -359,7 +357,7 @@ class GradESMixin(_SFTTrainer):
 
         columns, rows = self.timeline.table()
         run.log({"grades/matrices": wandb.Table(columns=list(columns), data=rows)})
-        self._wandb_log({"grades/timeline": self.timeline.figure()})
+        self._wandb_picture(run, str(self.timeline.directory / "timeline.png"))  # as the report has it
         for key, value in self.grades_summary.items():
             run.summary[f"grades/{key}"] = value
         report = wandb.Artifact(f"grades-{run.id}", type="grades-report")
@@ -432,15 +430,19 @@ def _refuse_stale_base(trainer: type) -> None:
         )
 
 
+def on_sft_trainer(mixin: type, name: str) -> Any:
+    """The class `name(mixin, SFTTrainer)`, on what `trl.SFTTrainer` is now: importing unsloth replaces it."""
+    import trl
+
+    return _bind(mixin, name, trl.SFTTrainer)
+
+
 @functools.cache
-def _bind(base: type) -> type:
-    return type("GradESTrainer", (GradESMixin, base), {"__module__": __name__, "__doc__": GradESMixin.__doc__})
+def _bind(mixin: type, name: str, base: type) -> type:
+    return type(name, (mixin, base), {"__module__": mixin.__module__, "__doc__": mixin.__doc__})
 
 
 def __getattr__(name: str) -> Any:
-    """`GradESTrainer` sits on what `trl.SFTTrainer` is now: unsloth replaces it when it is imported."""
     if name == "GradESTrainer":
-        import trl
-
-        return _bind(trl.SFTTrainer)
+        return on_sft_trainer(GradESMixin, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

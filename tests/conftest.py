@@ -7,7 +7,20 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import datasets
+import pytest
 import torch
 
 torch.set_num_threads(1)
 datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Path of the embedded text model and its tokenizer, saved as a hub repository is laid out."""
+    from grades_trl import demo
+
+    folder = tmp_path_factory.mktemp("model")
+    model, tokenizer = demo.tiny_qwen3()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

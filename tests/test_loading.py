@@ -6,20 +6,10 @@ import pytest
 import torch
 from trl import ModelConfig
 
-from grades_trl import demo
 from grades_trl.loading import find_gguf, load_model, make_trainable
 from grades_trl.matrices import find_matrices
 from models import SMALL, llava
 from vlm import demo as vlm_demo
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    model, tokenizer = demo.tiny_qwen3()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def trained(model):

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from grades_trl import demo
 
 ROOT = Path(__file__).parents[1]
@@ -38,15 +36,6 @@ for name, matrix in trainer.grades.matrices.items():
     assert any(bool((p != q).any()) for p, q in zip(matrix.parameters, before[name])), name
 print("FROZEN", len(frozen))
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    model, tokenizer = demo.tiny_qwen3()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def run(*command, cwd):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from transformers import ProcessorMixin
 
 from grades_trl.config import GradESConfig
-from grades_trl.trainer import GradESMixin
+from grades_trl.trainer import GradESMixin, on_sft_trainer
 
 
 class GradESVLMMixin(GradESMixin):
@@ -42,17 +41,7 @@ class GradESVLMMixin(GradESMixin):
             )
 
 
-@functools.cache
-def _bind(base: type) -> type:
-    return type(
-        "GradESVLMTrainer", (GradESVLMMixin, base), {"__module__": __name__, "__doc__": GradESVLMMixin.__doc__}
-    )
-
-
 def __getattr__(name: str) -> Any:
-    """`GradESVLMTrainer` sits on what `trl.SFTTrainer` is now: unsloth replaces it when it is imported."""
     if name == "GradESVLMTrainer":
-        import trl
-
-        return _bind(trl.SFTTrainer)
+        return on_sft_trainer(GradESVLMMixin, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
