@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 
-import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+
+def greedily(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    batches: Iterable[BatchEncoding],
+    max_new_tokens: int,
+) -> list[str]:
+    """
+    What the model says after each prompt, without special tokens and outer spaces. `batches` are on its device, padded
+    on the left. Afterwards, also after an error, every module is back in the train or eval mode it was in.
+    """
+    texts = []
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for inputs in batches:
+            output = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,  # with top_p and top_k: silences warnings about sampling defaults
+                top_p=None,
+                top_k=None,
+                use_cache=True,
+                pad_token_id=getattr(processor, "tokenizer", processor).pad_token_id,
+            )
+            texts += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return [text.strip() for text in texts]
 
 
 def answers(
@@ -48,42 +80,21 @@ def answers(
         for turns in conversations
     ]
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    found = [""] * len(prompts)
-
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), tqdm(total=len(prompts), desc="answers", unit="prompt") as bar:
-            for start in range(0, len(prompts), batch_size):
-                batch = longest_first[start : start + batch_size]
-                # The template has written the special tokens already. Padding on the left, in this call alone: an
-                # answer has to follow its prompt directly.
-                inputs = tokenizer(
-                    [prompts[i] for i in batch],
-                    add_special_tokens=False,
-                    padding=True,
-                    padding_side="left",
-                    return_tensors="pt",
-                ).to(model.device)
-                output = model.generate(
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    temperature=None,  # with top_p and top_k: silences warnings about sampling defaults
-                    top_p=None,
-                    top_k=None,
-                    use_cache=True,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-                texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-                for i, text in zip(batch, texts, strict=True):
-                    found[i] = text.strip()
-                bar.update(len(batch))
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return found
+    batches = (
+        # The template has written the special tokens already. Padding on the left, in this call alone: an answer has
+        # to follow its prompt directly.
+        tokenizer(
+            [prompts[i] for i in longest_first[start : start + batch_size]],
+            add_special_tokens=False,
+            padding=True,
+            padding_side="left",
+            return_token_type_ids=False,
+            return_tensors="pt",
+        ).to(model.device)
+        for start in tqdm(range(0, len(prompts), batch_size), desc="answers", unit="batch")
+    )
+    found = dict(zip(longest_first, greedily(model, tokenizer, batches, max_new_tokens), strict=True))
+    return [found[i] for i in range(len(prompts))]
 
 
 def text_of(turns: str | list[dict]) -> str:

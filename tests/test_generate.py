@@ -6,6 +6,8 @@ from datasets import Dataset
 
 from grades_trl.demo import dates, tiny_qwen3
 from grades_trl.generate import answers, exact_match
+from vlm.demo import digit_pictures, tiny_llava
+from vlm.generate import answers as vlm_answers
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +61,27 @@ def test_an_answer_ends_at_eos(tiny, data):
     assert answers(model, tokenizer, data, batch_size=8, max_new_tokens=8) == expected
 
 
-def test_modes_are_restored_module_by_module(tiny, data):
-    model, tokenizer = tiny
+@pytest.mark.parametrize("vision", [False, True])
+def test_modes_are_restored_module_by_module(tiny, data, vision):
+    (model, processor), ask = tiny, answers
+    if vision:
+        (model, processor), ask, data = tiny_llava(), vlm_answers, digit_pictures(train=1, test=4)["test"]
+    layers = (model.model.language_model if vision else model.model).layers
     model.train()
-    model.model.layers[1].eval()
+    layers[1].eval()
     before = [module.training for module in model.modules()]
     assert len(set(before)) == 2
     seen = []
-    handle = model.model.layers[0].register_forward_hook(lambda module, *_: seen.append(module.training))
-    first = answers(model, tokenizer, data, max_new_tokens=2)
+    handle = layers[0].register_forward_hook(lambda module, *_: seen.append(module.training))
+    first = ask(model, processor, data, max_new_tokens=2)
     assert seen and not any(seen)
     assert [module.training for module in model.modules()] == before
-    assert answers(model, tokenizer, data, max_new_tokens=2) == first
+    assert ask(model, processor, data, max_new_tokens=2) == first
 
     handle.remove()
-    handle = model.model.layers[0].register_forward_hook(lambda *_: 1 / 0)
+    handle = layers[0].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        answers(model, tokenizer, data, max_new_tokens=2)
+        ask(model, processor, data, max_new_tokens=2)
     assert [module.training for module in model.modules()] == before
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
+
+from grades_trl.generate import greedily
 
 from .demo import blank as blank_pictures
 
@@ -20,7 +22,7 @@ def answers(
 ) -> list[str]:
     """Generates the model's answer to every example, greedily.
 
-    The model is put in evaluation mode, and back into the mode it was in.
+    The model may be in the middle of its training: every module's train or eval mode is put back afterwards.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -38,7 +40,7 @@ def answers(
             guessing.
 
     Returns:
-        `list[str]`: one answer for each example, without special tokens.
+        `list[str]`: one answer for each example, without special tokens and outer spaces.
 
     Raises:
         ValueError: if `dataset` lacks one of the two columns.
@@ -49,35 +51,22 @@ def answers(
             f"The data set has no column {sorted(missing)}, only {dataset.column_names}. `answers` needs `prompt` (a "
             f"list of messages) and `images` (a list of pictures): rename the columns."
         )
-    was_training = model.training
-    model.eval()
-    texts = []
-    for start in tqdm(range(0, len(dataset), batch_size), desc="answers", unit="batch"):
+
+    def inputs(start: int) -> BatchFeature:
         batch = dataset[start : start + batch_size]
         images = [blank_pictures(row) if blank else row for row in batch["images"]]
         messages = [
             prepare_multimodal_messages(prompt, images=row)
             for prompt, row in zip(batch["prompt"], images, strict=True)
         ]
-        prompts = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        inputs = processor(
+        return processor(
             images=images,
-            text=prompts,
+            text=processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
             padding=True,
             padding_side="left",
             add_special_tokens=False,  # the chat template has put them already
             return_tensors="pt",
         ).to(model.device, dtype=model.dtype)
-        # Sampling settings of the model's own generation config are unset: with greedy search they only warn.
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            use_cache=True,
-        )
-        texts += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    model.train(was_training)
-    return texts
+
+    starts = tqdm(range(0, len(dataset), batch_size), desc="answers", unit="batch")
+    return greedily(model, processor, map(inputs, starts), max_new_tokens)
