@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-METRICS = ("grad_change", "grad_norm", "weight_change")
+METRICS = ("grad_change", "grad_norm", "weight_change", "agreement", "heldout_gain")
 TOWERS = ("language", "vision", "audio", "projector")
 
 
@@ -21,22 +21,39 @@ class GradESConfig:
 
     Parameters:
         metric (`str`, *optional*, defaults to `"grad_change"`):
-            What is read from each matrix at each step, as a sum over its elements: `"grad_change"`, `sum |g_t -
-            g_{t-1}|` (paper, Eq. 1); `"grad_norm"`, `sum |g_t|` (paper v1, and Eq. 3 for LoRA); `"weight_change"`,
-            `sum |W_t - W_{t-1}|` (what the authors' package `grades` 1.0.6 measures; the published thresholds are on
-            this scale). Gradients are those of the whole optimizer step, before clipping.
+            What is read from each matrix. A sum over its elements: `"grad_change"`, `sum |g_t - g_{t-1}|` (paper,
+            Eq. 1); `"grad_norm"`, `sum |g_t|` (paper v1, and Eq. 3 for LoRA); `"weight_change"`, `sum |W_t - W_{t-1}|`
+            (what the authors' package `grades` 1.0.6 measures; the published thresholds are on this scale).
+            `"agreement"`: the cosine of g_t and g_{t-1}, -1 to 1, without units. `"heldout_gain"`: the held-out loss,
+            in nats, that the matrix's own updates have bought since the last reading (see `criterion.py`); it needs
+            held-out examples. Gradients are those of the whole optimizer step, before clipping.
         tau (`float`, `dict[str, float]` or `"auto"`, *optional*, defaults to `"auto"`):
             A matrix whose reading is below it has converged. A number; a number per tower, as
             `{"vision": 0.3, "language": 6.0}` (JSON on the command line); or `"auto"`: `auto_ratio` times the median
-            of the matrix's own readings during the grace period.
+            of the matrix's own readings during the grace period. For `heldout_gain`, `"auto"` is 0, and a number is
+            the gain in nats that makes a new best.
         auto_ratio (`float`, *optional*, defaults to `0.5`):
             Used by `tau="auto"` alone: the fraction of its level in the grace period that a matrix must fall below.
-        alpha (`float`, *optional*, defaults to `0.55`):
-            Grace period as a fraction of all optimizer steps; nothing freezes while `step <= ceil(alpha * total)`.
-        patience (`int`, *optional*, defaults to `1`):
-            Consecutive readings below tau that a matrix needs to freeze. 1 is the paper.
-        interval (`int`, *optional*, defaults to `1`):
-            Read every that many steps. A reading always compares two neighbouring steps, so tau keeps its meaning.
+        alpha (`float`, *optional*):
+            Grace period as a fraction of all optimizer steps; nothing freezes while `step <= ceil(alpha * total)`. By
+            default 0.55, as in the paper; 0.1 for `heldout_gain`.
+        patience (`int`, *optional*):
+            Consecutive readings below tau that a matrix needs to freeze. By default 1, as in the paper; 3 for
+            `heldout_gain`.
+        interval (`int`, *optional*):
+            Read every that many steps. By default 1; for `heldout_gain`, what `heldout_cost` allows. A reading of the
+            other metrics always compares two neighbouring steps, so tau keeps its meaning.
+        cooldown (`float`, *optional*):
+            A matrix that has converged at step t trains on for `ceil(cooldown * t)` steps, while its own updates
+            shrink linearly to nothing, and is frozen then. By default 0: it is frozen at once, as in the paper; 0.2
+            for `heldout_gain`, where the last matrices go back to their best weights before they cool down.
+        heldout_cost (`float`, *optional*, defaults to `0.02`):
+            Used by `heldout_gain` alone: held-out examples per training example, at most. It sets how many examples a
+            reading takes (8 to `heldout_samples`) and how often there is one.
+        heldout_samples (`int`, *optional*, defaults to `64`):
+            Used by `heldout_gain` alone: held-out examples per reading, at most; always the same ones.
+        replay (`str`, *optional*):
+            Path of another run's `events.jsonl`: freeze the same matrices at the same steps, and read nothing.
         sample (`float`, *optional*, defaults to `1 / 64`):
             Fraction of each large matrix that is read and kept for comparison; a matrix that is hardly larger than the
             smallest sample (16,384 elements) is read as a whole. Unbiased, with an error of 0.6 % for a matrix of 16M
@@ -76,15 +93,41 @@ class GradESConfig:
         default=0.5,
         metadata={"help": "With tau=auto: fraction of its own level in the grace period a matrix must fall below."},
     )
-    alpha: float = field(
-        default=0.55,
-        metadata={"help": "Grace period as a fraction of all optimizer steps: nothing freezes during it."},
+    alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Grace period as a fraction of all optimizer steps: nothing freezes during it. By default the "
+            "paper's 0.55, and 0.1 for heldout_gain."
+        },
     )
-    patience: int = field(
-        default=1,
-        metadata={"help": "Consecutive readings below tau that a matrix needs to freeze; 1 is the paper."},
+    patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Consecutive readings below tau that a matrix needs to freeze. By default 1, the paper; 3 for "
+            "heldout_gain."
+        },
     )
-    interval: int = field(default=1, metadata={"help": "Read the matrices every that many steps."})
+    interval: int | None = field(
+        default=None,
+        metadata={"help": "Read every that many steps; 1 by default, and for heldout_gain what heldout_cost allows."},
+    )
+    cooldown: float | None = field(
+        default=None,
+        metadata={
+            "help": "A converged matrix trains on for this fraction of the steps so far, with shrinking updates. By "
+            "default the paper's 0, and 0.2 for heldout_gain."
+        },
+    )
+    heldout_cost: float = field(
+        default=0.02, metadata={"help": "heldout_gain: held-out examples per training example, at most."}
+    )
+    heldout_samples: int = field(
+        default=64, metadata={"help": "heldout_gain: held-out examples per reading, at most."}
+    )
+    replay: str | None = field(
+        default=None,
+        metadata={"help": "An events.jsonl: freeze what that run froze, at the same steps, and read nothing."},
+    )
     sample: float = field(
         default=1 / 64,
         metadata={
@@ -111,17 +154,28 @@ class GradESConfig:
     )
 
     def __post_init__(self):
-        self.tau = _parse_tau(self.tau)
         if self.metric not in METRICS:
             raise ValueError(f"metric is {self.metric!r}; expected one of {', '.join(METRICS)}.")
+        alpha, patience, cooldown = (0.1, 3, 0.2) if self.metric == "heldout_gain" else (0.55, 1, 0.0)
+        self.alpha = alpha if self.alpha is None else self.alpha
+        self.patience = patience if self.patience is None else self.patience
+        self.cooldown = cooldown if self.cooldown is None else self.cooldown
+        # A sum of absolute values is never below 0; a cosine or a gain can be.
+        self.tau = _parse_tau(self.tau, lowest=-math.inf if self.metric in METRICS[3:] else 0.0)
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha}; expected a fraction of the training steps from 0 to 1.")
-        if self.tau == "auto" and self.alpha == 0:
+        if self.tau == "auto" and self.alpha == 0 and self.metric != "heldout_gain":
             raise ValueError(
                 'tau is "auto" and alpha is 0: the level of a matrix is taken in the grace period. Set alpha.'
             )
-        if self.patience < 1 or self.interval < 1:
+        if self.patience < 1 or (self.interval is not None and self.interval < 1):
             raise ValueError(f"patience is {self.patience} and interval {self.interval}; expected 1 or more of each.")
+        if not 0 <= self.cooldown <= 1:
+            raise ValueError(f"cooldown is {self.cooldown}; expected a fraction of the steps so far, from 0 to 1.")
+        if not 0 < self.heldout_cost <= 1:
+            raise ValueError(f"heldout_cost is {self.heldout_cost}; expected a fraction above 0 and at most 1.")
+        if self.heldout_samples < 1:
+            raise ValueError(f"heldout_samples is {self.heldout_samples}; expected 1 or more examples.")
         if not 0 < self.sample <= 1:
             raise ValueError(f"sample is {self.sample}; expected a fraction of a matrix, above 0 and at most 1.")
         if self.cache_prefix < 0:
@@ -132,7 +186,7 @@ class GradESConfig:
     def tau_of(self, tower: str) -> float | None:
         """The threshold of a tower; `None` if every matrix finds its own (`tau="auto"`)."""
         if self.tau == "auto":
-            return None
+            return 0.0 if self.metric == "heldout_gain" else None
         if isinstance(self.tau, dict):
             if tower not in self.tau:
                 raise ValueError(
@@ -144,10 +198,11 @@ class GradESConfig:
 
     def grace_steps(self, total_steps: int) -> int:
         """`ceil(alpha * total_steps)`; the rounding guards against .55 * 100 being 55.00000000000001."""
+        assert self.alpha is not None  # since __post_init__
         return math.ceil(round(self.alpha * total_steps, 9))
 
 
-def _parse_tau(tau: Any) -> Any:
+def _parse_tau(tau: Any, lowest: float) -> Any:
     """A number, a dict of towers or "auto", also from the text of a command line."""
     given = tau
     if isinstance(tau, str) and tau != "auto":
@@ -155,12 +210,16 @@ def _parse_tau(tau: Any) -> Any:
             tau = json.loads(tau)
         except json.JSONDecodeError:
             tau = None
-    if tau == "auto" or (isinstance(tau, (int, float)) and not isinstance(tau, bool) and tau >= 0):
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= lowest
+
+    if tau == "auto" or is_number(tau):
         return tau
-    is_per_tower = isinstance(tau, dict) and tau and set(tau) <= set(TOWERS)
-    if is_per_tower and all(isinstance(value, (int, float)) and value >= 0 for value in tau.values()):
+    if isinstance(tau, dict) and tau and set(tau) <= set(TOWERS) and all(is_number(value) for value in tau.values()):
         return {tower: float(value) for tower, value in tau.items()}
+    at_least = "" if lowest == -math.inf else " of at least 0"
     raise ValueError(
-        f'tau is {given!r}; expected a number of at least 0, "auto", or an object with a number for some of '
+        f'tau is {given!r}; expected a number{at_least}, "auto", or an object with a number for some of '
         f'{", ".join(TOWERS)}, as in {{"vision": 0.3, "language": 6.0}}.'
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from . import kernels, metrics
 from .config import GradESConfig
-from .criterion import Criterion
+from .criterion import Criterion, Replay
 from .cutting import PrefixCut
-from .freezing import FrozenExperts, freeze, freeze_parameter
+from .freezing import CoolDown, FrozenExperts, freeze, freeze_parameter
+from .heldout import HeldoutGain
 from .matrices import blocks_of_matrices, find_matrices, towers_of_parameters
 from .metrics import Sample, sample
 from .unsloth_lora import skip_frozen_pairs
@@ -37,13 +38,25 @@ def _sums(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale: f
     return [sums[i] for i in range(len(tensors))]
 
 
+def _cosines(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale: float) -> list[list[float]]:
+    """`[|x|, cosine of x and p]` of each tensor x, with one transfer to the host."""
+    devices: dict[torch.device, list[int]] = {}  # a model may lie on several
+    for i, tensor in enumerate(tensors):
+        devices.setdefault(tensor.device, []).append(i)
+    parts = [metrics.cosines([tensors[i] for i in g], [previous[i] for i in g], scale) for g in devices.values()]
+    rows = iter(torch.cat([part.to(parts[0].device) for part in parts]).tolist())
+    found = {i: next(rows) for group in devices.values() for i in group}
+    return [found[i] for i in range(len(tensors))]
+
+
 @dataclass(frozen=True)
 class FreezeEvent:
     """One matrix frozen. `step` counts optimizer steps from 1; its update is the first one not applied.
 
     Attributes:
         step (`int`), matrix (`str`), layer (`int`), role (`str`), tower (`str`): when and which.
-        value (`float`), tau (`float`): the reading that froze it, and the threshold it was below.
+        decided (`int`): the step at which it had converged; earlier than `step` by its cool-down.
+        value (`float`), tau (`float`): what was compared then, and the threshold it was below.
         params (`int`): its trainable elements.
         frozen (`int`), total (`int`): matrices frozen so far, this one included, and tracked in all.
     """
@@ -53,6 +66,7 @@ class FreezeEvent:
     layer: int
     role: str
     tower: str
+    decided: int
     value: float
     tau: float
     params: int
@@ -80,7 +94,10 @@ class GradES:
         config (`GradESConfig`): what counts as converged.
         total_steps (`int`): optimizer steps of the whole schedule, T in the paper.
         optimizer (`torch.optim.Optimizer`, *optional*): its state of frozen matrices is released. Needed for models
-            with 3-D expert weights.
+            with 3-D expert weights, and for a cool-down.
+        heldout (`Callable[[], Tensor]`, *optional*): for `metric="heldout_gain"`. Runs forward and backward of the
+            mean loss of held-out examples, always the same ones, and returns the loss. With a loss scaler, the
+            gradients must carry its scale.
 
     Attributes:
         matrices (`dict[str, WeightMatrix]`): all that is tracked.
@@ -91,10 +108,18 @@ class GradES:
         cut (`PrefixCut`): how far backward is kept out of the frozen prefix.
 
     Raises:
-        ValueError: the model has no matrix to track, or experts and no optimizer.
+        ValueError: the model has no matrix to track; experts or a cool-down and no optimizer; `heldout_gain` without
+            `heldout` or `config.interval`.
     """
 
-    def __init__(self, model: nn.Module, config: GradESConfig, total_steps: int, optimizer: Any = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: GradESConfig,
+        total_steps: int,
+        optimizer: Any = None,
+        heldout: Callable[[], Tensor] | None = None,
+    ):
         self.config = config
         self.total_steps = total_steps
         self.optimizer = optimizer
@@ -105,7 +130,25 @@ class GradES:
                 "This model keeps its experts in 3-D weights, and frozen ones are held still after each step of the "
                 "optimizer: pass it, GradES(model, config, total_steps, optimizer=optimizer)."
             )
-        self.criterion = Criterion(config, {name: m.tower for name, m in self.matrices.items()}, total_steps)
+        if optimizer is None and config.cooldown:
+            raise ValueError("A cool-down shrinks the optimizer's updates: pass it, GradES(..., optimizer=optimizer).")
+        self.criterion: Criterion | Replay
+        if config.replay is not None:
+            self.criterion = Replay(config.replay, self.matrices)
+        else:
+            self.criterion = Criterion(config, {name: m.tower for name, m in self.matrices.items()}, total_steps)
+        self.heldout: Any = None
+        if config.metric == "heldout_gain" and config.replay is None:
+            if heldout is None or config.interval is None:
+                raise ValueError(
+                    'metric "heldout_gain" needs held-out examples and an interval between readings: pass '
+                    "heldout=<function that runs backward of their loss> and GradESConfig(interval=...). "
+                    "GradESTrainer does both from its eval_dataset."
+                )
+            self.heldout = HeldoutGain(heldout)
+        self.interval = config.interval or 1
+        self._cooling: dict[str, int] = {}  # matrix -> step at which it had converged
+        self._cooldown = CoolDown(optimizer) if config.cooldown else None
         self.frozen: dict[str, int] = {}
         self.readings: dict[str, float] = {}
         self._last_step = 0
@@ -147,26 +190,67 @@ class GradES:
         self._last_step = step
         for experts in self._experts.values():
             experts.zero_gradients()
-        self.readings = self._read(step, grad_scale) if self._wanted(step) or self._wanted(step + 1) else {}
-        events = self._freeze(step, self.criterion.update(step, self.readings))
+        self.readings = self._readings(step, grad_scale)
+        converged = self.criterion.update(step, self.readings)
+        live = len(self.matrices) - len(self.frozen) - len(self._cooling)
+        if self.heldout is not None and live:
+            if self.heldout.readings and (not self.heldout.best or (self.readings and self.criterion.at_best)):
+                self.heldout.keep_best(self._model.named_parameters())
+            if len(converged) == live:  # the last ones
+                self.heldout.go_back(self._model.named_parameters())
+        for name in converged:
+            self._cooling[name] = step
+            self._forget(name)
+        due = [name for name, decided in self._cooling.items() if step >= decided + self._cooldown_steps(decided)]
+        events = self._freeze(step, due)
+        if self._cooldown is not None:
+            self._cooldown.shares = [
+                (weight, 1 - (step - decided + 1) / (self._cooldown_steps(decided) + 1))
+                for name, decided in self._cooling.items()
+                for weight in self._own(name, self.matrices[name].parameters)
+            ] + self._rest_shares(step)
         if events or self._stale_cut:
             self._freeze_companions()
             self.cut.update()
             self._stale_cut = False
         return events
 
-    def _wanted(self, step: int) -> bool:
-        return step % self.config.interval == 0
+    def _cooldown_steps(self, decided: int) -> int:
+        return math.ceil(round((self.config.cooldown or 0.0) * decided, 9))
 
-    def _read(self, step: int, grad_scale: float) -> dict[str, float]:
+    def _rest_shares(self, step: int) -> list[tuple[Tensor, float]]:
+        """The last matrices cool down together with all that trains beside them: norms, embeddings, the head."""
+        if self.heldout is None or not self._cooling or len(self.frozen) + len(self._cooling) < len(self.matrices):
+            return []
+        decided = max(self._cooling.values())
+        share = 1 - (step - decided + 1) / (self._cooldown_steps(decided) + 1)
+        tracked = {id(p) for matrix in self.matrices.values() for p in matrix.parameters}
+        return [(p.detach(), share) for p in self._model.parameters() if p.requires_grad and id(p) not in tracked]
+
+    def _wanted(self, step: int) -> bool:
+        return step % self.interval == 0
+
+    def _readings(self, step: int, grad_scale: float) -> dict[str, float]:
+        live = [name for name in self.matrices if name not in self.frozen and name not in self._cooling]
+        if self.config.replay is not None or not live:
+            return {}
+        if self.heldout is None:
+            return self._read(step, grad_scale, live) if self._wanted(step) or self._wanted(step + 1) else {}
+        if not self._wanted(step) or step + self.interval <= self.criterion.grace_steps:
+            return {}  # the first one that can count is compared with the last one of the grace period
+        return self.heldout.read(self._model.parameters(), [self.matrices[name] for name in live], grad_scale)
+
+    def _read(self, step: int, grad_scale: float, live: list[str]) -> dict[str, float]:
         """The metric of every matrix observed in this step, with one transfer from the device."""
-        observed = [name for name in self.matrices if name not in self.frozen and self._has_gradient(name)]
+        observed = [name for name in live if self._has_gradient(name)]
         if not observed:
             return {}
         gradients = {name: self._sampled(name, [p.grad for p in self.matrices[name].parameters]) for name in observed}
         before: dict[str, Sequence[Tensor | None]] = {
             name: self._previous[name] for name in observed if self._comparable(step, name)
         }
+        if self.config.metric == "agreement":
+            return self._read_agreement(step, gradients, before, grad_scale)
         tensors: list[Tensor] = []
         if self.config.metric == "weight_change":
             current = {name: self._sampled(name, self.matrices[name].parameters) for name in observed}
@@ -194,19 +278,47 @@ class GradES:
                 readings[name] = values[name]
         return readings
 
+    def _read_agreement(
+        self,
+        step: int,
+        gradients: dict[str, list[Tensor]],
+        before: dict[str, Sequence[Tensor | None]],
+        scale: float,
+    ) -> dict[str, float]:
+        """The cosine of this gradient and the last one: the mean over the tensors of a matrix, for LoRA's A and B have
+        scales of their own."""
+        tensors = [x for kept in gradients.values() for x in kept]
+        previous = [p for name, kept in gradients.items() for p in before.get(name, [None] * len(kept))]
+        numbers = iter(_cosines(tensors, previous, scale))
+        readings = {}
+        for name, kept in gradients.items():
+            pairs = [next(numbers) for _ in kept]
+            if not all(math.isfinite(norm) for norm, _ in pairs) or not any(norm for norm, _ in pairs):
+                continue  # not observed
+            if self._wanted(step + 1):
+                self._remember(step, name, kept, scale)
+            agreements = [cosine for _, cosine in pairs if math.isfinite(cosine)]  # A has no gradient while B is 0
+            if self._wanted(step) and agreements:
+                readings[name] = math.fsum(agreements) / len(agreements)
+        return readings
+
     def _has_gradient(self, name: str) -> bool:
         return all(p.grad is not None for p in self.matrices[name].parameters)
 
     def _sampled(self, name: str, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """What is read of the tensors of a matrix: its own expert, and of large ones a sample."""
-        matrix = self.matrices[name]
-        own = [t if matrix.expert is None else t[matrix.expert] for t in tensors if t is not None]
+        own = self._own(name, tensors)
         if name not in self._samples:
             self._samples[name] = [
                 sample(t, self.config.sample, f"{name}/{i}") if self.config.sample < 1 else None
                 for i, t in enumerate(own)
             ]
         return [t if s is None else s.take(t) for t, s in zip(own, self._samples[name], strict=True)]
+
+    def _own(self, name: str, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """The part of each tensor that belongs to this matrix: its expert, or all."""
+        expert = self.matrices[name].expert
+        return [(t if expert is None else t[expert]).detach() for t in tensors if t is not None]
 
     def _total(self, name: str, numbers: Iterator[float]) -> float:
         """The sum over the tensors of a matrix, each scaled up to all of its elements."""
@@ -240,7 +352,8 @@ class GradES:
                     layer=matrix.layer,
                     role=matrix.role,
                     tower=matrix.tower,
-                    value=self.readings[name],
+                    decided=self._cooling.pop(name),
+                    value=self.criterion.values[name],
                     tau=self.taus[name],
                     params=matrix.params,
                     frozen=len(self.frozen),
@@ -252,8 +365,7 @@ class GradES:
     def _take_out(self, name: str, step: int) -> None:
         matrix = self.matrices[name]
         self.frozen[name] = step
-        self._previous.pop(name, None)
-        self._previous_step.pop(name, None)
+        self._forget(name)
         if matrix.expert is None:
             freeze(matrix, self.optimizer)
             return
@@ -263,6 +375,13 @@ class GradES:
         if self._experts[id(parameter)].freeze(matrix.expert):
             freeze(matrix, self.optimizer)
             del self._experts[id(parameter)]
+
+    def _forget(self, name: str) -> None:
+        """Drops what readings were compared with."""
+        self._previous.pop(name, None)
+        self._previous_step.pop(name, None)
+        if self.heldout is not None:
+            self.heldout.kept.pop(name, None)
 
     def _freeze_companions(self) -> None:
         """Norms, biases and embeddings of layers that are frozen otherwise, where the user allows it."""
@@ -290,6 +409,8 @@ class GradES:
     def close(self) -> None:
         """Takes everything off the model that this object put on it. What is frozen stays frozen."""
         self.cut.close()
+        if self._cooldown is not None:
+            self._cooldown.close()
 
     def unfreeze_all(self) -> None:
         """Gives every tensor back to training, for a new run on the same model. Values stay as they are."""
@@ -303,11 +424,19 @@ class GradES:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: JSON-able values, and under `"tensors"` a flat dict of tensors."""
         tensors = {f"{name}/{i}": t for name, kept in self._previous.items() for i, t in enumerate(kept)}
+        for name, (weights, gradients, _) in self.heldout.kept.items() if self.heldout is not None else ():
+            tensors |= {f"{name}/weight/{i}": t for i, t in enumerate(weights)}
+            tensors |= {f"{name}/gradient/{i}": t for i, t in enumerate(gradients)}
+        if self.heldout is not None:
+            tensors |= {f"best/{name}": t for name, t in self.heldout.best.items()}
         return {
             "metric": self.config.metric,
             "sample": self.config.sample,
             "last_step": self._last_step,
             "frozen": dict(self.frozen),
+            "cooling": dict(self._cooling),
+            "heldout": {name: kept[2] for name, kept in self.heldout.kept.items()} if self.heldout is not None else {},
+            "readings": self.heldout.readings if self.heldout is not None else 0,
             "previous_step": dict(self._previous_step),
             "criterion": self.criterion.state_dict(),
             "tensors": tensors,
@@ -329,7 +458,8 @@ class GradES:
                 f"The checkpoint was written with sample {state['sample']} and this run has {self.config.sample}: "
                 f"resume with --sample {state['sample']}."
             )
-        unknown = (set(state["frozen"]) | set(state["previous_step"])) - set(self.matrices)
+        known = set(state["frozen"]) | set(state["cooling"]) | set(state["heldout"]) | set(state["previous_step"])
+        unknown = known - set(self.matrices)
         if unknown:
             raise ValueError(
                 f"The checkpoint knows {len(unknown)} matrices that this model does not train, {min(unknown)} "
@@ -340,6 +470,15 @@ class GradES:
         for name in self._previous_step:
             parameters = self.matrices[name].parameters
             self._previous[name] = [state["tensors"][f"{name}/{i}"].to(p.device) for i, p in enumerate(parameters)]
+        if self.heldout is not None:
+            self.heldout.readings = state["readings"]
+            best = {name: t for name, t in state["tensors"].items() if name.startswith("best/")}
+            self.heldout.best = {name.removeprefix("best/"): t for name, t in best.items()}
+        for name, loss in state["heldout"].items():
+            indices, tensors = range(len(self.matrices[name].parameters)), state["tensors"]
+            weights = [tensors[f"{name}/weight/{i}"] for i in indices]
+            self.heldout.kept[name] = weights, [tensors[f"{name}/gradient/{i}"] for i in indices], loss
+        self._cooling = dict(state["cooling"])
         self.criterion.load_state_dict(state["criterion"])
         for name, step in state["frozen"].items():
             self._take_out(name, step)

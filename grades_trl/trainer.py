@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import io
 import json
+import math
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +32,8 @@ from .timeline import Timeline
 STATE_JSON, STATE_TENSORS = "grades_state.json", "grades_state.safetensors"
 # Freeze events come in clusters; W&B gets a new picture when that much more of the model has frozen.
 PICTURE_EVERY = 0.05
+# Of `heldout_gain`: readings in a short run, and examples in each at least (see `heldout_plan`).
+HELDOUT_READINGS, MIN_HELDOUT = 20, 16
 
 
 if TYPE_CHECKING:
@@ -75,6 +80,11 @@ class GradESMixin(_SFTTrainer):
         self.watched = find_matrices(self.model, projector=grades.track_projector)
         for tower in {matrix.tower for matrix in self.watched.values()}:
             grades.tau_of(tower)  # a tower without a threshold is an error now, not after the grace period
+        if grades.metric == "heldout_gain" and grades.replay is None and self.eval_dataset is None:
+            raise ValueError(
+                'metric "heldout_gain" reads the loss of held-out examples: pass eval_dataset=..., or take a metric '
+                "of the training gradients (grad_change, agreement)."
+            )
         self._print(f"\nGradES watches {len(self.watched)} weight matrices\n{describe(self.model, self.watched)}\n")
         self.add_callback(_GradESCallback(self))
 
@@ -115,7 +125,12 @@ class GradESMixin(_SFTTrainer):
         """Called when the optimizer exists, before a checkpoint's optimizer state is loaded."""
         if self.grades is not None:  # a second train() on the same model
             self.grades.unfreeze_all()
-        self.grades = GradES(self.model, self.grades_config, self.state.max_steps, self.optimizer)
+        config, heldout = self.grades_config, None
+        self._heldout_batches: list[tuple[float, Any]] = []  # share of the mean loss, batch
+        self._heldout_examples = 0
+        if config.metric == "heldout_gain" and config.replay is None:
+            config, heldout = self._hold_out(config), self._heldout_backward
+        self.grades = GradES(self.model, config, self.state.max_steps, self.optimizer, heldout)
         self._events = []
         self._clock = accounting.StepClock()
         self._stopwatch = Stopwatch()
@@ -124,6 +139,40 @@ class GradESMixin(_SFTTrainer):
         # Where the cost of a step changed: number of frozen matrices, and blocks that backward does not enter.
         self._states: list[dict[str, Any]] = []
         self._pictured = 0.0
+
+    def _hold_out(self, config: GradESConfig) -> GradESConfig:
+        """Draws the examples that `heldout_gain` reads; returns the config with the interval their cost allows."""
+        rows = self.eval_dataset
+        if isinstance(rows, dict):
+            rows = next(iter(rows.values()))
+        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        count, interval = heldout_plan(config, self.state.max_steps, per_step, len(rows))
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist()
+        size = self.args.per_device_train_batch_size
+        parts = [chosen[start : start + size] for start in range(0, count, size)]
+        self._heldout_batches = [(len(part) / count, self.data_collator([rows[i] for i in part])) for part in parts]
+        self._heldout_examples = count
+        cost = count / interval / per_step
+        self._print(
+            f"heldout_gain: {count} held-out examples every {interval} steps, {cost:.1%} of the training examples"
+        )
+        return dataclasses.replace(config, interval=interval)
+
+    def _heldout_backward(self) -> torch.Tensor:
+        """Backward of the mean held-out loss, in the mode of training, leaving no trace in logs or random numbers."""
+        logged = {key: getattr(self, key) for key in ("_metrics", "_total_train_tokens") if hasattr(self, key)}
+        if "_metrics" in logged:
+            self._metrics: Any = {mode: defaultdict(list) for mode in logged["_metrics"]}
+        total: Any = 0.0
+        with torch.random.fork_rng():
+            for share, batch in self._heldout_batches:
+                with self.compute_loss_context_manager():
+                    loss = share * self.compute_loss(self.model, self._prepare_inputs(copy.copy(batch)))
+                scaler = self.accelerator.scaler
+                (loss if scaler is None else scaler.scale(loss)).backward()
+                total = total + loss.detach()
+        self.__dict__.update(logged)
+        return total
 
     def _begin_training(self) -> None:
         if self.grades is None or self.state.global_step == 0:
@@ -237,7 +286,7 @@ class GradESMixin(_SFTTrainer):
             "grades/frozen_prefix_layers": float(self._frozen_prefix_layers()),
             "grades/step_time": self._clock.recent_step(),
             "grades/step_speedup_predicted": self._flops() / self._flops(frozen, self.grades.cut.depths),
-            "grades/overhead_ms": 1e3 * statistics.median(self._clock.overhead_seconds[-accounting.WINDOW :]),
+            "grades/overhead_ms": 1e3 * statistics.fmean(self._clock.overhead_seconds[-accounting.WINDOW :]),
         }
         if (plain := self._clock.plain_step()) is not None:
             logs["grades/step_speedup"] = plain / self._clock.recent_step()
@@ -279,6 +328,11 @@ class GradESMixin(_SFTTrainer):
         for state in self._states:
             total += cost * (state["step"] - start)
             start, cost = state["step"], self._flops(frozen[: state["frozen"]], state["cut"])
+        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        readings = self.grades.heldout.readings if self.grades.heldout is not None else 0
+        total += (
+            self._flops() * readings * self._heldout_examples / per_step
+        )  # at most: frozen prefixes are cut there too
         return total + cost * (self.state.global_step - start)
 
     def _planned_evaluations(self) -> int:
@@ -321,7 +375,7 @@ class GradESMixin(_SFTTrainer):
             "speedup": accounting.speedup(clock, self.state.max_steps, self._validation),
             "seconds": {"training": clock.total, "validation": self._validation.seconds, "grades": overhead},
             "overhead": {
-                "ms_per_step": 1e3 * statistics.median(clock.overhead_seconds) if clock.overhead_seconds else None,
+                "ms_per_step": 1e3 * statistics.fmean(clock.overhead_seconds) if clock.overhead_seconds else None,
                 "fraction": overhead / clock.total if clock.total else None,
             },
             "flops": {
@@ -329,9 +383,22 @@ class GradESMixin(_SFTTrainer):
                 "plain_same_length": flops_plain * steps,
                 "plain_full_schedule": flops_plain * self.state.max_steps,
             },
+            "heldout": self._heldout_summary(),
             "peak_memory_mib": accounting.peak_memory_mib(),
             "device": accounting.device_name(),
             "versions": accounting.versions(),
+        }
+
+    def _heldout_summary(self) -> dict[str, Any] | None:
+        if self.grades.heldout is None:
+            return None
+        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        examples = self._heldout_examples * self.grades.heldout.readings
+        return {
+            "examples": self._heldout_examples,
+            "interval": self.grades.interval,
+            "readings": self.grades.heldout.readings,
+            "examples_per_training_example": examples / (per_step * self.state.global_step),
         }
 
     # ---- Weights & Biases: media and tables, beside the scalars that go through log() ----
@@ -392,6 +459,28 @@ class _GradESCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer._end_training()
+
+
+def heldout_plan(config: GradESConfig, steps: int, per_step: int, available: int) -> tuple[int, int]:
+    """How many held-out examples a reading takes, and how many steps lie between readings.
+
+    `heldout_cost` allows `heldout_cost * steps * per_step` examples in all. They are spread over `HELDOUT_READINGS`
+    readings, of at least `MIN_HELDOUT` examples each (then there are fewer readings) and at most `heldout_samples`
+    (then there are more). An interval that is set is kept.
+
+    Args:
+        config (`GradESConfig`): heldout_cost, heldout_samples, interval.
+        steps (`int`): optimizer steps of the whole schedule.
+        per_step (`int`): training examples per optimizer step.
+        available (`int`): held-out examples.
+    """
+    budget = config.heldout_cost * per_step  # examples per step
+    if config.interval is not None:
+        count = min(config.heldout_samples, available, max(1, int(budget * config.interval)))
+        return count, config.interval
+    count = max(MIN_HELDOUT, int(budget * steps / HELDOUT_READINGS))
+    count = min(count, config.heldout_samples, available)
+    return count, math.ceil(round(count / budget, 9))
 
 
 class Stopwatch:

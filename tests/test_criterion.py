@@ -2,9 +2,12 @@
 
 import json
 import math
+import random
+
+import pytest
 
 from grades_trl.config import GradESConfig
-from grades_trl.criterion import Criterion
+from grades_trl.criterion import Criterion, Replay
 
 
 def freeze_step(readings, total_steps=20, tower="language", **config):
@@ -83,3 +86,81 @@ def test_state_survives_json_in_the_middle_of_the_grace_period():
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         got += [second.update(step, {"w": v}) for step, v in enumerate(values[cut:], start=cut + 1)]
         assert got == expected
+
+
+def converged_at(readings, total_steps=20, **config):
+    """Matrix -> step in which it converges, reading all matrices in each step."""
+    names = list(readings[0])
+    criterion = Criterion(GradESConfig(alpha=0.0, **config), dict.fromkeys(names, "language"), total_steps)
+    found, best = {}, []
+    for step, values in enumerate(readings, start=1):
+        live = {name: value for name, value in values.items() if name not in found}
+        if not live:
+            break
+        found |= dict.fromkeys(criterion.update(step, live), step)
+        best.append(criterion.at_best)
+    return found, best, criterion
+
+
+def test_agreement_is_the_running_mean_of_a_matrix():
+    # means, the last weight 1, each earlier one .95 of the next: .5, (.475 + 0) / 1.95 = .2436, .4513 / 2.8525 = .1582
+    found, _, criterion = converged_at([{"a": 0.5}, {"a": 0.0}, {"a": 0.0}], metric="agreement", tau=0.16)
+    assert found == {"a": 3}
+    assert math.isclose(criterion.values["a"], 0.5 * 0.95**2 / (1 + 0.95 + 0.95**2))
+
+
+def test_heldout_gain_counts_readings_since_the_best():
+    # One matrix: its gains add up to 1, 3, 2, 2.5, 3.5 (a new best), 3.4, 3.3: two readings without one
+    gains = [{"a": x} for x in (1.0, 2.0, -1.0, 0.5, 1.0, -0.1, -0.1)]
+    found, best, criterion = converged_at(gains, metric="heldout_gain", patience=2)
+    assert best == [True, True, False, False]
+    assert found == {"a": 4}
+    found, best, criterion = converged_at(gains, metric="heldout_gain", patience=3)
+    assert best == [True, True, False, False, True, False, False]
+    assert found == {}
+    assert math.isclose(criterion.values["a"], -0.2)
+
+
+def test_heldout_gain_draws_a_matrix_towards_the_mean():
+    # own share .3: b counts .3 * -1 + .7 * mean. With a at 3 the mean is 1, and b is at .4: it trains on
+    strong = [{"a": 3.0, "b": -1.0}] * 6
+    assert converged_at(strong, metric="heldout_gain", patience=2)[0] == {}
+    # With a at 1.2 the mean is .1, and b is at -.23: it converges (the first reading does not count), a goes on
+    weak = [{"a": 1.2, "b": -1.0}] * 6
+    assert converged_at(weak, metric="heldout_gain", patience=2)[0] == {"b": 3}
+
+
+def test_all_converge_when_the_whole_makes_no_new_best():
+    # a gains what b loses and a little less: alone it would train on
+    gains = [{"a": 1.0, "b": 1.0}] + [{"a": 3.0, "b": -3.1}] * 5
+    found, _, criterion = converged_at(gains, metric="heldout_gain", patience=3)
+    assert found == {"a": 4, "b": 4}
+    assert max(criterion.values.values()) < 0
+
+
+def test_decisions_have_no_unit():
+    """The same decisions when all readings are multiplied, as by another loss unit."""
+    generator = random.Random(0)
+    gains = [{n: generator.gauss(1 - step / 10, 1) for n in "abcd"} for step in range(20)]
+    smaller = [{name: 1e-4 * x for name, x in values.items()} for values in gains]
+    plain, scaled = (converged_at(values, metric="heldout_gain", patience=2)[0] for values in (gains, smaller))
+    assert plain == scaled
+    assert len(set(plain.values())) > 1
+
+
+def test_the_defaults_of_a_metric():
+    paper, ours = GradESConfig(), GradESConfig(metric="heldout_gain")
+    assert (paper.alpha, paper.patience, paper.cooldown, paper.tau) == (0.55, 1, 0.0, "auto")
+    assert (ours.alpha, ours.patience, ours.cooldown, ours.tau_of("vision")) == (0.1, 3, 0.2, 0.0)
+    assert GradESConfig(metric="heldout_gain", alpha=0.0, patience=1, cooldown=0.0).cooldown == 0.0
+
+
+def test_replay_follows_a_file(tmp_path):
+    path = tmp_path / "events.jsonl"
+    lines = [{"matrix": "a", "decided": 3, "step": 4, "value": 0.5, "tau": 1.0}]
+    lines.append({"matrix": "b", "decided": 2, "step": 2, "value": 0.6, "tau": 1.0})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    replay = Replay(str(path), ["a", "b", "c"])
+    assert [replay.update(step, {}) for step in range(1, 5)] == [[], ["b"], ["a"], []]
+    with pytest.raises(ValueError, match="1 matrices that this model does not train, b among them"):
+        Replay(str(path), ["a"])

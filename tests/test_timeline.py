@@ -54,7 +54,7 @@ def toy_matrices(layers=3, roles=("q_proj", "down_proj")):
 
 def freeze(matrices, name, step, value=0.01, tau=0.02, frozen=1):
     m = matrices[name]
-    return FreezeEvent(step, name, m.layer, m.role, m.tower, value, tau, m.params, frozen, len(matrices))
+    return FreezeEvent(step, name, m.layer, m.role, m.tower, step, value, tau, m.params, frozen, len(matrices))
 
 
 def make(tmp_path, matrices, **kwargs):
