@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from .matrices import WeightMatrix
 
@@ -148,6 +149,69 @@ def speedup(clock: StepClock, total_steps: int, validation: Validation) -> dict[
     full = plain * total_steps + validation.mean_seconds * validation.planned
     parts["against_full_schedule"] = full / (run + validation.seconds)
     return parts
+
+
+class RunClock(TrainerCallback):
+    """
+    Where the seconds of one `train()` go, with GradES or without: to be passed in the trainer's `callbacks`.
+
+    It runs from the first step to the last, the best checkpoint of early stopping loaded; what is drawn and reported
+    afterwards is not in it. A resumed run is timed from where it resumes.
+
+    Attributes:
+        total (`float`): seconds of the whole.
+        validation (`float`): of them in `evaluate()`.
+        saving (`float`): of them in writing checkpoints.
+        history (`list[dict]`): one entry per validation: `step`, `seconds` since training began, `eval_loss`.
+        peak_memory_mib (`float` or `None`): at the end of training, see [`peak_memory_mib`].
+    """
+
+    def __init__(self):
+        self.total = self.validation = self.saving = 0.0
+        self.history: list[dict[str, float]] = []
+        self.peak_memory_mib: float | None = None
+        self._began = self._mark = 0.0
+        self._running = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._began = self._mark = self._now()
+        self._running = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_evaluate or control.should_save:  # else the device need not be waited for
+            self._mark = self._now()
+
+    on_epoch_end = on_step_end
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:  # of training; the next thing is validation or saving, if they are due
+            self.on_step_end(args, state, control)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if not self._running:
+            return
+        self.validation += self._lap()
+        seconds = self._mark - self._began
+        self.history.append({"step": state.global_step, "seconds": seconds, "eval_loss": metrics["eval_loss"]})
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saving += self._lap()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.total, self._running = self._now() - self._began, False
+        self.peak_memory_mib = peak_memory_mib()
+
+    def _lap(self) -> float:
+        """Seconds since the last mark, which is set anew."""
+        before, self._mark = self._mark, self._now()
+        return self._mark - before
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def device_name() -> str:

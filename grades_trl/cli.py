@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -12,10 +13,17 @@ from typing import Any
 
 import torch
 import wandb
+from datasets import Dataset
+from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, SFTConfig, TrlParser
 
+from . import accounting
 from .backend import BACKENDS
 from .config import TOWERS, GradESConfig
+
+# What a validation loss must fall by to count as better: that of the early stopping the paper compares with.
+EARLY_STOPPING_THRESHOLD = 0.0005
 
 # What --help shows of TRL's 200 training and model arguments; --help_all shows the rest.
 COMMON_FLAGS = (
@@ -43,11 +51,17 @@ class RecipeArguments:
         dataset_train_split (`str`, *optional*, defaults to `"train"`), dataset_test_split (`str`, *optional*):
             Names of the splits. Without a test split, `test_size` of the training split is held out.
         test_size (`float`, *optional*, defaults to `0.1`):
-            Fraction held out.
+            Fraction held out. The first half of what is held out is for validation during training, the second half
+            for the scores at the end.
         max_train_samples (`int`, *optional*):
             Train on that many examples at most.
+        max_eval_samples (`int`, *optional*):
+            Validate on that many examples at most, and test on as many.
         grades (`bool`, *optional*, defaults to `True`):
             `--grades false` trains plainly.
+        early_stopping_patience (`int`, *optional*):
+            End the run when the validation loss has not fallen by 0.0005 for that many evaluations, and go back to the
+            best checkpoint. It sets all that this needs: what is saved, when, and what is loaded at the end.
         train_towers (`list[str]`, *optional*, defaults to all):
             What trains of a vision-language model.
         generate (`int`, *optional*, defaults to `200`):
@@ -75,7 +89,14 @@ class RecipeArguments:
     )
     test_size: float = field(default=0.1, metadata={"help": "Fraction of the training split to hold out."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many examples at most."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Validate, and test, on that many examples at most."}
+    )
     grades: bool = field(default=True, metadata={"help": "Watch and freeze matrices; false trains plainly."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "End when the validation loss has not fallen for that many evaluations; back to the best."},
+    )
     train_towers: list[str] = field(
         default_factory=lambda: ["vision", "projector", "language"],
         metadata={"help": "What trains of a vision-language model.", "choices": list(TOWERS)},
@@ -97,7 +118,8 @@ def parse(
 
     Raises:
         SystemExit: an unknown flag, or a value of the wrong type; also after `--help`.
-        ValueError: a key in the YAML file that is no argument, or a value that GradESConfig does not take.
+        ValueError: a key in the YAML file that is no argument, a value that GradESConfig does not take, or early
+            stopping without validation.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = TrlParser(
@@ -112,13 +134,15 @@ def parse(
         argv.remove("--help_all")
     elif "--help" in argv or "-h" in argv:
         _hide_rare_flags(parser)
-    parser.set_defaults_with_config(report_to="wandb", output_dir="outputs/run")
+    parser.set_defaults_with_config(report_to="wandb", output_dir="outputs/run", metric="heldout_gain")
     if not torch.accelerator.is_available():  # TRL's default, bf16, is an error there
         parser.set_defaults_with_config(use_cpu=True, bf16=False)
     flags = {word.partition("=")[0] for word in argv}
     if not flags & {"--config", "--model_name_or_path", "--help", "-h"}:
         argv = ["--config", str(demo_config), *argv]
     recipe, grades, model, training = parser.parse_args_and_config(argv)
+    if recipe.early_stopping_patience is not None:
+        _keep_the_best(training)
     if "wandb" in training.report_to:
         start_wandb(training)
     return recipe, training, model, grades
@@ -160,9 +184,54 @@ def start_wandb(training: SFTConfig) -> None:
         )
 
 
-def finish(trainer: Any, results: dict[str, float]) -> None:
-    """The end of a recipe: results into summary.json, the report and W&B, and a short account on the screen."""
+def _keep_the_best(training: SFTConfig) -> None:
+    """All settings that early stopping needs beside its callback."""
+    if training.eval_strategy == "no":
+        raise ValueError(
+            'early_stopping_patience needs validation, and eval_strategy is "no": add --eval_strategy epoch, or '
+            "--eval_strategy steps --eval_steps N."
+        )
+    if training.save_strategy == "no":  # nobody asked for checkpoints to resume from
+        training.save_only_model = True
+    training.save_strategy = SaveStrategy(training.eval_strategy.value)
+    training.save_steps = training.eval_steps
+    training.save_total_limit = 1
+    training.load_best_model_at_end = True
+    training.metric_for_best_model, training.greater_is_better = "eval_loss", False
+
+
+def early_stopping(recipe: RecipeArguments) -> list[EarlyStoppingCallback]:
+    """The callback, if early stopping is on."""
+    if recipe.early_stopping_patience is None:
+        return []
+    return [EarlyStoppingCallback(recipe.early_stopping_patience, EARLY_STOPPING_THRESHOLD)]
+
+
+def final_losses(trainer: Any, test: Dataset) -> dict[str, float]:
+    """Scores of the trained model: on the validation half, which decided, and on the test half, which did not.
+
+    Returns:
+        `dict`: `final/validation_loss`, and of the test half `final/test_loss` and `final/eval_mean_token_accuracy`.
+    """
+    trainer.remove_callback(EarlyStoppingCallback)  # it would miss "eval_loss" in the scores of the test half
+    validation = trainer.evaluate()
+    scores = trainer.evaluate(test, metric_key_prefix="test")
+    results = {"final/validation_loss": validation["eval_loss"], "final/test_loss": scores["test_loss"]}
+    if "eval_mean_token_accuracy" in scores:  # TRL's own prefix; Unsloth's loss does not have it
+        results["final/eval_mean_token_accuracy"] = scores["eval_mean_token_accuracy"]
+    return results
+
+
+def finish(trainer: Any, clock: accounting.RunClock, results: dict[str, float]) -> None:
+    """The end of a recipe: `result.json`, the report and W&B, and a short account on the screen.
+
+    Args:
+        trainer: after `train()`.
+        clock (`RunClock`): was among its callbacks.
+        results (`dict[str, float]`): the final scores.
+    """
     output_dir = Path(trainer.args.output_dir)
+    (output_dir / "result.json").write_text(json.dumps(_result(trainer, clock, results), indent=2) + "\n")
     print("\n" + "\n".join(f"{key:<34} {value:.4g}" for key, value in sorted(results.items())))
     if wandb.run is not None:
         wandb.run.summary.update(results)
@@ -175,6 +244,45 @@ def finish(trainer: Any, results: dict[str, float]) -> None:
     if trainer.grades is not None:
         plain = ["--grades", "false", "--output_dir", f"{output_dir}_plain"]
         print(f"Next, the same run without freezing: {shlex.join(['python', *sys.argv, *plain])}")
+
+
+def _result(trainer: Any, clock: accounting.RunClock, results: dict[str, float]) -> dict[str, Any]:
+    """What `result.json` holds: the same of every run, so that runs can be compared."""
+    steps, total_steps = trainer.state.global_step, trainer.state.max_steps
+    summary = trainer.grades_summary
+    grades_seconds = summary["seconds"]["grades"] if summary else 0.0
+    if trainer.grades is not None and trainer.grades.done:
+        reason = "all matrices frozen"
+    else:
+        reason = "schedule finished" if steps >= total_steps else "early stopping"
+    result = {
+        "steps": steps,
+        "total_steps": total_steps,
+        "stop_reason": reason,
+        "seconds": {  # the last four are the parts of the first
+            "total": clock.total,
+            "training": clock.total - clock.validation - clock.saving - grades_seconds,
+            "validation": clock.validation,
+            "saving": clock.saving,
+            "grades": grades_seconds,
+        },
+        "flops": steps / total_steps,  # as a fraction of a plain run of the whole schedule
+        "validation": clock.history,
+        "results": results,
+        "peak_memory_mib": clock.peak_memory_mib,
+        "warmup_steps": trainer.args.warmup_steps,
+        "device": accounting.device_name(),
+        "versions": accounting.versions(),
+        "argv": sys.argv,
+    }
+    if summary:
+        result["flops"] = summary["flops"]["run"] / summary["flops"]["plain_full_schedule"]
+        result["matrices"] = {"frozen": summary["frozen"], "total": summary["matrices"]}
+        result["watched"] = [
+            {"matrix": m.name, "layer": m.layer, "role": m.role, "tower": m.tower, "params": m.params}
+            for m in trainer.watched.values()
+        ]
+    return result
 
 
 def account(summary: dict[str, Any]) -> str:

@@ -177,6 +177,35 @@ def check(dataset: Dataset, vision: bool, name: str = "train", text_column: str 
         _open_pictures(dataset, picture_column, name)
 
 
+def with_validation(splits: DatasetDict, limit: int | None = None) -> DatasetDict:
+    """
+    Halves the held-out rows: what decides during training must not be what the result is measured on.
+
+    Args:
+        splits ([`~datasets.DatasetDict`]): with `test`, as [`load`] returns it.
+        limit (`int`, *optional*): rows in each half, at most.
+
+    Returns:
+        [`~datasets.DatasetDict`]: the same with `validation`, the first half of `test`, and `test`, the rest of it.
+
+    Raises:
+        [`DataError`]: if `test` has a single row.
+    """
+    held_out = splits["test"]
+    if len(held_out) < 2:
+        raise DataError(
+            f"test: {len(held_out)} row is held out, expected at least 2: one half decides when training ends, the "
+            "other half measures the result"
+        )
+    half = len(held_out) // 2
+    end = len(held_out) if limit is None else min(len(held_out), half + limit)
+    halves = {
+        "validation": held_out.select(range(half if limit is None else min(half, limit))),
+        "test": held_out.select(range(half, end)),
+    }
+    return DatasetDict({**splits, **halves})
+
+
 def response_only(dataset: Dataset) -> Dataset:
     """
     Turns conversations into rows of which only the response is learned, under any chat template.

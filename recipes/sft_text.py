@@ -17,7 +17,8 @@ import wandb
 from datasets import Dataset
 
 from grades_trl import GradESTrainer, data, demo
-from grades_trl.cli import finish, parse
+from grades_trl.accounting import RunClock
+from grades_trl.cli import early_stopping, final_losses, finish, parse
 from grades_trl.generate import answers, exact_match, show_samples
 from grades_trl.loading import load_model, make_trainable
 
@@ -29,7 +30,7 @@ def main() -> None:
 
     # 1. Data: prompts and responses. The loss is on the response alone.
     if recipe.dataset_name in ("dates", "docstrings"):
-        dataset = getattr(demo, recipe.dataset_name)(seed=0)
+        dataset = getattr(demo, recipe.dataset_name)(seed=0, test=600)
     else:
         dataset = data.load(
             recipe.dataset_name or _no_data(),
@@ -40,11 +41,15 @@ def main() -> None:
             seed=training.seed,
             text_column=training.dataset_text_field,
         )
-    dataset = {split: data.response_only(rows) for split, rows in dataset.items()}
-    train, test = dataset["train"], dataset["test"]
+    # Of what is held out, one half decides during training (validation), the other is scored at the end alone (test).
+    dataset = {
+        split: data.response_only(rows)
+        for split, rows in data.with_validation(dataset, recipe.max_eval_samples).items()
+    }
+    train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
     if recipe.max_train_samples is not None:
         train = train.select(range(min(recipe.max_train_samples, len(train))))
-    print(f"{len(train):,} examples to train on, {len(test):,} held out")
+    print(f"{len(train):,} examples to train on, {len(validation):,} to validate on, {len(test):,} to test on")
 
     # 2. Model: from the hub, a folder or a GGUF file; without a name, the tiny one that is built here.
     if model_args.model_name_or_path is None:
@@ -59,13 +64,15 @@ def main() -> None:
             max_length=training.max_length,
             seed=training.seed,
         )
+    clock = RunClock()
     trainer = GradESTrainer(
         model=model,
         args=training,
         train_dataset=train,
-        eval_dataset=test,
+        eval_dataset=validation,
         processing_class=tokenizer,
         grades=grades if recipe.grades else None,
+        callbacks=[clock, *early_stopping(recipe)],
     )
 
     # 3. Train, with a few answers and their exact match before and after.
@@ -86,13 +93,12 @@ def main() -> None:
     after = ask(shown) if shown else []
 
     # 4. What came of it.
-    scores = trainer.evaluate()
-    results |= {f"final/{key}": scores[key] for key in ("eval_loss", "eval_mean_token_accuracy") if key in scores}
+    results |= final_losses(trainer, test)
     results |= {f"final/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}
     if shown:
         show_samples(shown, before, after)
     trainer.save_model()
-    finish(trainer, results)
+    finish(trainer, clock, results)
     wandb.finish()
 
 

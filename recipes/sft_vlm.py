@@ -16,7 +16,8 @@ import torch
 import wandb
 
 from grades_trl import data
-from grades_trl.cli import finish, parse
+from grades_trl.accounting import RunClock
+from grades_trl.cli import early_stopping, final_losses, finish, parse
 from grades_trl.generate import exact_match, show_samples
 from grades_trl.loading import load_model, make_trainable
 from vlm import GradESVLMTrainer, demo
@@ -31,7 +32,7 @@ def main() -> None:
 
     # 1. Data: pictures with prompts and responses. The loss is on the response alone.
     if recipe.dataset_name == "digits":
-        dataset = demo.digit_pictures(seed=0)
+        dataset = demo.digit_pictures(seed=0, test=600)
     else:
         dataset = data.load(
             recipe.dataset_name or _no_data(),
@@ -42,10 +43,15 @@ def main() -> None:
             seed=training.seed,
             vision=True,
         )
-    train, test = data.response_only(dataset["train"]), data.response_only(dataset["test"])
+    # Of what is held out, one half decides during training (validation), the other is scored at the end alone (test).
+    dataset = {
+        split: data.response_only(rows)
+        for split, rows in data.with_validation(dataset, recipe.max_eval_samples).items()
+    }
+    train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
     if recipe.max_train_samples is not None:
         train = train.select(range(min(recipe.max_train_samples, len(train))))
-    print(f"{len(train):,} examples to train on, {len(test):,} held out")
+    print(f"{len(train):,} examples to train on, {len(validation):,} to validate on, {len(test):,} to test on")
 
     # 2. Model: from the hub or a folder; without a name, the tiny one that is built here.
     if model_args.model_name_or_path is None:
@@ -62,13 +68,15 @@ def main() -> None:
             max_length=training.max_length,
             seed=training.seed,
         )
+    clock = RunClock()
     trainer = GradESVLMTrainer(
         model=model,
         args=training,
         train_dataset=train,
-        eval_dataset=test,
+        eval_dataset=validation,
         processing_class=processor,
         grades=grades if recipe.grades else None,
+        callbacks=[clock, *early_stopping(recipe)],
     )
 
     # 3. Train, with a few answers before and after.
@@ -78,8 +86,7 @@ def main() -> None:
     after = answers(trainer.model, processor, shown, max_new_tokens=recipe.max_new_tokens) if recipe.samples else []
 
     # 4. What came of it, next to the same model given blank pictures: what can be answered without seeing.
-    scores = trainer.evaluate()
-    results = {f"final/{key}": scores[key] for key in ("eval_loss", "eval_mean_token_accuracy") if key in scores}
+    results = final_losses(trainer, test)
     if recipe.generate:
         asked = test.select(range(min(recipe.generate, len(test))))
         for name, blank in (("exact_match", False), ("exact_match_blank_pictures", True)):
@@ -93,7 +100,7 @@ def main() -> None:
         if wandb.run is not None:
             wandb.log({"samples": wandb.Image(str(sheet))})
     trainer.save_model()
-    finish(trainer, results)
+    finish(trainer, clock, results)
     wandb.finish()
 
 

@@ -73,6 +73,7 @@ def test_text_demo(tmp_path):
         {
             "train/loss",
             "eval/loss",
+            "test/loss",
             "train/grades/frozen_fraction",
             "train/grades/frozen_params_fraction",
             "train/grades/frozen_prefix_layers",
@@ -87,6 +88,8 @@ def test_text_demo(tmp_path):
     assert recorded["summary"]["grades/frozen"] == summary["frozen"]
     assert recorded["config"]["grades"]["auto_ratio"] == 1.5
     assert recorded["summary"]["final/exact_match_test"] == summary["results"]["final/exact_match_test"]
+    scored = next(row["test/loss"] for row in recorded["history"] if "test/loss" in row)
+    assert scored == summary["results"]["final/test_loss"] != summary["results"]["final/validation_loss"]
 
 
 def test_vlm_demo(tmp_path):
@@ -117,7 +120,7 @@ def test_text_on_a_users_own_chats_with_lora_and_a_checkpoint(tmp_path):
     flags += " --metric grad_norm --tau 1e9 --patience 1"
     config = ["--config", ROOT / "configs" / "demo_text.yaml"]
     printed = succeeded(run("sft_text.py", *config, *flags.split(), cwd=tmp_path))
-    assert "54 examples to train on, 6 held out" in printed
+    assert "54 examples to train on, 3 to validate on, 3 to test on" in printed
     assert "all matrices frozen" in printed
     assert not (tmp_path / "out" / "wandb").exists()
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
@@ -125,6 +128,22 @@ def test_text_on_a_users_own_chats_with_lora_and_a_checkpoint(tmp_path):
     again = run("sft_text.py", *config, *flags.split(), *resume, cwd=tmp_path)
     assert again.returncode != 0
     assert "everything was frozen at step 4" in again.stderr
+
+
+def test_early_stopping_goes_back_to_the_best_checkpoint(tmp_path):
+    flags = "--grades false --early_stopping_patience 2 --max_steps 40 --eval_steps 2 --report_to none --samples 0"
+    flags += " --warmup_steps 0 --learning_rate 0.3 --max_train_samples 32 --generate 0"  # soon worse
+    succeeded(run("sft_text.py", *flags.split(), cwd=tmp_path))
+    result = json.loads((tmp_path / "outputs" / "demo_text" / "result.json").read_text())
+    losses = [entry["eval_loss"] for entry in result["validation"]]
+    best = losses.index(min(losses))
+    assert result["stop_reason"] == "early stopping"
+    assert len(losses) == best + 3 < 20
+    assert result["results"]["final/validation_loss"] == pytest.approx(losses[best], rel=1e-5)
+    assert result["seconds"]["saving"] > 0
+    (kept,) = (tmp_path / "outputs" / "demo_text").glob("checkpoint-*")
+    assert kept.name == f"checkpoint-{2 * (best + 1)}"
+    assert not (kept / "optimizer.pt").exists()
 
 
 def test_vlm_on_a_users_own_picture_folder(tmp_path):
@@ -138,7 +157,7 @@ def test_vlm_on_a_users_own_picture_folder(tmp_path):
     flags = "--dataset_name pictures --max_steps 3 --output_dir out --report_to none --samples 1 --generate 2"
     config = ["--config", ROOT / "configs" / "demo_vlm.yaml"]
     printed = succeeded(run("sft_vlm.py", *config, *flags.split(), "--train_towers", "language", cwd=tmp_path))
-    assert "21 examples to train on, 3 held out" in printed
+    assert "21 examples to train on, 1 to validate on, 2 to test on" in printed
     assert "vision     " not in printed  # frozen by choice
     (folder / "7.png").write_bytes(b"no picture")
     failed = run("sft_vlm.py", *config, *flags.split(), cwd=tmp_path)
