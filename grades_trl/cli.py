@@ -238,6 +238,7 @@ def finish(trainer: Any, clock: accounting.RunClock, results: dict[str, float]) 
     if trainer.grades is not None:
         trainer.grades_summary["results"] = results
         trainer.timeline.write_report(trainer.grades_summary)
+        trainer.log_report()
         print("\n" + account(trainer.grades_summary))
         print(f"\nWhat froze when, with pictures: {output_dir / 'grades' / 'report.html'}")
     print(f"The model: {output_dir}")
@@ -303,9 +304,19 @@ def account(summary: dict[str, Any]) -> str:
             f"  cheaper steps          {times(cheaper['ratio'])}{saved(cheaper)}",
             f"  steps not run          {times(steps['ratio'])}{saved(steps)}",
             f"  validation not run     {validation['evaluations']} evaluations{saved(validation)}",
+            *_heldout_account(summary["heldout"]),
             f"  against a plain run of the same length  {times(speedup['against_same_length'])}",
             f"  against the full schedule               {times(speedup['against_full_schedule'])}",
             f"  training {seconds['training']:.1f} s, of which GradES {seconds['grades']:.2f} s; validation "
             f"{seconds['validation']:.1f} s; peak memory {summary['peak_memory_mib']:,.0f} MiB on {summary['device']}",
         ]
     )
+
+
+def _heldout_account(heldout: dict[str, Any] | None) -> list[str]:
+    if heldout is None:
+        return []
+    cost = heldout["examples_per_training_example"]
+    return [
+        f"  held-out readings      {heldout['readings']} of {heldout['examples']} examples: {cost:.1%} of training"
+    ]

@@ -427,6 +427,14 @@ class GradESMixin(_SFTTrainer):
         self._wandb_picture(run, str(self.timeline.directory / "timeline.png"))  # as the report has it
         for key, value in self.grades_summary.items():
             run.summary[f"grades/{key}"] = value
+        self.log_report()
+
+    def log_report(self) -> None:
+        """The folder of the report to W&B, if that is on; once more after something was added to it."""
+        if (run := self._wandb_run()) is None:
+            return
+        import wandb
+
         report = wandb.Artifact(f"grades-{run.id}", type="grades-report")
         report.add_dir(str(self.timeline.directory))
         run.log_artifact(report)

@@ -60,7 +60,7 @@ def main() -> None:
         "versions": first["versions"],
         "commit": commit(),
         **summary,
-        "cells": [{key: value for key, value in cell.items() if key != "watched"} for cell in cells],
+        "cells": [{key: value for key, value in cell.items() if key not in ("watched", "argv")} for cell in cells],
     }
     (output_dir / "compare.json").write_text(json.dumps(record, indent=2) + "\n")
     (output_dir / "compare.md").write_text(markdown(summary))
@@ -170,7 +170,7 @@ def arm_flags(arm: str, folder: Path, grades: Cell | None, paper_tau: str) -> li
 def describe(cell: Cell) -> str:
     return (
         f"{cell['arm']:<15} seed {cell['seed']}: {cell['steps']:>6,} of {cell['total_steps']:,} steps, test loss "
-        f"{cell['results']['final/eval_loss']:.4f}, {cell['seconds']['total']:.1f} s, {cell['stop_reason']}"
+        f"{cell['results']['final/test_loss']:.4f}, {cell['seconds']['total']:.1f} s, {cell['stop_reason']}"
     )
 
 

@@ -99,6 +99,18 @@ def test_reading_every_third_step_keeps_the_meaning_of_a_reading():
         assert third == [NAN, NAN, every[2], NAN, NAN, every[5], NAN]
 
 
+def test_agreement_by_hand():
+    """Gradients of one sign agree fully, of opposite signs not at all; their size does not matter."""
+    readings, step = run([1, 0.5, -3, -0.1, 8, 0, -2], "agreement", -1.0, alpha=0.0)
+    assert readings == [NAN, 1.0, -1.0, 1.0, -1.0, NAN, -1.0]
+    assert step is None
+    # running means: 1, (.95 - 1) / 1.95 = -.03
+    assert run([1, 0.5, -3], "agreement", 0.0, alpha=0.0)[1] == 3
+    for factor, scale in ((7, 1.0), (1, 1024.0)):  # no unit: another size, another loss scale
+        gradients = [factor * g for g in (1, 0.5, -3)]
+        assert run(gradients, "agreement", 0.0, lr=0.5, alpha=0.0, scale=scale)[1] == 3
+
+
 def batches(seed, count, vocabulary=64):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, vocabulary, (4, 16), generator=generator) for _ in range(count)]
@@ -166,7 +178,7 @@ def test_experts_need_the_optimizer():
         GradES(qwen3_moe(), GradESConfig(), 10)
 
 
-@pytest.mark.parametrize("metric", ["grad_change", "grad_norm", "weight_change"])
+@pytest.mark.parametrize("metric", ["grad_change", "grad_norm", "weight_change", "agreement"])
 @pytest.mark.parametrize("build", [qwen3, qwen3_moe])
 def test_a_resumed_run_is_the_same_run(build, metric):
     config = GradESConfig(metric=metric, alpha=0.3, auto_ratio=0.95, patience=2)
@@ -280,7 +292,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-@pytest.mark.parametrize("metric", ["grad_change", "grad_norm", "weight_change"])
+@pytest.mark.parametrize("metric", ["grad_change", "grad_norm", "weight_change", "agreement"])
 def test_a_step_waits_once_for_the_device(monkeypatch, metric, scale):
     transfers = []
     for name in ("tolist", "numpy", "cpu"):  # not seen by a dispatch mode on the CPU

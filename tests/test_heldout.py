@@ -125,6 +125,36 @@ def test_plan_by_hand():
         assert count / (interval * per_step) <= config.heldout_cost + 1e-12
 
 
+@pytest.mark.parametrize("metric, tau", [("agreement", 0.1), ("heldout_gain", "auto")])
+def test_decisions_do_not_depend_on_units(metric, tau):
+    """The loss times 8 with an eighth of the learning rate is the same training: it freezes the same, step by step."""
+    frozen = []
+    for unit in (1.0, 8.0):
+        model = qwen3()
+        optimizer = torch.optim.SGD(model.parameters(), lr=2.0 / unit)
+        held_out = batches(7, 1)[0]
+
+        def heldout(model=model, held_out=held_out, unit=unit):
+            loss = unit * model(input_ids=held_out, labels=held_out).loss
+            loss.backward()
+            return loss
+
+        config = GradESConfig(
+            metric=metric, tau=tau, alpha=0.1, interval=2 if metric == "heldout_gain" else 1, patience=2
+        )
+        grades = GradES(model, config, 40, optimizer, heldout)
+        for step, batch in enumerate(batches(0, 4) * 10, start=1):  # four batches, over and over: it overfits
+            (unit * model(input_ids=batch, labels=batch).loss).backward()
+            grades.step(step)
+            if grades.done:
+                break
+            optimizer.step()
+            optimizer.zero_grad()
+        frozen.append(grades.frozen)
+    assert frozen[0] == frozen[1]
+    assert len(frozen[0]) == 14
+
+
 HELDOUT = {"metric": "heldout_gain", "interval": 3, "heldout_cost": 0.5, "alpha": 0.0}
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from grades_trl import metrics
 from grades_trl.metrics import MIN_ELEMENTS, l1_distances, l1_norms, sample
 
 
@@ -68,3 +69,24 @@ def test_estimates_are_unbiased_and_within_the_stated_error():
     spread = (estimates.std() / exact).item()
     assert spread == pytest.approx(predicted, rel=0.2)
     assert abs(estimates.mean().item() / exact - 1) < 4 * predicted / 300**0.5
+
+
+def test_cosines_in_closed_form():
+    x, y = torch.tensor([3.0, 4.0]), torch.tensor([[2.0, 0.0]])
+    p, q = torch.tensor([4.0, 3.0]), torch.tensor([[-1.0, 0.0]])
+    found = metrics.cosines([x, y, x], [p, q, None])
+    assert found[:2].flatten().tolist() == pytest.approx([5.0, 24 / 25, 2.0, -1.0])
+    assert found[2, 0] == 5.0
+    assert found[2, 1].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cosines_have_no_unit_and_are_exact(dtype):
+    torch.manual_seed(0)
+    x, p = torch.randn(2, 64, 48).to(dtype)
+    p = p + 0.01 * x  # an agreement of a percent must not drown in rounding
+    expected = torch.nn.functional.cosine_similarity(x.double().flatten(), p.double().flatten(), dim=0).item()
+    for scale in (1.0, 128.0):
+        found = metrics.cosines([x * scale], [p], scale)[0, 1].item()
+        assert found == pytest.approx(expected, abs=1e-6)
+    assert metrics.cosines([x * 4], [p / 8])[0, 1].item() == pytest.approx(expected, abs=1e-4)
