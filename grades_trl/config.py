@@ -45,7 +45,7 @@ class GradESConfig:
             other metrics always compares two neighbouring steps, so tau keeps its meaning.
         cooldown (`float`, *optional*):
             A matrix that has converged at step t trains on for `ceil(cooldown * t)` steps, while its own updates
-            shrink linearly to nothing, and is frozen then. By default 0: it is frozen at once, as in the paper; 0.2
+            shrink linearly to nothing, and is frozen then. By default 0: it is frozen at once, as in the paper; 0.1
             for `heldout_gain`, where the last matrices go back to their best weights before they cool down.
         heldout_cost (`float`, *optional*, defaults to `0.02`):
             Used by `heldout_gain` alone: held-out examples per training example, at most. It sets how many examples a
@@ -115,7 +115,7 @@ class GradESConfig:
         default=None,
         metadata={
             "help": "A converged matrix trains on for this fraction of the steps so far, with shrinking updates. By "
-            "default the paper's 0, and 0.2 for heldout_gain."
+            "default the paper's 0, and 0.1 for heldout_gain."
         },
     )
     heldout_cost: float = field(
@@ -156,7 +156,7 @@ class GradESConfig:
     def __post_init__(self):
         if self.metric not in METRICS:
             raise ValueError(f"metric is {self.metric!r}; expected one of {', '.join(METRICS)}.")
-        alpha, patience, cooldown = (0.1, 3, 0.2) if self.metric == "heldout_gain" else (0.55, 1, 0.0)
+        alpha, patience, cooldown = (0.1, 3, 0.1) if self.metric == "heldout_gain" else (0.55, 1, 0.0)
         self.alpha = alpha if self.alpha is None else self.alpha
         self.patience = patience if self.patience is None else self.patience
         self.cooldown = cooldown if self.cooldown is None else self.cooldown

@@ -125,6 +125,8 @@ def test_validation_and_test_share_no_row():
         "test": "cde",
         "test_formats": "abcde",
     }
+    few = data.with_validation(DatasetDict(train=rows, test=rows), limit=1)
+    assert (few["validation"]["text"], few["test"]["text"]) == (["a"], ["c"])
     with pytest.raises(data.DataError, match="1 row is held out, expected at least 2"):
         data.with_validation(DatasetDict(train=rows, test=rows.select([0])))
 

@@ -151,7 +151,7 @@ def test_decisions_have_no_unit():
 def test_the_defaults_of_a_metric():
     paper, ours = GradESConfig(), GradESConfig(metric="heldout_gain")
     assert (paper.alpha, paper.patience, paper.cooldown, paper.tau) == (0.55, 1, 0.0, "auto")
-    assert (ours.alpha, ours.patience, ours.cooldown, ours.tau_of("vision")) == (0.1, 3, 0.2, 0.0)
+    assert (ours.alpha, ours.patience, ours.cooldown, ours.tau_of("vision")) == (0.1, 3, 0.1, 0.0)
     assert GradESConfig(metric="heldout_gain", alpha=0.0, patience=1, cooldown=0.0).cooldown == 0.0
 
 

@@ -48,7 +48,8 @@ def check_wandb(output_dir, expected_keys):
 
 
 def test_text_demo(tmp_path):
-    flags = ["--max_steps", 60, "--eval_steps", 30, "--auto_ratio", 1.5, "--generate", 20, "--samples", 2]
+    flags = ["--max_steps", 60, "--eval_steps", 30, "--generate", 20, "--samples", 2]
+    flags += ["--metric", "grad_change", "--auto_ratio", 1.5, "--alpha", 0.3, "--patience", 3]
     printed = succeeded(run("sft_text.py", *flags, "--max_train_samples", 640, cwd=tmp_path))
     assert printed.count("recording offline") == 1
     assert "language   q_proj                          4          128 x 128       65,536" in printed
@@ -93,8 +94,11 @@ def test_text_demo(tmp_path):
 
 
 def test_vlm_demo(tmp_path):
-    flags = ["--max_steps", 40, "--eval_steps", 40, "--auto_ratio", 1.5, "--generate", 10, "--samples", 2]
-    printed = succeeded(run("sft_vlm.py", *flags, "--max_train_samples", 640, cwd=tmp_path))
+    """The default metric, with a tau that no gain reaches."""
+    flags = ["--max_steps", 40, "--eval_steps", 40, "--generate", 10, "--samples", 2, "--max_train_samples", 640]
+    printed = succeeded(run("sft_vlm.py", *flags, "--tau", 10, "--interval", 5, "--patience", 2, cwd=tmp_path))
+    assert "heldout_gain: 3 held-out examples every 5 steps, 1.9% of the training examples" in printed
+    assert "held-out readings      " in printed
     assert "vision     fc1" in printed
     assert "exact_match_blank_pictures" in printed
     output_dir = tmp_path / "outputs" / "demo_vlm"
@@ -117,7 +121,7 @@ def test_text_on_a_users_own_chats_with_lora_and_a_checkpoint(tmp_path):
         "--dataset_name chats.jsonl --use_peft --lora_r 4 --max_steps 8 --output_dir out --report_to none --samples 1"
     )
     flags += " --save_strategy steps --save_steps 4 --generate 3 --max_new_tokens 4"
-    flags += " --metric grad_norm --tau 1e9 --patience 1"
+    flags += " --metric grad_norm --tau 1e9 --alpha 0.3"
     config = ["--config", ROOT / "configs" / "demo_text.yaml"]
     printed = succeeded(run("sft_text.py", *config, *flags.split(), cwd=tmp_path))
     assert "54 examples to train on, 3 to validate on, 3 to test on" in printed
