@@ -145,6 +145,11 @@ class GradESMixin(_SFTTrainer):
         rows = self.eval_dataset
         if isinstance(rows, dict):
             rows = next(iter(rows.values()))
+        if not hasattr(rows, "__len__"):
+            raise ValueError(
+                'metric "heldout_gain" reads the same held-out examples each time, and eval_dataset is streamed: '
+                "pass a data set of known length (64 rows are enough)."
+            )
         per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         count, interval = heldout_plan(config, self.state.max_steps, per_step, len(rows))
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist()

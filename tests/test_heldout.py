@@ -260,11 +260,18 @@ def test_a_cool_down_shrinks_the_updates_to_nothing_and_starts_from_the_best_wei
 
 def test_no_heldout_rows_is_an_error(tmp_path, text):  # noqa: F811
     dataset, tokenizer = text
-    with pytest.raises(ValueError, match="pass eval_dataset"):
-        GradESTrainer(
+
+    def trainer(held_out):
+        return GradESTrainer(
             model=model_for(tokenizer),
             args=arguments(tmp_path),
             train_dataset=dataset["train"],
+            eval_dataset=held_out,
             processing_class=tokenizer,
             grades=GradESConfig(metric="heldout_gain"),
         )
+
+    with pytest.raises(ValueError, match="pass eval_dataset"):
+        trainer(None)
+    with pytest.raises(ValueError, match="eval_dataset is streamed"):
+        trainer(dataset["test"].to_iterable_dataset()).train()
