@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import PIL.Image
 import torch
 from accelerate.utils import DistributedType
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import accounting
 from .config import GradESConfig
@@ -267,13 +269,35 @@ class GradESMixin(_SFTTrainer):
             vars(self._validation).update(state["validation"])
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
         # PEFT brings bf16 adapters of a quantized model back as float32, which would drift from the original run.
         dtypes = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
-        super()._load_from_checkpoint(*args, **kwargs)
+        super()._load_from_checkpoint(checkpoint, *args, **kwargs)
+        self._load_renamed(checkpoint)
         for name, parameter in self.model.named_parameters():
             if name in dtypes:
                 parameter.data = parameter.data.to(dtypes[name])
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed(self.state.best_model_checkpoint)
+
+    def _load_renamed(self, checkpoint: str) -> None:
+        """Weights that were saved under other names than the model has: vision-language models under those of earlier
+        versions of Transformers. Its Trainer does not translate them back (5.17): it says that keys are missing, and
+        goes on with the weights as they are."""
+        path = Path(checkpoint) / SAFE_WEIGHTS_NAME
+        index = Path(checkpoint) / SAFE_WEIGHTS_INDEX_NAME
+        if path.exists():
+            with safe_open(path, framework="pt") as file:
+                names = set(file.keys())
+        elif index.exists():
+            names = set(json.loads(index.read_text())["weight_map"])
+        else:
+            return  # adapters alone
+        if names - set(self.model.state_dict()):
+            saved = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
+            self.model.load_state_dict(saved.state_dict())
 
     # ---- what people see ----
 

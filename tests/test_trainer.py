@@ -269,6 +269,43 @@ def test_a_resumed_run_ends_like_the_straight_one(tmp_path, text, peft, config):
     assert {event["matrix"]: event["step"] for event in events} == straight.grades.frozen
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_vision_language_run_resumes_and_finds_its_best_checkpoint(tmp_path, pictures, lora):
+    """Transformers saves LLaVA under other names than its modules have, and its Trainer loads nothing of that."""
+
+    def trainer(name, **changes):
+        model, processor = vlm_demo.tiny_llava()
+        settings = {
+            "max_length": None,
+            "max_steps": 6,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "eval_strategy": "steps",
+        }
+        return GradESVLMTrainer(
+            model=model,
+            args=arguments(tmp_path / name, **(settings | {"eval_steps": 2} | changes)),
+            train_dataset=pictures["train"],
+            eval_dataset=pictures["test"],
+            processing_class=processor,
+            peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
+            grades=never(),
+        )
+
+    straight = trainer("straight")
+    straight.train()
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-4"))
+    assert same(weights(resumed), weights(straight))
+
+    # What is best is a matter of definition: here the first checkpoint, whose loss is the highest.
+    worst = trainer("worst", load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True)
+    worst.train()
+    losses = [row["eval_loss"] for row in worst.state.log_history if "eval_loss" in row]
+    assert losses[0] == max(losses)
+    assert worst.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_a_checkpoint_of_a_plain_run_is_refused(tmp_path, text):
     dataset, tokenizer = text
     common = {"train_dataset": dataset["train"], "processing_class": tokenizer}
