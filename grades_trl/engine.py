@@ -197,7 +197,7 @@ class GradES:
             if self.heldout.readings and (not self.heldout.best or (self.readings and self.criterion.at_best)):
                 self.heldout.keep_best(self._model.named_parameters())
             if len(converged) == live:  # the last ones
-                self.heldout.go_back(self._model.named_parameters())
+                self._go_back()
         for name in converged:
             self._cooling[name] = step
             self._forget(name)
@@ -214,6 +214,14 @@ class GradES:
             self.cut.update()
             self._stale_cut = False
         return events
+
+    def _go_back(self) -> None:
+        """All that trained at the best reading gets its values of then, what has frozen since too."""
+        self.heldout.go_back(self._model.named_parameters())
+        for experts in self._experts.values():
+            experts.keep()
+        if self.cut.cache is not None:
+            self.cut.cache.clear()
 
     def _cooldown_steps(self, decided: int) -> int:
         return math.ceil(round((self.config.cooldown or 0.0) * decided, 9))

@@ -56,6 +56,10 @@ class FrozenExperts:
         self._hook.remove()
         return True
 
+    def keep(self) -> None:
+        """Holds the frozen experts where they are now, after they were given other values."""
+        self.values = {expert: self.parameter.detach()[expert].clone() for expert in self.values}
+
     def zero_gradients(self) -> None:
         """To be called after backward and before clipping."""
         if self.parameter.grad is not None:

@@ -258,6 +258,56 @@ def test_a_cool_down_shrinks_the_updates_to_nothing_and_starts_from_the_best_wei
     assert [b for _, b in path] == pytest.approx(expected)  # what is not tracked goes along
 
 
+@pytest.mark.parametrize("build", [qwen3, qwen3_moe])
+def test_going_back_reaches_what_is_frozen_and_cached(monkeypatch, build):
+    """Layer 0 freezes at step 6; at 12 all the rest converges, and everything goes back to what it was at step 2."""
+    held_out, ends = batches(7, 1)[0], []
+    for megabytes in (0, 16):
+        model = build()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+        def heldout(model=model):
+            loss = model(input_ids=held_out, labels=held_out).loss
+            loss.backward()
+            return loss
+
+        config = GradESConfig(metric="heldout_gain", interval=2, alpha=0.0, cooldown=0.5, cache_prefix=megabytes)
+        grades = GradES(model, config, 30, optimizer, heldout)
+        tracked = {id(p) for matrix in grades.matrices.values() for p in matrix.parameters}
+        for p in model.parameters():  # backward and the cache end where nothing trains
+            p.requires_grad_(id(p) in tracked)
+        layers = [[name for name, m in grades.matrices.items() if m.layer == layer] for layer in range(2)]
+        plan = {4: layers[0], 12: layers[1]}  # layer 0 cools down from 4 to 6
+        monkeypatch.setattr(grades.criterion, "update", lambda step, readings, plan=plan: plan.get(step, []))
+        monkeypatch.setattr(type(grades.criterion), "at_best", property(lambda self: False))
+        grades.criterion.values = dict.fromkeys(grades.matrices, 0.0)
+        first, path = None, []
+        for step, batch in enumerate(batches(0, 3) * 10, start=1):
+            if step == 2:
+                first = {name: p.detach().clone() for name, p in model.named_parameters()}
+            loss = model(input_ids=batch, labels=batch).loss
+            loss.backward()
+            grades.step(step)
+            if step == 12:
+                assert all(torch.equal(p, first[name]) for name, p in model.named_parameters())
+            path.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+            if grades.done:
+                break
+        assert {grades.frozen[name] for name in layers[0]} == {6}
+        assert {grades.frozen[name] for name in layers[1]} == {18}
+        assert len(path) == 18
+        grades.close()
+        ends.append((path, weights_of(model)))
+    assert ends[0][0] == ends[1][0]
+    assert same(ends[0][1], ends[1][1])
+
+
+def weights_of(model):
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
 def test_no_heldout_rows_is_an_error(tmp_path, text):  # noqa: F811
     dataset, tokenizer = text
 
