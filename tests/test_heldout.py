@@ -276,8 +276,10 @@ def test_going_back_reaches_what_is_frozen_and_cached(monkeypatch, build):
         tracked = {id(p) for matrix in grades.matrices.values() for p in matrix.parameters}
         for p in model.parameters():  # backward and the cache end where nothing trains
             p.requires_grad_(id(p) in tracked)
-        layers = [[name for name, m in grades.matrices.items() if m.layer == layer] for layer in range(2)]
-        plan = {4: layers[0], 12: layers[1]}  # layer 0 cools down from 4 to 6
+        early = [name for name, m in grades.matrices.items() if m.layer == 0]
+        if build is qwen3_moe:  # of one tensor some experts freeze and others train on
+            early = [name for name in early if grades.matrices[name].expert in (None, 0, 1)]
+        plan = {4: early, 12: [name for name in grades.matrices if name not in early]}  # cool-down from 4 to 6
         monkeypatch.setattr(grades.criterion, "update", lambda step, readings, plan=plan: plan.get(step, []))
         monkeypatch.setattr(type(grades.criterion), "at_best", property(lambda self: False))
         grades.criterion.values = dict.fromkeys(grades.matrices, 0.0)
@@ -288,15 +290,15 @@ def test_going_back_reaches_what_is_frozen_and_cached(monkeypatch, build):
             loss = model(input_ids=batch, labels=batch).loss
             loss.backward()
             grades.step(step)
-            if step == 12:
-                assert all(torch.equal(p, first[name]) for name, p in model.named_parameters())
             path.append(loss.item())
             optimizer.step()
+            if step == 12:  # there is no gradient in that step
+                assert all(torch.equal(p, first[name]) for name, p in model.named_parameters())
             optimizer.zero_grad()
             if grades.done:
                 break
-        assert {grades.frozen[name] for name in layers[0]} == {6}
-        assert {grades.frozen[name] for name in layers[1]} == {18}
+        assert {grades.frozen[name] for name in early} == {6}
+        assert set(grades.frozen.values()) == {6, 18}
         assert len(path) == 18
         grades.close()
         ends.append((path, weights_of(model)))
