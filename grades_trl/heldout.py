@@ -40,7 +40,8 @@ def gain(before: Sequence[Tensor], after: Sequence[Tensor], g: Sequence[Tensor],
 
 
 class HeldoutGain:
-    """Reads the gain of every matrix since its last reading. Weights and gradients in between lie in CPU memory.
+    """Reads the gain of every matrix since its last reading. Weights and gradients in between lie in CPU memory, the
+    best weights too. During a reading there are two sets of gradients on the device, those of training and these.
 
     Attributes:
         kept (`dict[str, tuple]`): matrix -> its weights, its gradients, and the loss, at its last reading.
