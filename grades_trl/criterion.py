@@ -4,10 +4,11 @@ The paper compares each reading with tau. What is compared of the two metrics th
 
 - `agreement`: the running mean of the matrix's own readings.
 - `heldout_gain`: the sum of the gains since the matrix was at its best. Above tau, this is its new best; below tau for
-  `patience` readings in a row, it has converged. Each gain is first drawn towards the mean over all matrices that
-  train. They are measured on the same examples and share most of their noise: the mean tells whether training still
-  pays, the own part which matrix stops first (figures in `dev/LOG.md`). When the sum over all matrices, which is the
-  change of the held-out loss, has made no new best for `patience` readings, all of them have converged.
+  `patience` readings in a row, it has converged, unless the whole is at a new best. Each gain is first drawn towards
+  the mean over all matrices that train. They are measured on the same examples and share most of their noise: the mean
+  tells whether training still pays, the own part which matrix stops first (figures in `dev/LOG.md`). When the sum over
+  all matrices, which is the change of the held-out loss, has made no new best for `patience` readings, all of them
+  have converged.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Criterion:
             if step <= self.grace_steps or self._seen[name] == 1 or name not in self.taus:
                 continue
             self._below[name] = self._below.get(name, 0) + 1 if value < self.taus[name] else 0
-            if self._below[name] >= self._patience:
+            alone = self.config.metric != "heldout_gain" or self._idle > 0  # not while the whole still makes new bests
+            if self._below[name] >= self._patience and alone:
                 converged.append(name)
             elif self._idle >= self._patience:
                 self.values[name] = self._sums[ALL]  # not its own, which would have let it train on

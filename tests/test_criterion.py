@@ -122,12 +122,12 @@ def test_heldout_gain_counts_readings_since_the_best():
 
 
 def test_heldout_gain_draws_a_matrix_towards_the_mean():
-    # own share .3: b counts .3 * -1 + .7 * mean. With a at 3 the mean is 1, and b is at .4: it trains on
-    strong = [{"a": 3.0, "b": -1.0}] * 6
-    assert converged_at(strong, metric="heldout_gain", patience=2)[0] == {}
-    # With a at 1.2 the mean is .1, and b is at -.23: it converges (the first reading does not count), a goes on
-    weak = [{"a": 1.2, "b": -1.0}] * 6
-    assert converged_at(weak, metric="heldout_gain", patience=2)[0] == {"b": 3}
+    # Own share .3: b counts .3 * -1 + .7 * mean. With a at 3 the mean is 1, and b is at .4: it trains on. With a at
+    # 1.2 the mean is .1, and b is at -.23: three such readings (the first one does not count), and it has converged,
+    # as soon as the whole is not at a new best, which it is until step 4.
+    for a, expected in ((3.0, {}), (1.2, {"b": 5})):
+        readings = [{"a": a, "b": -1.0}] * 4 + [{"a": -0.1 if a == 1.2 else a, "b": -1.0}]
+        assert converged_at(readings, metric="heldout_gain", patience=3)[0] == expected
 
 
 def test_all_converge_when_the_whole_makes_no_new_best():
