@@ -51,6 +51,7 @@ class Criterion:
             name: tau for name, tower in towers.items() if (tau := tau_of_tower[tower]) is not None
         }
         self.values: dict[str, float] = {}
+        self._new_best = float(config.tau) if isinstance(config.tau, (int, float)) else 0.0  # of the whole, in nats
         self._idle = 0  # readings since the best one
         self._grace: dict[str, list[float]] = {}
         self._seen: dict[str, int] = {}
@@ -98,8 +99,9 @@ class Criterion:
             for name, value in (shares | {ALL: math.fsum(readings.values())}).items():
                 since_best = self._sums.get(name, 0.0)
                 # The last reading was the best so far if the sum up to it was above tau: it starts anew from there.
-                self._sums[name] = value + (0.0 if since_best > self.taus.get(name, 0.0) else since_best)
-            self._idle = 0 if self._sums[ALL] > 0 else self._idle + 1
+                was_best = since_best > self.taus.get(name, self._new_best)
+                self._sums[name] = value + (0.0 if was_best else since_best)
+            self._idle = 0 if self._sums[ALL] > self._new_best else self._idle + 1
             return {name: self._sums[name] for name in readings}
         return readings
 

@@ -191,7 +191,7 @@ def test_reading_changes_nothing_of_the_run(tmp_path, text, lora):  # noqa: F811
 
 
 def test_a_run_freezes_cools_down_resumes_and_is_the_same_run(tmp_path, text):  # noqa: F811
-    """No gain is ever a new best: readings at 6 (the first), 9, 12, so all converge at 12 and cool down to 18."""
+    """No gain is ever a new best: the readings at 6 and 9 are none, so all converge at 9 and cool down to 14."""
     dataset, tokenizer = text
     config = GradESConfig(tau=10.0, patience=2, cooldown=0.5, **HELDOUT)
 
@@ -210,11 +210,11 @@ def test_a_run_freezes_cools_down_resumes_and_is_the_same_run(tmp_path, text):  
     straight = train("straight", config)
     path = tmp_path / "straight" / "grades" / "events.jsonl"
     events = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {(event["decided"], event["step"]) for event in events} == {(12, 18)}
+    assert {(event["decided"], event["step"]) for event in events} == {(9, 14)}
     assert straight.grades.done
-    assert straight.state.global_step == 18
+    assert straight.state.global_step == 14
 
-    for step in (5, 15):  # before the first reading that counts, and within the cool-down
+    for step in (5, 10):  # before the first reading that counts, and within the cool-down
         resumed = train(f"resumed-{step}", config, str(tmp_path / f"straight/checkpoint-{step}"))
         assert resumed.grades.frozen == straight.grades.frozen
         assert same(weights(resumed), weights(straight))
