@@ -238,7 +238,7 @@ def bottom_up(trainer, most=99):
                     if m.layer < min(step // 4, most) and name not in self.grades.frozen
                 ]
                 self.grades.taus.update(dict.fromkeys(done, 1.0))
-                readings.update(dict.fromkeys(done, 0.0))
+                self.grades.criterion.values.update(dict.fromkeys(done, 0.0))
                 return done
 
             self.grades.criterion.update = update
