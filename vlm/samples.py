@@ -28,7 +28,8 @@ def save_samples(dataset: Dataset, before: list[str], after: list[str], path: st
         lines = [("expected", expected, "black"), ("before", first, "0.5")]
         lines.append(("after", last, "tab:green" if last.strip() == expected.strip() else "tab:red"))
         for y, (label, text, color) in zip((0.82, 0.5, 0.18), lines, strict=True):
-            shown = textwrap.shorten(text, 90, placeholder=" ...").replace("$", r"\$")  # $ would start mathtext
+            printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+            shown = textwrap.shorten(printable, 90, placeholder=" ...").replace("$", r"\$")  # $ would start mathtext
             right.text(0, y, f"{label:<9} {shown}", color=color, family="monospace", fontsize=9, va="center")
         left.axis("off")
         right.axis("off")
