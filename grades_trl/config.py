@@ -95,28 +95,19 @@ class GradESConfig:
     )
     alpha: float | None = field(
         default=None,
-        metadata={
-            "help": "Grace period as a fraction of all optimizer steps: nothing freezes during it. By default the "
-            "paper's 0.55, and 0.1 for heldout_gain."
-        },
+        metadata={"help": "Grace period, a fraction of all steps; 0.55, 0.1 for heldout_gain."},
     )
     patience: int | None = field(
         default=None,
-        metadata={
-            "help": "Consecutive readings below tau that a matrix needs to freeze. By default 1, the paper; 3 for "
-            "heldout_gain."
-        },
+        metadata={"help": "Consecutive readings below tau to freeze; 1, and 3 for heldout_gain."},
     )
     interval: int | None = field(
         default=None,
-        metadata={"help": "Read every that many steps; 1 by default, and for heldout_gain what heldout_cost allows."},
+        metadata={"help": "Read every that many steps; 1, and what heldout_cost allows."},
     )
     cooldown: float | None = field(
         default=None,
-        metadata={
-            "help": "A converged matrix trains on for this fraction of the steps so far, with shrinking updates. By "
-            "default the paper's 0, and 0.1 for heldout_gain."
-        },
+        metadata={"help": "Fraction of its steps that it cools down; 0, 0.1 for heldout_gain."},
     )
     heldout_cost: float = field(
         default=0.02, metadata={"help": "heldout_gain: held-out examples per training example, at most."}
@@ -126,13 +117,11 @@ class GradESConfig:
     )
     replay: str | None = field(
         default=None,
-        metadata={"help": "An events.jsonl: freeze what that run froze, at the same steps, and read nothing."},
+        metadata={"help": "An events.jsonl: freeze what that run froze, when it did."},
     )
     sample: float = field(
         default=1 / 64,
-        metadata={
-            "help": "Fraction of each large matrix that is read, unbiased; 1 reads everything, as the paper does."
-        },
+        metadata={"help": "Fraction of each large matrix that is read; 1 reads all, as the paper does."},
     )
     track_projector: bool = field(
         default=False,
