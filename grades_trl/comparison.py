@@ -24,6 +24,7 @@ ARMS = {
     "shortened": "plain, with a schedule as long as the GradES run of the seed turned out",
     "early_stopping": "plain, ended when the validation loss no longer falls; the best checkpoint counts",
     "random": "as many matrices frozen at the same steps as by GradES, but which ones is left to chance",
+    "together": "GradES with heldout_gain, but no matrix freezes before the whole model stops",
     "bottom_up": "as many matrices frozen at the same steps as by GradES, but from the lowest layer up",
     "paper": "GradES with the paper's metric and settings",
 }
@@ -36,6 +37,7 @@ COLORS = {
     "shortened": "#d97706",
     "early_stopping": "#059669",
     "random": "#9333ea",
+    "together": "#65a30d",
     "bottom_up": "#be185d",
     "paper": "#0891b2",
 }

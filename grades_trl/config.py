@@ -25,32 +25,28 @@ class GradESConfig:
             Eq. 1); `"grad_norm"`, `sum |g_t|` (paper v1, and Eq. 3 for LoRA); `"weight_change"`, `sum |W_t - W_{t-1}|`
             (what the authors' package `grades` 1.0.6 measures; the published thresholds are on this scale).
             `"agreement"`: the cosine of g_t and g_{t-1}, -1 to 1, without units. `"heldout_gain"`: the held-out loss,
-            in nats, that the matrix's own updates have bought since the last reading (see `criterion.py`); it needs
-            held-out examples. Gradients are those of the whole optimizer step, before clipping.
+            in nats, that the updates of the matrix have bought since the last reading (see `heldout.py`); it needs
+            held-out examples, and in the end the model gets the average of its weights that was best on them.
+            Gradients are those of the whole optimizer step, before clipping.
         tau (`float`, `dict[str, float]` or `"auto"`, *optional*, defaults to `"auto"`):
             A matrix whose reading is below it has converged. A number; a number per tower, as
             `{"vision": 0.3, "language": 6.0}` (JSON on the command line); or `"auto"`: `auto_ratio` times the median
-            of the matrix's own readings during the grace period. For `heldout_gain`, `"auto"` is 0, and a number is
-            the gain in nats that makes a new best.
+            of the matrix's own readings during the grace period; for `heldout_gain` it is 0.
         auto_ratio (`float`, *optional*, defaults to `0.5`):
             Used by `tau="auto"` alone: the fraction of its level in the grace period that a matrix must fall below.
         alpha (`float`, *optional*):
             Grace period as a fraction of all optimizer steps; nothing freezes while `step <= ceil(alpha * total)`. By
             default 0.55, as in the paper; 0.1 for `heldout_gain`.
         patience (`int`, *optional*):
-            Consecutive readings below tau that a matrix needs to freeze. By default 1, as in the paper; 3 for
+            Consecutive readings below tau that a matrix needs to freeze. By default 1, as in the paper; 2 for
             `heldout_gain`.
         interval (`int`, *optional*):
             Read every that many steps. By default 1; for `heldout_gain`, what `heldout_cost` allows. A reading of the
             other metrics always compares two neighbouring steps, so tau keeps its meaning.
-        cooldown (`float`, *optional*):
-            A matrix that has converged at step t trains on for `ceil(cooldown * t)` steps, while its own updates
-            shrink linearly to nothing, and is frozen then. By default 0: it is frozen at once, as in the paper; 0.1
-            for `heldout_gain`, where the last matrices go back to their best weights before they cool down.
         heldout_cost (`float`, *optional*, defaults to `0.02`):
-            Used by `heldout_gain` alone: held-out examples per training example, at most. It sets how many examples a
-            reading takes (8 to `heldout_samples`) and how often there is one.
-        heldout_samples (`int`, *optional*, defaults to `64`):
+            Used by `heldout_gain` alone: held-out examples per training example, at most, in 20 readings. It sets how
+            many examples a reading takes, from 16 to `heldout_samples`.
+        heldout_samples (`int`, *optional*, defaults to `128`):
             Used by `heldout_gain` alone: held-out examples per reading, at most; always the same ones.
         replay (`str`, *optional*):
             Path of another run's `events.jsonl`: freeze the same matrices at the same steps, and read nothing.
@@ -99,21 +95,17 @@ class GradESConfig:
     )
     patience: int | None = field(
         default=None,
-        metadata={"help": "Consecutive readings below tau to freeze; 1, and 3 for heldout_gain."},
+        metadata={"help": "Consecutive readings below tau to freeze; 1, and 2 for heldout_gain."},
     )
     interval: int | None = field(
         default=None,
         metadata={"help": "Read every that many steps; 1, and what heldout_cost allows."},
     )
-    cooldown: float | None = field(
-        default=None,
-        metadata={"help": "Fraction of its steps that it cools down; 0, 0.1 for heldout_gain."},
-    )
     heldout_cost: float = field(
         default=0.02, metadata={"help": "heldout_gain: held-out examples per training example, at most."}
     )
     heldout_samples: int = field(
-        default=64, metadata={"help": "heldout_gain: held-out examples per reading, at most."}
+        default=128, metadata={"help": "heldout_gain: held-out examples per reading, at most."}
     )
     replay: str | None = field(
         default=None,
@@ -145,10 +137,9 @@ class GradESConfig:
     def __post_init__(self):
         if self.metric not in METRICS:
             raise ValueError(f"metric is {self.metric!r}; expected one of {', '.join(METRICS)}.")
-        alpha, patience, cooldown = (0.1, 3, 0.1) if self.metric == "heldout_gain" else (0.55, 1, 0.0)
+        alpha, patience = (0.1, 2) if self.metric == "heldout_gain" else (0.55, 1)
         self.alpha = alpha if self.alpha is None else self.alpha
         self.patience = patience if self.patience is None else self.patience
-        self.cooldown = cooldown if self.cooldown is None else self.cooldown
         # A sum of absolute values is never below 0; a cosine or a gain can be.
         self.tau = _parse_tau(self.tau, lowest=-math.inf if self.metric in METRICS[3:] else 0.0)
         if not 0 <= self.alpha <= 1:
@@ -159,8 +150,6 @@ class GradESConfig:
             )
         if self.patience < 1 or (self.interval is not None and self.interval < 1):
             raise ValueError(f"patience is {self.patience} and interval {self.interval}; expected 1 or more of each.")
-        if not 0 <= self.cooldown <= 1:
-            raise ValueError(f"cooldown is {self.cooldown}; expected a fraction of the steps so far, from 0 to 1.")
         if not 0 < self.heldout_cost <= 1:
             raise ValueError(f"heldout_cost is {self.heldout_cost}; expected a fraction above 0 and at most 1.")
         if self.heldout_samples < 1:

@@ -1,14 +1,13 @@
 """Numbers over time -> which matrices have converged. Pure Python, no torch.
 
-The paper compares each reading with tau. What is compared of the two metrics that go beyond it:
+The paper compares each reading with tau, and so it is here, with two additions.
 
-- `agreement`: the running mean of the matrix's own readings.
-- `heldout_gain`: the sum of the gains since the matrix was at its best. Above tau, this is its new best; below tau for
-  `patience` readings in a row, it has converged, unless the whole is at a new best. Each gain is first drawn towards
-  the mean over all matrices that train. They are measured on the same examples and share most of their noise: the mean
-  tells whether training still pays, the own part which matrix stops first (figures in `dev/LOG.md`). When the sum over
-  all matrices, which is the change of the held-out loss, has made no new best for `patience` readings, all of them
-  have converged.
+- `agreement`: the running mean of the matrix's own readings is compared.
+- `heldout_gain`: below 0, the updates of the matrix have made the held-out loss worse. The readings of all matrices
+  are of the same few examples, whose noise would choose single ones: they are drawn towards their mean first, and none
+  freezes alone in a reading at which the whole is at a new best (figures in `dev/LOG.md`). When the sum over all
+  matrices, which is the change of the held-out loss, has made no new best for `patience` readings, all of them have
+  converged.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ from .config import GradESConfig
 # expert without tokens) goes on collecting after it.
 MIN_LEVEL_READINGS = 3
 MEMORY = 0.95  # weight of all earlier readings in the running mean of `agreement`
-ALL = ""  # not the name of a matrix: the sum over all
-OWN_SHARE = 0.3  # of a matrix's own gain in what counts of `heldout_gain`; the rest is the mean over all matrices
+OWN_SHARE = 0.3  # of a matrix's own gain in what is compared of `heldout_gain`; the rest is the mean over all
 
 
 class Criterion:
@@ -51,8 +49,7 @@ class Criterion:
             name: tau for name, tower in towers.items() if (tau := tau_of_tower[tower]) is not None
         }
         self.values: dict[str, float] = {}
-        self._new_best = float(config.tau) if isinstance(config.tau, (int, float)) else 0.0  # of the whole, in nats
-        self._idle = 0  # readings since the best one
+        self._since_best, self._idle = 0.0, 0  # `heldout_gain`: sum over all matrices and readings since the best one
         self._grace: dict[str, list[float]] = {}
         self._seen: dict[str, int] = {}
         self._below: dict[str, int] = {}
@@ -77,16 +74,16 @@ class Criterion:
             if step <= self.grace_steps or self._seen[name] == 1 or name not in self.taus:
                 continue
             self._below[name] = self._below.get(name, 0) + 1 if value < self.taus[name] else 0
-            alone = self.config.metric != "heldout_gain" or self._idle > 0  # not while the whole still makes new bests
+            alone = self.config.metric != "heldout_gain" or self._idle > 0
             if self._below[name] >= self._patience and alone:
                 converged.append(name)
             elif self._idle >= self._patience:
-                self.values[name] = self._sums[ALL]  # not its own, which would have let it train on
+                self.values[name] = self._since_best  # not its own, which would have let it train on
                 converged.append(name)
         return converged
 
     def _compared(self, readings: dict[str, float]) -> dict[str, float]:
-        """What is compared with tau: the readings themselves, or what they add up to."""
+        """What is compared with tau."""
         for name in readings:
             self._seen[name] = self._seen.get(name, 0) + 1
         if self.config.metric == "agreement":
@@ -94,15 +91,11 @@ class Criterion:
                 self._sums[name] = MEMORY * self._sums.get(name, 0.0) + (1 - MEMORY) * value
             return {name: self._sums[name] / (1 - MEMORY ** self._seen[name]) for name in readings}
         if self.config.metric == "heldout_gain" and readings:
-            average = statistics.fmean(readings.values())
-            shares = {name: OWN_SHARE * value + (1 - OWN_SHARE) * average for name, value in readings.items()}
-            for name, value in (shares | {ALL: math.fsum(readings.values())}).items():
-                since_best = self._sums.get(name, 0.0)
-                # The last reading was the best so far if the sum up to it was above tau: it starts anew from there.
-                was_best = since_best > self.taus.get(name, self._new_best)
-                self._sums[name] = value + (0.0 if was_best else since_best)
-            self._idle = 0 if self._sums[ALL] > self._new_best else self._idle + 1
-            return {name: self._sums[name] for name in readings}
+            # The last reading was the best so far if what came since the best before it was a gain.
+            self._since_best = math.fsum(readings.values()) + min(self._since_best, 0.0)
+            self._idle = 0 if self._since_best > 0 else self._idle + 1
+            mean = statistics.fmean(readings.values())
+            return {name: OWN_SHARE * value + (1 - OWN_SHARE) * mean for name, value in readings.items()}
         return readings
 
     @property
@@ -127,6 +120,7 @@ class Criterion:
             "seen": self._seen,
             "below": self._below,
             "sums": self._sums,
+            "since_best": self._since_best,
             "idle": self._idle,
         }
 
@@ -134,40 +128,32 @@ class Criterion:
         self.taus, self._grace = dict(state["taus"]), {name: list(v) for name, v in state["grace"].items()}
         self._seen, self._below = dict(state["seen"]), dict(state["below"])
         self.values, self._sums = dict(state["values"]), dict(state["sums"])
-        self._idle = state["idle"]
+        self._since_best, self._idle = state["since_best"], state["idle"]
 
 
-class Replay:
-    """In place of a `Criterion`: the decisions of another run, from its `events.jsonl`.
-
-    Args:
-        path (`str`): the file; of each line `decided` (the step), `matrix`, `value` and `tau` are used.
-        matrices (`Collection[str]`): what this model has.
+class Replay(Criterion):
+    """The decisions of another run, from its `events.jsonl`; readings are taken as in any run, and decide nothing.
 
     Raises:
         ValueError: the file names a matrix that this model does not have.
     """
 
-    grace_steps = 0
-    at_best = False
-
-    def __init__(self, path: str, matrices: Any):
-        events = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        unknown = sorted({event["matrix"] for event in events} - set(matrices))
+    def __init__(self, config: GradESConfig, towers: dict[str, str], total_steps: int):
+        super().__init__(config, towers, total_steps)
+        path = Path(str(config.replay))
+        events = [json.loads(line) for line in path.read_text().splitlines()]
+        unknown = sorted({event["matrix"] for event in events} - set(towers))
         if unknown:
             raise ValueError(
                 f"{path} freezes {len(unknown)} matrices that this model does not train, {unknown[0]} among them: "
                 "replay it on the model and the LoRA settings it was written with."
             )
-        self.values = {event["matrix"]: event["value"] for event in events}
-        self.taus = {event["matrix"]: event["tau"] for event in events}
-        self._steps = {event["matrix"]: event["decided"] for event in events}
+        self._steps = {event["matrix"]: event["step"] for event in events}
+        self._compared_there = {event["matrix"]: (event["value"], event["tau"]) for event in events}
 
     def update(self, step: int, readings: dict[str, float]) -> list[str]:
-        return [name for name, decided in self._steps.items() if decided == step]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        super().update(step, readings)
+        due = [name for name, when in self._steps.items() if when == step]
+        for name in due:
+            self.values[name], self.taus[name] = self._compared_there[name]
+        return due

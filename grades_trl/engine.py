@@ -14,7 +14,7 @@ from . import kernels, metrics
 from .config import GradESConfig
 from .criterion import Criterion, Replay
 from .cutting import PrefixCut
-from .freezing import CoolDown, FrozenExperts, freeze, freeze_parameter
+from .freezing import FrozenExperts, freeze, freeze_parameter
 from .heldout import HeldoutGain
 from .matrices import blocks_of_matrices, find_matrices, towers_of_parameters
 from .metrics import Sample, sample
@@ -55,8 +55,7 @@ class FreezeEvent:
 
     Attributes:
         step (`int`), matrix (`str`), layer (`int`), role (`str`), tower (`str`): when and which.
-        decided (`int`): the step at which it had converged; earlier than `step` by its cool-down.
-        value (`float`), tau (`float`): what was compared then, and the threshold it was below.
+        value (`float`), tau (`float`): what was compared, and the threshold it was below.
         params (`int`): its trainable elements.
         frozen (`int`), total (`int`): matrices frozen so far, this one included, and tracked in all.
     """
@@ -66,7 +65,6 @@ class FreezeEvent:
     layer: int
     role: str
     tower: str
-    decided: int
     value: float
     tau: float
     params: int
@@ -94,7 +92,7 @@ class GradES:
         config (`GradESConfig`): what counts as converged.
         total_steps (`int`): optimizer steps of the whole schedule, T in the paper.
         optimizer (`torch.optim.Optimizer`, *optional*): its state of frozen matrices is released. Needed for models
-            with 3-D expert weights, and for a cool-down.
+            with 3-D expert weights.
         heldout (`Callable[[], Tensor]`, *optional*): for `metric="heldout_gain"`. Runs forward and backward of the
             mean loss of held-out examples, always the same ones, and returns the loss. With a loss scaler, the
             gradients must carry its scale.
@@ -105,10 +103,11 @@ class GradES:
         readings (`dict[str, float]`): the metric of every matrix observed in the last step.
         taus (`dict[str, float]`): matrix -> threshold, as far as known.
         done (`bool`): everything is frozen.
+        went_back (`bool`): the model has its best average, of `heldout.best_step`.
         cut (`PrefixCut`): how far backward is kept out of the frozen prefix.
 
     Raises:
-        ValueError: the model has no matrix to track; experts or a cool-down and no optimizer; `heldout_gain` without
+        ValueError: the model has no matrix to track; experts and no optimizer; `heldout_gain` without
             `heldout` or `config.interval`.
     """
 
@@ -130,25 +129,19 @@ class GradES:
                 "This model keeps its experts in 3-D weights, and frozen ones are held still after each step of the "
                 "optimizer: pass it, GradES(model, config, total_steps, optimizer=optimizer)."
             )
-        if optimizer is None and config.cooldown:
-            raise ValueError("A cool-down shrinks the optimizer's updates: pass it, GradES(..., optimizer=optimizer).")
-        self.criterion: Criterion | Replay
-        if config.replay is not None:
-            self.criterion = Replay(config.replay, self.matrices)
-        else:
-            self.criterion = Criterion(config, {name: m.tower for name, m in self.matrices.items()}, total_steps)
+        criterion = Criterion if config.replay is None else Replay
+        self.criterion = criterion(config, {name: m.tower for name, m in self.matrices.items()}, total_steps)
         self.heldout: Any = None
-        if config.metric == "heldout_gain" and config.replay is None:
+        if config.metric == "heldout_gain":
             if heldout is None or config.interval is None:
                 raise ValueError(
                     'metric "heldout_gain" needs held-out examples and an interval between readings: pass '
                     "heldout=<function that runs backward of their loss> and GradESConfig(interval=...). "
                     "GradESTrainer does both from its eval_dataset."
                 )
-            self.heldout = HeldoutGain(heldout)
+            self.heldout = HeldoutGain(model, heldout)
         self.interval = config.interval or 1
-        self._cooling: dict[str, int] = {}  # matrix -> step at which it had converged
-        self._cooldown = CoolDown(optimizer) if config.cooldown else None
+        self.went_back = False
         self.frozen: dict[str, int] = {}
         self.readings: dict[str, float] = {}
         self._last_step = 0
@@ -192,61 +185,49 @@ class GradES:
             experts.zero_gradients()
         self.readings = self._readings(step, grad_scale)
         converged = self.criterion.update(step, self.readings)
-        live = len(self.matrices) - len(self.frozen) - len(self._cooling)
-        if self.heldout is not None and live:
-            if self.heldout.readings and (not self.heldout.best or (self.readings and self.criterion.at_best)):
-                self.heldout.keep_best(self._model.named_parameters())
-            if len(converged) == live:  # the last ones
+        if self.heldout is not None and self.heldout.readings:
+            if not self.heldout.best or (self.readings and self.criterion.at_best):
+                self.heldout.keep_best(step)
+            if len(self.frozen) + len(converged) == len(self.matrices):  # the last ones
                 self._go_back()
-        for name in converged:
-            self._cooling[name] = step
-            self._forget(name)
-        due = [name for name, decided in self._cooling.items() if step >= decided + self._cooldown_steps(decided)]
-        events = self._freeze(step, due)
-        if self._cooldown is not None:
-            self._cooldown.shares = [
-                (weight, 1 - (step - decided + 1) / (self._cooldown_steps(decided) + 1))
-                for name, decided in self._cooling.items()
-                for weight in self._own(name, self.matrices[name].parameters)
-            ] + self._rest_shares(step)
+        events = self._freeze(step, converged)
         if events or self._stale_cut:
             self._freeze_companions()
             self.cut.update()
             self._stale_cut = False
         return events
 
+    def finish(self) -> None:
+        """To be called after training, in place of `close()`: if `heldout_gain` has read a lower held-out loss of an
+        average than the last weights have, the model gets that average."""
+        averaged = self.heldout is not None and bool(self.heldout.best) and not self.done
+        if averaged and self.heldout.loss_now() > self.heldout.best_loss:
+            self._go_back()
+        self.close()
+
     def _go_back(self) -> None:
-        """All that trained at the best reading gets its values of then, what has frozen since too."""
-        self.heldout.go_back(self._model.named_parameters())
+        """All that trained at the best reading gets its average of then, what has frozen since too."""
+        self.went_back = True
+        self.heldout.go_back()
         for experts in self._experts.values():
             experts.keep()
         if self.cut.cache is not None:
             self.cut.cache.clear()
 
-    def _cooldown_steps(self, decided: int) -> int:
-        return math.ceil(round((self.config.cooldown or 0.0) * decided, 9))
-
-    def _rest_shares(self, step: int) -> list[tuple[Tensor, float]]:
-        """The last matrices cool down together with all that trains beside them: norms, embeddings, the head."""
-        if self.heldout is None or not self._cooling or len(self.frozen) + len(self._cooling) < len(self.matrices):
-            return []
-        decided = max(self._cooling.values())
-        share = 1 - (step - decided + 1) / (self._cooldown_steps(decided) + 1)
-        tracked = {id(p) for matrix in self.matrices.values() for p in matrix.parameters}
-        return [(p.detach(), share) for p in self._model.parameters() if p.requires_grad and id(p) not in tracked]
-
     def _wanted(self, step: int) -> bool:
         return step % self.interval == 0
 
     def _readings(self, step: int, grad_scale: float) -> dict[str, float]:
-        live = [name for name in self.matrices if name not in self.frozen and name not in self._cooling]
-        if self.config.replay is not None or not live:
+        live = [name for name in self.matrices if name not in self.frozen]
+        if not live:
             return {}
         if self.heldout is None:
             return self._read(step, grad_scale, live) if self._wanted(step) or self._wanted(step + 1) else {}
-        if not self._wanted(step) or step + self.interval <= self.criterion.grace_steps:
-            return {}  # the first one that can count is compared with the last one of the grace period
-        return self.heldout.read(self._model.parameters(), [self.matrices[name] for name in live], grad_scale)
+        if not self._wanted(step):
+            return {}
+        # The first reading that can count is compared with the last one of the grace period.
+        early = step + self.interval <= self.criterion.grace_steps
+        return self.heldout.read([] if early else [self.matrices[name] for name in live], grad_scale)
 
     def _read(self, step: int, grad_scale: float, live: list[str]) -> dict[str, float]:
         """The metric of every matrix observed in this step, with one transfer from the device."""
@@ -352,6 +333,9 @@ class GradES:
         events = []
         for name in names:
             matrix = self.matrices[name]
+            if self.heldout is not None and not self.went_back:
+                for parameter in matrix.parameters:
+                    self.heldout.settle(parameter, matrix.expert)
             self._take_out(name, step)
             events.append(
                 FreezeEvent(
@@ -360,7 +344,6 @@ class GradES:
                     layer=matrix.layer,
                     role=matrix.role,
                     tower=matrix.tower,
-                    decided=self._cooling.pop(name),
                     value=self.criterion.values[name],
                     tau=self.taus[name],
                     params=matrix.params,
@@ -389,7 +372,7 @@ class GradES:
         self._previous.pop(name, None)
         self._previous_step.pop(name, None)
         if self.heldout is not None:
-            self.heldout.kept.pop(name, None)
+            self.heldout.gradients.pop(name, None)
 
     def _freeze_companions(self) -> None:
         """Norms, biases and embeddings of layers that are frozen otherwise, where the user allows it."""
@@ -411,14 +394,14 @@ class GradES:
     def _freeze_rest(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:
             if parameter.requires_grad:
+                if self.heldout is not None and not self.went_back:
+                    self.heldout.settle(parameter)
                 freeze_parameter(parameter, self.optimizer)
                 self._companions.append(parameter)
 
     def close(self) -> None:
         """Takes everything off the model that this object put on it. What is frozen stays frozen."""
         self.cut.close()
-        if self._cooldown is not None:
-            self._cooldown.close()
 
     def unfreeze_all(self) -> None:
         """Gives every tensor back to training, for a new run on the same model. Values stay as they are."""
@@ -432,19 +415,14 @@ class GradES:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: JSON-able values, and under `"tensors"` a flat dict of tensors."""
         tensors = {f"{name}/{i}": t for name, kept in self._previous.items() for i, t in enumerate(kept)}
-        for name, (weights, gradients, _) in self.heldout.kept.items() if self.heldout is not None else ():
-            tensors |= {f"{name}/weight/{i}": t for i, t in enumerate(weights)}
-            tensors |= {f"{name}/gradient/{i}": t for i, t in enumerate(gradients)}
-        if self.heldout is not None:
-            tensors |= {f"best/{name}": t for name, t in self.heldout.best.items()}
+        heldout = self.heldout.state_dict() if self.heldout is not None else {}
+        tensors |= heldout.pop("tensors", {})
         return {
             "metric": self.config.metric,
             "sample": self.config.sample,
             "last_step": self._last_step,
             "frozen": dict(self.frozen),
-            "cooling": dict(self._cooling),
-            "heldout": {name: kept[2] for name, kept in self.heldout.kept.items()} if self.heldout is not None else {},
-            "readings": self.heldout.readings if self.heldout is not None else 0,
+            "heldout": heldout,
             "previous_step": dict(self._previous_step),
             "criterion": self.criterion.state_dict(),
             "tensors": tensors,
@@ -466,8 +444,7 @@ class GradES:
                 f"The checkpoint was written with sample {state['sample']} and this run has {self.config.sample}: "
                 f"resume with --sample {state['sample']}."
             )
-        known = set(state["frozen"]) | set(state["cooling"]) | set(state["heldout"]) | set(state["previous_step"])
-        unknown = known - set(self.matrices)
+        unknown = (set(state["frozen"]) | set(state["previous_step"])) - set(self.matrices)
         if unknown:
             raise ValueError(
                 f"The checkpoint knows {len(unknown)} matrices that this model does not train, {min(unknown)} "
@@ -479,14 +456,7 @@ class GradES:
             parameters = self.matrices[name].parameters
             self._previous[name] = [state["tensors"][f"{name}/{i}"].to(p.device) for i, p in enumerate(parameters)]
         if self.heldout is not None:
-            self.heldout.readings = state["readings"]
-            best = {name: t for name, t in state["tensors"].items() if name.startswith("best/")}
-            self.heldout.best = {name.removeprefix("best/"): t for name, t in best.items()}
-        for name, loss in state["heldout"].items():
-            indices, tensors = range(len(self.matrices[name].parameters)), state["tensors"]
-            weights = [tensors[f"{name}/weight/{i}"] for i in indices]
-            self.heldout.kept[name] = weights, [tensors[f"{name}/gradient/{i}"] for i in indices], loss
-        self._cooling = dict(state["cooling"])
+            self.heldout.load_state_dict(state["heldout"], state["tensors"])
         self.criterion.load_state_dict(state["criterion"])
         for name, step in state["frozen"].items():
             self._take_out(name, step)

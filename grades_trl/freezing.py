@@ -69,33 +69,3 @@ class FrozenExperts:
         with torch.no_grad():
             for expert, values in self.values.items():
                 self.parameter[expert] = values
-
-
-class CoolDown:
-    """Shrinks the updates of single matrices, whatever the optimizer: after its step they are drawn back part of the
-    way to where they were.
-
-    Attributes:
-        shares (`list[tuple[Tensor, float]]`): weights, and the share of the next update that is kept of each.
-    """
-
-    def __init__(self, optimizer: Any):
-        self.shares: list[tuple[torch.Tensor, float]] = []
-        self._before: list[torch.Tensor] = []
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
-        self._hooks = [
-            inner.register_step_pre_hook(lambda *_: self._keep()),
-            inner.register_step_post_hook(lambda *_: self._shrink()),
-        ]
-
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _keep(self) -> None:
-        self._before = [weight.clone() for weight, _ in self.shares]
-
-    def _shrink(self) -> None:
-        for (weight, share), before in zip(self.shares, self._before, strict=True):
-            weight.copy_(torch.lerp(before, weight, share))
-        self._before = []

@@ -1,6 +1,11 @@
-"""What each matrix's own updates buy in held-out loss. Pure torch.
+"""What each matrix's own updates buy in held-out loss, at the average of the weights. Pure torch.
 
-The loss L of a fixed set of held-out examples changes between two readings, as the weights go from W to W', by
+Read are not the weights that train but their average over the readings so far, in which reading k counts k times
+(polynomial-decay averaging with eta 1, Shamir & Zhang 2013, arXiv 1212.1824). The weights themselves jump about with
+the noise of minibatches and the learning rate; their average has settled. It is what is kept in the end: without a
+cool-down it has a lower held-out loss than the best of the weights it was made of (figures in `dev/LOG.md`).
+
+The loss L of a fixed set of held-out examples changes between two readings, as the average goes from W to W', by
 
     L(W) - L(W') = sum over matrices of  -<(g + g') / 2, W' - W>  + O(|W' - W|^3),
 
@@ -13,8 +18,8 @@ so what the terms lack to their difference (and the part of what is not tracked)
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,82 +45,164 @@ def gain(before: Sequence[Tensor], after: Sequence[Tensor], g: Sequence[Tensor],
 
 
 class HeldoutGain:
-    """Reads the gain of every matrix since its last reading. Weights and gradients in between lie in CPU memory, the
-    best weights too. During a reading there are two sets of gradients on the device, those of training and these.
+    """Averages the weights and reads the gain of every matrix since the last reading.
+
+    The average, the best one (both float32) and the held-out gradients at the last one lie in CPU memory. During a
+    reading there are two sets of gradients on the device, those of training and these.
 
     Attributes:
-        kept (`dict[str, tuple]`): matrix -> its weights, its gradients, and the loss, at its last reading.
-        best (`dict[str, Tensor]`): name of a parameter -> what it was at the best reading.
+        average (`dict[str, Tensor]`): name of a parameter that trains -> its average over the readings.
+        best (`dict[str, Tensor]`): the average at the best reading.
+        best_step (`int`), best_loss (`float`): when that was, and the held-out loss there.
+        gradients (`dict[str, list[Tensor]]`): matrix -> its held-out gradients at the last reading.
+        loss (`float`): the held-out loss of the last reading.
         readings (`int`): how often the held-out examples were run.
 
     Args:
+        model (`nn.Module`): what trains.
         backward (`Callable[[], Tensor]`): runs forward and backward of the mean loss of held-out examples, always the
             same ones; adds to `.grad` and returns the loss. Only the gradients carry a loss scale, as in training.
     """
 
-    def __init__(self, backward: Callable[[], Tensor]):
+    def __init__(self, model: nn.Module, backward: Callable[[], Tensor]):
+        self._model = model
         self._backward = backward
-        self.kept: dict[str, tuple[list[Tensor], list[Tensor], float]] = {}
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._averaged = 0  # how often
+        self.average: dict[str, Tensor] = {}
         self.best: dict[str, Tensor] = {}
+        self.best_step, self.best_loss = 0, math.inf
+        self.gradients: dict[str, list[Tensor]] = {}
+        self.loss = math.inf
         self.readings = 0
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+
     @torch.no_grad()
-    def read(
-        self, parameters: Iterable[nn.Parameter], matrices: Iterable[WeightMatrix], scale: float
-    ) -> dict[str, float]:
-        """The gains in nats of the matrices that were read before; leaves the training gradients as they were.
+    def read(self, matrices: Collection[WeightMatrix], scale: float) -> dict[str, float]:
+        """The gains in nats of the matrices that were read the last time too. Weights and training gradients are
+        afterwards as they were, bit for bit.
 
         Args:
-            parameters (`Iterable[nn.Parameter]`): all of the model.
-            matrices (`Iterable[WeightMatrix]`): what is read.
+            matrices (`Collection[WeightMatrix]`): what is read; without any, the average goes on and that is all.
             scale (`float`): the loss scale that gradients are multiplied by.
         """
+        trained = self._trained()
+        weights = {name: p.to("cpu", copy=True) for name, p in trained.items()}
+        before = self.average
+        self._averaged += 1
+        share = 2 / (self._averaged + 1)
+        self.average = {n: torch.lerp(before.get(n, w.float()), w.float(), share) for n, w in weights.items()}
+        if not matrices:
+            return {}
         self.readings += 1
-        trained = [(p, p.grad) for p in parameters if p.requires_grad]
-        for p, _ in trained:
+        kept = {name: p.grad for name, p in trained.items()}
+        for name, p in trained.items():
+            p.copy_(self.average[name])
             p.grad = None
         with torch.enable_grad():
             loss = self._backward().detach().float()
-        now = {}
+        gradients = {}
         for matrix in matrices:
-            part = ... if matrix.expert is None else matrix.expert
-            gradients = [p.grad[part] / scale for p in matrix.parameters if p.grad is not None]
-            if len(gradients) == len(matrix.parameters):
-                now[matrix.name] = [p.detach()[part] for p in matrix.parameters], gradients
-        for p, gradient in trained:
-            p.grad = gradient
+            found = [p.grad[_own(matrix)] / scale for p in matrix.parameters if p.grad is not None]
+            if len(found) == len(matrix.parameters):
+                gradients[matrix] = found
+        for name, p in trained.items():
+            p.copy_(weights[name])
+            p.grad = kept[name]
+        return self._gains(before, gradients, loss)
+
+    def _gains(
+        self, before: dict[str, Tensor], gradients: dict[WeightMatrix, list[Tensor]], loss: Tensor
+    ) -> dict[str, float]:
         # The loss, and of each matrix the gain and the size of the gradient, with one transfer to the host.
         numbers = [loss.reshape(1)]
-        for name, (weights, gradients) in now.items():
-            before, before_gradients, _ = self.kept.get(name, (weights, gradients, None))
-            before = [t.to(w.device) for t, w in zip(before, weights, strict=True)]
-            before_gradients = [t.to(w.device) for t, w in zip(before_gradients, weights, strict=True)]
-            size = torch.stack([g.abs().sum(dtype=torch.float32) for g in gradients]).sum()
-            numbers.append(torch.stack([gain(before, weights, before_gradients, gradients), size]))
+        for matrix, after in gradients.items():
+            names, own = [self._names[id(p)] for p in matrix.parameters], _own(matrix)
+            size = torch.stack([g.abs().sum(dtype=torch.float32) for g in after]).sum()
+            bought = torch.zeros_like(size)
+            if matrix.name in self.gradients:
+                bought = gain(
+                    [before[name][own].to(g.device) for name, g in zip(names, after, strict=True)],
+                    [self.average[name][own].to(g.device) for name, g in zip(names, after, strict=True)],
+                    [old.to(g.device) for old, g in zip(self.gradients[matrix.name], after, strict=True)],
+                    after,
+                )
+            numbers.append(torch.stack([bought, size]))
         value, *rows = torch.cat([part.to(loss.device) for part in numbers]).tolist()
-        gains: dict[str, float] = {}
-        drops = {}
-        for i, (name, (weights, gradients)) in enumerate(now.items()):
+        drop, self.loss = self.loss - value, value
+        seen, self.gradients = self.gradients, {}
+        gains = {}
+        for i, (matrix, after) in enumerate(gradients.items()):
             if not 0 < rows[2 * i + 1] < math.inf:
                 continue  # no gradient flowed, or it overflowed: not observed
-            if name in self.kept:
-                gains[name] = rows[2 * i]
-                drops[name] = self.kept[name][2] - value
-            self.kept[name] = [t.to("cpu", copy=True) for t in weights], [t.cpu() for t in gradients], value
+            if matrix.name in seen:
+                gains[matrix.name] = rows[2 * i]
+            self.gradients[matrix.name] = [g.cpu() for g in after]
         if not gains:
             return {}
-        missing = statistics.fmean(drops.values()) - math.fsum(gains.values())
+        missing = drop - math.fsum(gains.values())
         return {name: own + missing / len(gains) for name, own in gains.items()}
 
-    @torch.no_grad()
-    def keep_best(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """This is the best reading so far: keeps all that trains, matrices and the rest, in CPU memory."""
-        self.best = {name: p.to("cpu", copy=True) for name, p in parameters if p.requires_grad}
+    def keep_best(self, step: int) -> None:
+        """This is the best reading so far."""
+        self.best, self.best_step, self.best_loss = self.average, step, self.loss
 
     @torch.no_grad()
-    def go_back(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Gives the model what it had at its best reading. Its gradients belong to other weights: they are dropped."""
-        for name, parameter in parameters:
+    def settle(self, parameter: nn.Parameter, expert: int | None = None) -> None:
+        """Gives a tensor, or an expert of it, its average."""
+        average = self.average.get(self._names[id(parameter)])
+        if average is not None:
+            own = ... if expert is None else expert
+            parameter[own].copy_(average[own])
+
+    @torch.no_grad()
+    def go_back(self) -> None:
+        """Gives the model its best average. Its gradients belong to other weights: they are dropped."""
+        for name, parameter in self._model.named_parameters():
             if name in self.best:
                 parameter.copy_(self.best[name])
             parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able, but for the flat dict under `"tensors"`."""
+        names = ("_averaged", "best_step", "best_loss", "loss", "readings")
+        tensors = {f"average/{name}": t for name, t in self.average.items()}
+        if self.best is not self.average:  # one tensor cannot be written twice
+            tensors |= {f"best/{name}": t for name, t in self.best.items()}
+        tensors |= {f"gradient/{i}/{name}": g for name, kept in self.gradients.items() for i, g in enumerate(kept)}
+        return {name: getattr(self, name) for name in names} | {
+            "at_best": self.best is self.average,
+            "gradients": {name: len(kept) for name, kept in self.gradients.items()},
+            "tensors": tensors,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Args:
+        state (`dict`): of `state_dict()`, without its tensors.
+        tensors (`dict[str, Tensor]`): these, among others.
+        """
+        state = dict(state)
+        at_best, counts = state.pop("at_best"), state.pop("gradients")
+        self.gradients = {name: [tensors[f"gradient/{i}/{name}"] for i in range(n)] for name, n in counts.items()}
+        self.average, self.best = (
+            {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
+            for kind in ("average/", "best/")
+        )
+        if at_best:
+            self.best = self.average
+        vars(self).update(state)
+
+    def loss_now(self) -> float:
+        """The held-out loss of the weights as they are. Drops the training gradients."""
+        loss = self._backward().item()
+        for parameter in self._trained().values():
+            parameter.grad = None
+        self.readings += 1
+        return loss
+
+
+def _own(matrix: WeightMatrix) -> Any:
+    """What to index its tensors with: its expert, or all."""
+    return ... if matrix.expert is None else matrix.expert

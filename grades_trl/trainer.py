@@ -34,7 +34,7 @@ from .timeline import Timeline
 STATE_JSON, STATE_TENSORS = "grades_state.json", "grades_state.safetensors"
 # Freeze events come in clusters; W&B gets a new picture when that much more of the model has frozen.
 PICTURE_EVERY = 0.05
-# Of `heldout_gain`: readings in a short run, and examples in each at least (see `heldout_plan`).
+# Of `heldout_gain`: readings in a run, and examples in each at least (see `heldout_plan`).
 HELDOUT_READINGS, MIN_HELDOUT = 20, 16
 
 
@@ -82,7 +82,7 @@ class GradESMixin(_SFTTrainer):
         self.watched = find_matrices(self.model, projector=grades.track_projector)
         for tower in {matrix.tower for matrix in self.watched.values()}:
             grades.tau_of(tower)  # a tower without a threshold is an error now, not after the grace period
-        if grades.metric == "heldout_gain" and grades.replay is None and self.eval_dataset is None:
+        if grades.metric == "heldout_gain" and self.eval_dataset is None:
             raise ValueError(
                 'metric "heldout_gain" reads the loss of held-out examples: pass eval_dataset=..., or take a metric '
                 "of the training gradients (grad_change, agreement)."
@@ -130,7 +130,7 @@ class GradESMixin(_SFTTrainer):
         config, heldout = self.grades_config, None
         self._heldout_batches: list[tuple[float, Any]] = []  # share of the mean loss, batch
         self._heldout_examples = 0
-        if config.metric == "heldout_gain" and config.replay is None:
+        if config.metric == "heldout_gain":
             config, heldout = self._hold_out(config), self._heldout_backward
         self.grades = GradES(self.model, config, self.state.max_steps, self.optimizer, heldout)
         self._events = []
@@ -222,7 +222,10 @@ class GradESMixin(_SFTTrainer):
     def _end_training(self) -> None:
         for hook in self._token_hooks:
             hook.remove()
-        self.grades.close()
+        if self.args.load_best_model_at_end:  # the user has chosen what is kept
+            self.grades.close()
+        else:
+            self.grades.finish()
         self.grades_summary = self._summarize()
         self.timeline.write_report(self.grades_summary)
         self._wandb_finish()
@@ -427,6 +430,8 @@ class GradESMixin(_SFTTrainer):
             "examples": self._heldout_examples,
             "interval": self.grades.interval,
             "readings": self.grades.heldout.readings,
+            "best_step": self.grades.heldout.best_step,
+            "weights": "average" if self.grades.went_back else "last",
             "examples_per_training_example": examples / (per_step * self.state.global_step),
         }
 
@@ -502,22 +507,27 @@ def heldout_plan(config: GradESConfig, steps: int, per_step: int, available: int
     """How many held-out examples a reading takes, and how many steps lie between readings.
 
     `heldout_cost` allows `heldout_cost * steps * per_step` examples in all. They are spread over `HELDOUT_READINGS`
-    readings, of at least `MIN_HELDOUT` examples each (then there are fewer readings) and at most `heldout_samples`
-    (then there are more). An interval that is set is kept.
+    readings, the one at the end of the schedule included, of at most `heldout_samples` examples each, and of at least
+    `MIN_HELDOUT`: then there are fewer readings. An interval that is set is kept.
 
     Args:
-        config (`GradESConfig`): heldout_cost, heldout_samples, interval.
+        config (`GradESConfig`): heldout_cost, heldout_samples, interval, alpha.
         steps (`int`): optimizer steps of the whole schedule.
         per_step (`int`): training examples per optimizer step.
         available (`int`): held-out examples.
     """
-    budget = config.heldout_cost * per_step  # examples per step
+    budget = config.heldout_cost * per_step * steps
     if config.interval is not None:
-        count = min(config.heldout_samples, available, max(1, int(budget * config.interval)))
-        return count, config.interval
-    count = max(MIN_HELDOUT, int(budget * steps / HELDOUT_READINGS))
-    count = min(count, config.heldout_samples, available)
-    return count, math.ceil(round(count / budget, 9))
+        count = int(config.heldout_cost * per_step * config.interval)
+        return min(config.heldout_samples, available, max(1, count)), config.interval
+    count = min(max(MIN_HELDOUT, int(budget / HELDOUT_READINGS)), config.heldout_samples, available)
+    grace = config.grace_steps(steps)
+
+    def readings(interval: int) -> int:  # the first one is the last one that does not come after the grace period
+        return steps // interval - max(0, grace // interval - 1) + 1
+
+    shortest = math.ceil(steps / HELDOUT_READINGS)
+    return count, next(i for i in range(shortest, steps + 1) if i == steps or count * readings(i) <= budget)
 
 
 class Stopwatch:

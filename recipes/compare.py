@@ -148,11 +148,11 @@ def arm_flags(arm: str, folder: Path, grades: Cell | None, paper_tau: str) -> li
     if arm == "grades":
         return ["--grades", "true"]
     if arm == "paper":  # whatever the config says of these
-        settings = (
-            "--metric grad_change --auto_ratio 0.5 --alpha 0.55 --patience 1 --interval 1 --cooldown 0 --sample 1"
-        )
+        settings = "--metric grad_change --auto_ratio 0.5 --alpha 0.55 --patience 1 --interval 1 --sample 1"
         settings += " --track_projector false --freeze_norms false --freeze_embeddings false"
         return ["--grades", "true", *settings.split(), "--tau", paper_tau]
+    if arm == "together":  # no reading is below this: only the sum over all matrices ends the run
+        return ["--grades", "true", "--metric", "heldout_gain", "--tau", "-1e9"]
     if arm in ("random", "bottom_up"):
         return ["--grades", "true", "--replay", str(folder / "events.jsonl")]
     if arm == "early_stopping":

@@ -1,8 +1,8 @@
 """GradES in a plain PyTorch loop, without a Trainer: a tiny LLaVA learns to read handwritten numbers on a CPU.
 
 Few pictures, many times over, so it overfits. When the updates no longer make the loss of held-out pictures smaller,
-the weights go back to where it was lowest, cool down and freeze, and the loop ends. What belongs to GradES is marked;
-the rest is a training loop as you know it. Takes about a minute.
+the model gets the average of its weights for which that loss was lowest, all is frozen, and the loop ends. What
+belongs to GradES is marked; the rest is a training loop as you know it. Takes about a minute.
 
   python recipes/plain_loop.py
   python recipes/plain_loop.py --steps 300 --seed 1
@@ -68,7 +68,7 @@ def main() -> None:
                 print(f"step {step}: loss {loss:.3f}, validation {model(**validation).loss:.3f}", flush=True)
         if grades.done:  # GradES: nothing is left to learn
             break
-    grades.close()
+    grades.finish()  # GradES: if the schedule ended first, the better of the last weights and the best average
 
     # 4. Test: read whole numbers.
     right = exact_match(answers(model, processor, test, batch_size=100, max_new_tokens=8), test)

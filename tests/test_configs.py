@@ -67,7 +67,7 @@ def test_published_settings(name, lora):
     vision = name == "qwen2.5_vl_7b"
     assert grades.tau == PUBLISHED[name][lora]
     assert (grades.metric, grades.patience, grades.interval, grades.sample) == ("weight_change", 1, 1, 1)
-    assert not (grades.cooldown or grades.track_projector or grades.freeze_norms or grades.freeze_embeddings)
+    assert not (grades.track_projector or grades.freeze_norms or grades.freeze_embeddings)
     assert grades.alpha == (0.3 if vision else 0.55)
     assert training.learning_rate == (2e-5 if not lora else 1e-4 if vision else 2e-4)
     assert training.per_device_train_batch_size == (16 if lora and not vision else 1)

@@ -109,33 +109,33 @@ def test_agreement_is_the_running_mean_of_a_matrix():
     assert math.isclose(criterion.values["a"], 0.5 * 0.95**2 / (1 + 0.95 + 0.95**2))
 
 
-def test_heldout_gain_counts_readings_since_the_best():
-    # One matrix: its gains add up to 1, 3, 2, 2.5, 3.5 (a new best), 3.4, 3.3: two readings without one
-    gains = [{"a": x} for x in (1.0, 2.0, -1.0, 0.5, 1.0, -0.1, -0.1)]
+def test_a_matrix_whose_updates_no_longer_pay_has_converged():
+    # b counts .3 b + .7 (3 + b) / 2 = 1.05 + .65 b: below 0 at 1 (the first reading, which does not count), 3, 5 and
+    # 6, twice in a row at 6 only; at 2 and 4 it is drawn above it. At 6 the whole is at a new best; at 7 it is not.
+    b = (-2.0, -1.6, -1.7, -1.6, -1.7, -1.7)
+    gains = [{"a": 3.0, "b": x} for x in b] + [{"a": 1.0, "b": -1.7}]
     found, best, criterion = converged_at(gains, metric="heldout_gain", patience=2)
-    assert best == [True, True, False, False]
-    assert found == {"a": 4}
-    found, best, criterion = converged_at(gains, metric="heldout_gain", patience=3)
-    assert best == [True, True, False, False, True, False, False]
-    assert found == {}
-    assert math.isclose(criterion.values["a"], -0.2)
-
-
-def test_heldout_gain_draws_a_matrix_towards_the_mean():
-    # Own share .3: b counts .3 * -1 + .7 * mean. With a at 3 the mean is 1, and b is at .4: it trains on. With a at
-    # 1.2 the mean is .1, and b is at -.23: three such readings (the first one does not count), and it has converged,
-    # as soon as the whole is not at a new best, which it is until step 4.
-    for a, expected in ((3.0, {}), (1.2, {"b": 5})):
-        readings = [{"a": a, "b": -1.0}] * 4 + [{"a": -0.1 if a == 1.2 else a, "b": -1.0}]
-        assert converged_at(readings, metric="heldout_gain", patience=3)[0] == expected
+    assert found == {"b": 7}
+    assert best == [True] * 6 + [False]
+    assert math.isclose(criterion.values["b"], -0.3 * 1.7 - 0.7 * 0.35)
 
 
 def test_all_converge_when_the_whole_makes_no_new_best():
     # a gains what b loses and a little less: alone it would train on
     gains = [{"a": 1.0, "b": 1.0}] + [{"a": 3.0, "b": -3.1}] * 5
-    found, _, criterion = converged_at(gains, metric="heldout_gain", patience=3)
-    assert found == {"a": 4, "b": 4}
-    assert max(criterion.values.values()) < 0
+    found, best, criterion = converged_at(gains, metric="heldout_gain", patience=2)
+    assert found == {"a": 3, "b": 3}
+    assert best == [True, False, False]
+    assert math.isclose(criterion.values["a"], -0.2)
+    assert math.isclose(criterion.values["b"], -0.3 * 3.1 - 0.7 * 0.05)
+
+    # The sums 1, 3, 2, 2.5, 3.5, 3.4, 3.3: a new best after two readings that were none starts the count anew
+    gains = [{"a": x} for x in (1.0, 2.0, -1.0, 0.5, 1.0, -0.1, -0.1)]
+    assert converged_at(gains, metric="heldout_gain", patience=3)[:2] == (
+        {},
+        [True, True, False, False, True, False, False],
+    )
+    assert converged_at(gains, metric="heldout_gain", patience=2)[0] == {"a": 4}
 
 
 def test_decisions_have_no_unit():
@@ -150,17 +150,22 @@ def test_decisions_have_no_unit():
 
 def test_the_defaults_of_a_metric():
     paper, ours = GradESConfig(), GradESConfig(metric="heldout_gain")
-    assert (paper.alpha, paper.patience, paper.cooldown, paper.tau) == (0.55, 1, 0.0, "auto")
-    assert (ours.alpha, ours.patience, ours.cooldown, ours.tau_of("vision")) == (0.1, 3, 0.1, 0.0)
-    assert GradESConfig(metric="heldout_gain", alpha=0.0, patience=1, cooldown=0.0).cooldown == 0.0
+    assert (paper.alpha, paper.patience, paper.tau) == (0.55, 1, "auto")
+    assert (ours.alpha, ours.patience, ours.tau_of("vision")) == (0.1, 2, 0.0)
+    assert GradESConfig(metric="heldout_gain", alpha=0.0, patience=1).patience == 1
 
 
 def test_replay_follows_a_file(tmp_path):
     path = tmp_path / "events.jsonl"
-    lines = [{"matrix": "a", "decided": 3, "step": 4, "value": 0.5, "tau": 1.0}]
-    lines.append({"matrix": "b", "decided": 2, "step": 2, "value": 0.6, "tau": 1.0})
+    lines = [
+        {"matrix": "a", "step": 3, "value": 0.5, "tau": 1.0},
+        {"matrix": "b", "step": 2, "value": 0.6, "tau": 1.0},
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    replay = Replay(str(path), ["a", "b", "c"])
-    assert [replay.update(step, {}) for step in range(1, 5)] == [[], ["b"], ["a"], []]
+    config = GradESConfig(replay=str(path), tau=9.0, alpha=0.0)  # by itself it would freeze all at step 2
+    replay = Replay(config, dict.fromkeys("abc", "language"), 10)
+    readings = dict.fromkeys("abc", 0.1)
+    assert [replay.update(step, readings) for step in range(1, 4)] == [[], ["b"], ["a"]]
+    assert (replay.values["a"], replay.taus["a"]) == (0.5, 1.0)
     with pytest.raises(ValueError, match="1 matrices that this model does not train, b among them"):
-        Replay(str(path), ["a"])
+        Replay(config, {"a": "language"}, 10)

@@ -1,5 +1,6 @@
 """Held-out gains: against closed forms, and in whole runs."""
 
+import copy
 import json
 
 import pytest
@@ -44,9 +45,11 @@ def test_gains_of_all_matrices_add_up_to_the_change_of_the_heldout_loss(build):
         loss.backward()
         return loss
 
-    def loss():
+    def loss(weights):
+        averaged = copy.deepcopy(model)
+        averaged.load_state_dict(weights, strict=False)
         with torch.no_grad():
-            return model(input_ids=heldout, labels=heldout).loss.item()
+            return averaged(input_ids=heldout, labels=heldout).loss.item()
 
     config = GradESConfig(metric="heldout_gain", interval=3, alpha=0.0, tau=-1e9)
     grades = GradES(model, config, 6, optimizer, heldout=backward)
@@ -56,12 +59,12 @@ def test_gains_of_all_matrices_add_up_to_the_change_of_the_heldout_loss(build):
     at = {}
     for step, batch in enumerate(training, start=1):
         model(input_ids=batch, labels=batch).loss.backward()
-        if step % 3 == 0:
-            at[step] = loss()
         before = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         grades.step(step)
         for name, gradient in before.items():  # the training gradients are as they were
             assert torch.equal(gradient, model.get_parameter(name).grad)
+        if step % 3 == 0:
+            at[step] = loss(grades.heldout.average)
         optimizer.step()
         optimizer.zero_grad()
     assert len(grades.readings) == len(grades.matrices)
@@ -70,7 +73,7 @@ def test_gains_of_all_matrices_add_up_to_the_change_of_the_heldout_loss(build):
 
 
 def toy_run(scale=1.0, vision=True):
-    """Two matrices under a loss of which the second takes no part unless `vision`."""
+    """Two matrices under a loss of which the second takes no part unless `vision`; halved between two readings."""
     model = Toy()
     torch.manual_seed(0)
     for p in model.parameters():
@@ -84,12 +87,12 @@ def toy_run(scale=1.0, vision=True):
         (loss * scale).backward()
         return loss
 
-    reader = HeldoutGain(backward)
-    matrices = GradES(model, GradESConfig(), 10).matrices.values()
-    first = reader.read(model.parameters(), matrices, scale)
+    reader = HeldoutGain(model, backward)
+    matrices = list(GradES(model, GradESConfig(), 10).matrices.values())
+    first = reader.read(matrices, scale)
     for layer in model.layers:
         layer["proj"].weight.data *= 0.5
-    return first, reader.read(model.parameters(), matrices, scale)
+    return first, reader.read(matrices, scale)
 
 
 def test_the_first_reading_has_nothing_to_compare_with_and_no_gradient_is_no_observation():
@@ -100,29 +103,67 @@ def test_the_first_reading_has_nothing_to_compare_with_and_no_gradient_is_no_obs
     assert toy_run(scale=1024.0)[1] == pytest.approx(second)  # a loss scale is divided out
 
 
+def test_reading_number_k_counts_k_times():
+    """The average after n readings is sum k W_k / sum k; reading leaves the weights as they are, bit for bit."""
+    model = Toy()
+    reader = HeldoutGain(model, lambda: (model.head.weight.square().sum()).backward() or torch.tensor(0.0))
+    torch.manual_seed(0)
+    path = []
+    for _ in range(5):
+        for p in model.parameters():
+            p.data.normal_()
+        path.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        reader.read([], 1.0)
+        assert all(torch.equal(p, path[-1][name]) for name, p in model.named_parameters())
+    for name, average in reader.average.items():
+        expected = sum((k + 1) * weights[name] for k, weights in enumerate(path)) / 15
+        torch.testing.assert_close(average, expected)
+    assert reader.readings == 0  # without matrices nothing is run
+
+
+def test_gains_are_those_of_the_average():
+    """L = w^2 / 2 of one matrix. The weights 1, 4, 4 average to 1, 3 (counting 1, 2) and 3.5 (counting 1, 2, 3)."""
+    model = Toy()
+    weight = model.layers[0]["proj"].weight
+
+    def backward():
+        loss = weight.square().sum() / 2
+        loss.backward()
+        return loss
+
+    reader = HeldoutGain(model, backward)
+    matrix = [GradES(model, GradESConfig(), 10).matrices["layers.0.proj"]]
+    gains = []
+    for value in (1.0, 4.0, 4.0):
+        weight.data.fill_(value)
+        gains.append(reader.read(matrix, 1.0).get("layers.0.proj"))
+    count = weight.numel()
+    assert gains == [None, pytest.approx(count * (1 - 3**2) / 2), pytest.approx(count * (3**2 - 3.5**2) / 2)]
+    assert reader.loss == pytest.approx(count * 3.5**2 / 2)
+
+
 def test_heldout_gain_needs_examples_and_an_interval():
     for heldout, interval in ((None, 5), (lambda: None, None)):
         with pytest.raises(ValueError, match="needs held-out examples and an interval"):
-            config = GradESConfig(metric="heldout_gain", interval=interval, cooldown=0.0)
-            GradES(qwen3(), config, 10, heldout=heldout)
-    with pytest.raises(ValueError, match="cool-down shrinks"):
-        GradES(qwen3(), GradESConfig(metric="heldout_gain", interval=5), 10, heldout=lambda: None)
+            GradES(qwen3(), GradESConfig(metric="heldout_gain", interval=interval), 10, heldout=heldout)
 
 
 def test_plan_by_hand():
-    config = GradESConfig(metric="heldout_gain")  # 2 %, at most 64 examples
-    # 1,000 steps of 32: 640 examples in all, 20 readings of 32, one each 50 steps
+    config = GradESConfig(metric="heldout_gain")  # 2 %, at most 128 examples, nothing freezes in the first 10 %
+    # 1,000 steps of 32: 640 examples in all, 20 readings of 32: each 50 steps from 100 on, and one at the end
     assert heldout_plan(config, 1000, 32, available=500) == (32, 50)
-    # 10,000 steps of 32: 64 examples each 100 steps
-    assert heldout_plan(config, 10_000, 32, available=500) == (64, 100)
-    assert heldout_plan(config, 10_000, 32, available=24) == (24, 38)
-    # 200 steps of 8: 32 examples in all, two readings of 16
-    assert heldout_plan(config, 200, 8, available=500) == (16, 100)
+    # 10,000 steps of 32 could pay for more than 128 examples
+    assert heldout_plan(config, 10_000, 32, available=500) == (128, 500)
+    assert heldout_plan(config, 10_000, 32, available=24) == (24, 500)
+    # 400 steps of 8: 64 examples in all, readings of 16 at 134, 268 and 400
+    assert heldout_plan(config, 400, 8, available=500) == (16, 101)
     # a given interval is kept; the cost bounds the examples
     assert heldout_plan(GradESConfig(metric="heldout_gain", interval=25), 1000, 32, available=500) == (16, 25)
-    for steps, per_step in ((100, 8), (1000, 32), (333, 7), (5000, 128)):
+    for steps, per_step in ((200, 8), (240, 32), (1000, 32), (333, 7), (5000, 128)):
         count, interval = heldout_plan(config, steps, per_step, available=10_000)
-        assert count / (interval * per_step) <= config.heldout_cost + 1e-12
+        grace = config.grace_steps(steps)
+        read = [step for step in range(interval, steps + 1, interval) if step + interval > grace]
+        assert count * (len(read) + 1) <= config.heldout_cost * steps * per_step + 1e-9
 
 
 @pytest.mark.parametrize("metric, tau", [("agreement", 0.1), ("heldout_gain", "auto")])
@@ -159,8 +200,9 @@ HELDOUT = {"metric": "heldout_gain", "interval": 3, "heldout_cost": 0.5, "alpha"
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_reading_changes_nothing_of_the_run(tmp_path, text, lora):  # noqa: F811
+def test_reading_changes_nothing_of_the_run(tmp_path, monkeypatch, text, lora):  # noqa: F811
     """Never freezing, it equals the plain trainer bit for bit, dropout's random numbers and logs included."""
+    monkeypatch.setattr(HeldoutGain, "loss_now", lambda self: -1.0)  # no average is better than the last weights
     dataset, tokenizer = text
     runs = []
     for grades in (None, GradESConfig(tau=-1e9, **HELDOUT)):
@@ -190,10 +232,10 @@ def test_reading_changes_nothing_of_the_run(tmp_path, text, lora):  # noqa: F811
     assert watched.grades_summary["heldout"]["examples_per_training_example"] == pytest.approx(8 * 4 / (16 * 12))
 
 
-def test_a_run_freezes_cools_down_resumes_and_is_the_same_run(tmp_path, text):  # noqa: F811
-    """No gain is ever a new best: the readings at 6 and 9 are none, so all converge at 9 and cool down to 14."""
+def test_a_run_freezes_resumes_and_can_be_replayed(tmp_path, text):  # noqa: F811
+    """No gain reaches tau: the first reading that is compared is at 6, and does not count; three that do end at 15."""
     dataset, tokenizer = text
-    config = GradESConfig(tau=10.0, patience=2, cooldown=0.5, **HELDOUT)
+    config = {"tau": 10.0, "patience": 3, **HELDOUT}
 
     def train(name, config, checkpoint=None):
         trainer = GradESTrainer(
@@ -202,65 +244,94 @@ def test_a_run_freezes_cools_down_resumes_and_is_the_same_run(tmp_path, text):  
             train_dataset=dataset["train"],
             eval_dataset=dataset["test"],
             processing_class=tokenizer,
-            grades=config,
+            grades=GradESConfig(**config),
         )
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
 
     straight = train("straight", config)
     path = tmp_path / "straight" / "grades" / "events.jsonl"
-    events = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {(event["decided"], event["step"]) for event in events} == {(9, 14)}
+    assert {json.loads(line)["step"] for line in path.read_text().splitlines()} == {15}
     assert straight.grades.done
-    assert straight.state.global_step == 14
+    assert straight.state.global_step == 15
+    heldout = straight.grades_summary["heldout"]
+    assert (heldout["readings"], heldout["weights"], heldout["best_step"]) == (5, "average", 15)
 
-    for step in (5, 10):  # before the first reading that counts, and within the cool-down
+    for step in (5, 10):  # after one reading and after three
         resumed = train(f"resumed-{step}", config, str(tmp_path / f"straight/checkpoint-{step}"))
         assert resumed.grades.frozen == straight.grades.frozen
         assert same(weights(resumed), weights(straight))
 
-    replayed = train("replayed", GradESConfig(replay=str(path), cooldown=0.5))  # nothing is read
+    replayed = train("replayed", config | {"replay": str(path)})
     assert replayed.grades.frozen == straight.grades.frozen
-    assert replayed.grades_summary["heldout"] is None
+    assert same(weights(replayed), weights(straight))
+    paper = train("paper", {"replay": str(path)})  # of a metric that holds nothing out: no average, no way back
+    assert paper.grades.frozen == straight.grades.frozen
+    assert paper.grades_summary["heldout"] is None
 
 
-def test_a_cool_down_shrinks_the_updates_to_nothing_and_starts_from_the_best_weights():
-    """Plain SGD on a quadratic that climbs: readings at 2, 4, 6; the best is the first one, at 2."""
+@pytest.mark.parametrize("steps, ends", [(6, 2 / 3), (3, 2.0)])
+def test_the_end_of_a_schedule_keeps_what_is_better(steps, ends):
+    """A quadratic: with a reading at each step, the average of -1, 1, 1 is 2/3 and that of -1, 1 is 1/3."""
     model = Toy()
-    weight, other = model.layers[0]["proj"].weight, model.head.weight
+    weight = model.layers[0]["proj"].weight
     model.layers[1].requires_grad_(False)
+
+    def heldout():
+        loss = (weight - (0.0 if steps == 6 else 2.0)).square().sum() / 2
+        loss.backward()
+        return loss
+
+    config = GradESConfig(metric="heldout_gain", interval=1, alpha=0.0, patience=9)
+    grades = GradES(model, config, steps, torch.optim.SGD(model.parameters(), lr=1.0), heldout)
+    for step, value in enumerate((-1.0, 1.0, 1.0) if steps == 6 else (0.0, 1.0, 2.0), start=1):
+        weight.data.fill_(value)
+        grades.step(step)
+    if steps == 6:
+        grades.heldout.best = grades.heldout.average
+        grades.heldout.best_loss = heldout().item() - 1e-3  # that of the weights as they are is a little worse
+    grades.finish()
+    assert weight.mean().item() == pytest.approx(ends)
+    assert grades.went_back == (steps == 6)
+
+
+def test_what_freezes_takes_its_average_and_the_end_goes_back_to_the_best():
+    """Updates of +1 away from the minimum at 0: weights 1, 2, 3 at readings 2, 3, 4, averages 1, 5/3, 14/6."""
+    model = Toy()
+    first, second, other = model.layers[0]["proj"].weight, model.layers[1]["proj"].weight, model.head.weight
     for p in model.parameters():
         p.data.zero_()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 
     def heldout():
-        loss = (weight.square().sum() + other.square().sum()) / 2
+        loss = sum(p.square().sum() for p in (first, second, other)) / 2
         loss.backward()
         return loss
 
-    config = GradESConfig(metric="heldout_gain", interval=2, alpha=0.0, patience=1, cooldown=0.5)
+    config = GradESConfig(metric="heldout_gain", interval=1, alpha=0.0, patience=2)
     grades = GradES(model, config, 20, optimizer, heldout)
-    path = []
-    for step in range(1, 12):
-        for p in (weight, other):
-            p.grad = torch.full_like(p, -1.0)  # every update adds 1, away from the minimum at 0
+    plan = {3: ["layers.0.proj"], 4: ["layers.1.proj"]}
+    grades.criterion.update = lambda step, readings: plan.get(step, [])
+    grades.criterion.values = dict.fromkeys(grades.matrices, 0.0)
+    seen = []
+    for step in range(1, 5):
+        for p in (first, second, other):
+            p.grad = torch.full_like(p, -1.0) if p.requires_grad else None
+        if step == 2:
+            grades.criterion._idle = 1
         grades.step(step)
-        if grades.done:
-            break
+        seen.append([p[0, 0].item() for p in (first, second, other)])
         optimizer.step()
         optimizer.zero_grad()
-        path.append((weight[0, 0].item(), other[0, 0].item()))
-    # Readings at 2 (weights 1), 4 (3; the first one that is compared) and 6 (5): decided at 6, back to what it was at
-    # 2, no update in that step. The updates of steps 7 and 8 count 2/4 and 1/4, and at 9 all is frozen.
-    assert grades.frozen == {"layers.0.proj": 9}
-    expected = [1, 2, 3, 4, 5, 1, 1.5, 1.75]
-    assert [a for a, _ in path] == pytest.approx(expected)
-    assert [b for _, b in path] == pytest.approx(expected)  # what is not tracked goes along
+    # read 0, 1, 2: the average at step 3 is (0 + 2 + 6) / 6; at step 4 all go back to the best, of step 1
+    assert seen == [[0, 0, 0], [1, 1, 1], [pytest.approx(8 / 6), 2, 2], [0, 0, 0]]
+    assert grades.done
+    assert grades.heldout.best_step == 1
 
 
 @pytest.mark.parametrize("build", [qwen3, qwen3_moe])
 def test_going_back_reaches_what_is_frozen_and_cached(monkeypatch, build):
-    """Layer 0 freezes at step 6; at 12 all the rest converges, and everything goes back to what it was at step 2."""
+    """Layer 0 freezes at step 4; at 12 all the rest converges, and everything goes back to its average at step 2."""
     held_out, ends = batches(7, 1)[0], []
     for megabytes in (0, 16):
         model = build()
@@ -271,7 +342,7 @@ def test_going_back_reaches_what_is_frozen_and_cached(monkeypatch, build):
             loss.backward()
             return loss
 
-        config = GradESConfig(metric="heldout_gain", interval=2, alpha=0.0, cooldown=0.5, cache_prefix=megabytes)
+        config = GradESConfig(metric="heldout_gain", interval=2, alpha=0.0, cache_prefix=megabytes)
         grades = GradES(model, config, 30, optimizer, heldout)
         tracked = {id(p) for matrix in grades.matrices.values() for p in matrix.parameters}
         for p in model.parameters():  # backward and the cache end where nothing trains
@@ -279,35 +350,28 @@ def test_going_back_reaches_what_is_frozen_and_cached(monkeypatch, build):
         early = [name for name, m in grades.matrices.items() if m.layer == 0]
         if build is qwen3_moe:  # of one tensor some experts freeze and others train on
             early = [name for name in early if grades.matrices[name].expert in (None, 0, 1)]
-        plan = {4: early, 12: [name for name in grades.matrices if name not in early]}  # cool-down from 4 to 6
+        plan = {4: early, 12: [name for name in grades.matrices if name not in early]}
         monkeypatch.setattr(grades.criterion, "update", lambda step, readings, plan=plan: plan.get(step, []))
         monkeypatch.setattr(type(grades.criterion), "at_best", property(lambda self: False))
         grades.criterion.values = dict.fromkeys(grades.matrices, 0.0)
         first, path = None, []
         for step, batch in enumerate(batches(0, 3) * 10, start=1):
-            if step == 2:
+            if step == 2:  # the only reading so far: its average is itself
                 first = {name: p.detach().clone() for name, p in model.named_parameters()}
             loss = model(input_ids=batch, labels=batch).loss
             loss.backward()
             grades.step(step)
             path.append(loss.item())
             optimizer.step()
-            if step == 12:  # there is no gradient in that step
-                assert all(torch.equal(p, first[name]) for name, p in model.named_parameters())
             optimizer.zero_grad()
             if grades.done:
                 break
-        assert {grades.frozen[name] for name in early} == {6}
-        assert set(grades.frozen.values()) == {6, 18}
-        assert len(path) == 18
+        assert {grades.frozen[name] for name in early} == {4}
+        assert set(grades.frozen.values()) == {4, 12}
+        assert all(torch.equal(p, first[name]) for name, p in model.named_parameters())
         grades.close()
-        ends.append((path, weights_of(model)))
-    assert ends[0][0] == ends[1][0]
-    assert same(ends[0][1], ends[1][1])
-
-
-def weights_of(model):
-    return {name: p.detach() for name, p in model.named_parameters()}
+        ends.append(path)
+    assert ends[0] == ends[1]
 
 
 def test_no_heldout_rows_is_an_error(tmp_path, text):  # noqa: F811

@@ -54,7 +54,7 @@ def toy_matrices(layers=3, roles=("q_proj", "down_proj")):
 
 def freeze(matrices, name, step, value=0.01, tau=0.02, frozen=1):
     m = matrices[name]
-    return FreezeEvent(step, name, m.layer, m.role, m.tower, step, value, tau, m.params, frozen, len(matrices))
+    return FreezeEvent(step, name, m.layer, m.role, m.tower, value, tau, m.params, frozen, len(matrices))
 
 
 def make(tmp_path, matrices, **kwargs):
@@ -83,10 +83,10 @@ def test_events_are_on_disk_as_they_happen(tmp_path):
     assert events_on_disk(tmp_path) == [asdict(first)]
     timeline.record(12, [second], {})
     assert (tmp_path / "events.jsonl").read_text() == (
-        '{"step": 11, "matrix": "layers.0.q_proj", "layer": 0, "role": "q_proj", "tower": "language", "decided": 11, '
+        '{"step": 11, "matrix": "layers.0.q_proj", "layer": 0, "role": "q_proj", "tower": "language", '
         '"value": 0.01, "tau": 0.02, "params": 32, "frozen": 1, "total": 6}\n'
         '{"step": 12, "matrix": "layers.1.down_proj", "layer": 1, "role": "down_proj", "tower": "language", '
-        '"decided": 12, "value": 0.01, "tau": 0.02, "params": 32, "frozen": 2, "total": 6}\n'
+        '"value": 0.01, "tau": 0.02, "params": 32, "frozen": 2, "total": 6}\n'
     )
 
 
