@@ -9,6 +9,9 @@ def test_closed_forms():
     a, b = torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.tensor([0.5, -0.5])
     assert l1_norms([a, b]).tolist() == [6.0, 1.0]
     assert l1_distances([a, b], [torch.zeros(2, 2), torch.tensor([0.5, 0.5])]).tolist() == [6.0, 1.0]
+    # 255.5 has more digits than bf16.
+    far, near = torch.tensor([256.0]).bfloat16(), torch.tensor([0.5]).bfloat16()
+    assert l1_distances([far], [near]).tolist() == [255.5]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -44,6 +47,23 @@ def test_a_sample_has_its_size_and_is_the_same_whenever_the_name_is():
     assert torch.equal(first.index, again.index)
     assert not torch.equal(first.index, other.index)
     assert len(set(first.index.tolist())) == len(first.index)  # without replacement
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_holds_its_chunks_of_any_layout(dtype):
+    x = torch.randn(1024, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
+    chosen = sample(x, 1 / 64, "w")
+    for tensor in (x, x.T, torch.stack([x, x])[1]):
+        expected = tensor.flatten().split(16)
+        assert torch.equal(chosen.take(tensor), torch.stack([expected[i] for i in chosen.index]))
+
+
+def test_nothing_is_written():
+    x, y = torch.tensor([[1.0, -2.0]]), torch.tensor([[-3.0, 4.0]])
+    metrics.read([x], [y], scale=2.0)
+    metrics.read([x], [y])
+    assert x.tolist() == [[1.0, -2.0]]
+    assert y.tolist() == [[-3.0, 4.0]]
 
 
 def test_small_and_odd_tensors_are_read_as_a_whole():

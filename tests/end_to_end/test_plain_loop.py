@@ -26,8 +26,8 @@ def test_plain_loop(tmp_path):
 
 
 def test_plain_loop_ends_when_all_is_frozen(tmp_path):
-    """A tau that no gain reaches: readings at 15 (the first) and 20."""
-    strict = SCRIPT.read_text().replace('metric="heldout_gain"', 'metric="heldout_gain", tau=10.0, patience=1')
+    """A held-out loss that only grows: read first at step 10, it is no new best at 15 and 20."""
+    strict = SCRIPT.read_text().replace("lambda: backward(held_out)", "lambda: backward(held_out) * step")
     (tmp_path / "strict.py").write_text(strict)
     printed = run(tmp_path / "strict.py", tmp_path, steps=100)
     froze = re.findall(r"step (\d+): froze (.+); (\d+) of 39 frozen", printed)
