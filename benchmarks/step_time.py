@@ -4,12 +4,17 @@
   python benchmarks/step_time.py --hidden 256 --steps 5 --rounds 1       # a quick look
 
 Everything is measured side by side in one process: variants take turns, the first steps of each turn are warm-up, and
-a figure is the median over all turns. Beside each speed-up stands the limit that the matmul FLOPs set.
+a figure is the median over all turns. Beside each speed-up stands the limit that the matmul FLOPs set; beside the time
+that watching takes, the limit that memory sets.
+
+With all matrices frozen a run ends, and under LoRA nothing is left to train. Full fine-tuning is measured there too,
+as if it went on: without --freeze_norms and --freeze_embeddings, so that norms, embeddings and head still train.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -22,7 +27,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from grades_trl import GradESConfig, GradESMixin, accounting, demo
+from grades_trl import GradESConfig, GradESMixin, accounting, demo, kernels
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 2
@@ -69,6 +74,7 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         synchronize()
         self.seconds.append(time.perf_counter() - self._mark)
+        control.should_training_stop = state.global_step >= state.max_steps  # not earlier, if all matrices are frozen
 
 
 def synchronize() -> None:
@@ -87,7 +93,7 @@ class Scheduled(GradESMixin, SFTTrainer):
         def update(step, readings):
             names = [name for name in self.plan.get(step, ()) if name not in self.grades.frozen]
             self.grades.taus.update(dict.fromkeys(names, 1.0))
-            readings.update(dict.fromkeys(names, 0.0))
+            self.grades.criterion.values.update(dict.fromkeys(names, 0.0))
             return names
 
         self.grades.criterion.update = update
@@ -116,35 +122,66 @@ def trainer_for(cls, model, args, tokenizer, data, checkpointing, steps, callbac
     )
 
 
+def size(tensors) -> int:
+    """Bytes."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def held_bytes(trainer) -> dict[str, int]:
-    """Bytes of what training holds beside the weights."""
-
-    def size(tensors):
-        return sum(t.numel() * t.element_size() for t in tensors)
-
+    """Bytes of what training holds beside the weights; on CUDA also of all that was allocated at the peak."""
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     state = [v for s in trainer.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     previous = [t for kept in trainer.grades._previous.values() for t in kept]
-    return {"gradients": size(trained), "optimizer_state": size(state), "previous_gradients": size(previous)}
+    held = {"gradients": size(trained), "optimizer_state": size(state), "previous_gradients": size(previous)}
+    # Not on the CPU: the peak of a process never falls, so it would be that of the most expensive state so far.
+    return held | ({"peak_allocated": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
 
 
 class Held(TrainerCallback):
-    """Notes the bytes held at the end of given steps."""
+    """Notes the bytes held at the end of each phase."""
 
-    def __init__(self, at):
-        self.at, self.noted, self.trainer = at, [], None
+    def __init__(self, phase):
+        self.phase, self.noted, self.trainer = phase, [], None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in self.at:
+        # The first step of a phase still runs backward for what is frozen in it.
+        if state.global_step % self.phase == WARM_UP and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if state.global_step % self.phase == 0:
             self.noted.append(held_bytes(self.trainer))
 
 
+def reading_bytes(trainer) -> int:
+    """Bytes that one reading has to move: what it reads of the gradients and what that is compared with come in, and a
+    copy goes out, for the next reading."""
+    kept = [t for tensors in trainer.grades._previous.values() for t in tensors]  # just as much as was read last
+    return kernels.expected_bytes(kept, kept) + size(kept)
+
+
+def memory_bandwidth() -> float:
+    """Bytes per second, read and written: median of 9 copies of 256 MiB, which no cache holds."""
+    source = torch.ones(2**26, device="cuda" if torch.cuda.is_available() else "cpu")
+    target, seconds = source.clone(), []
+    for _ in range(9):
+        synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size([source]) / statistics.median(seconds)
+
+
 def watching(args, tokenizer, data) -> dict:
-    """Step time of plain SFTTrainer, of GradES watching (sampled, exact) and of the authors' package."""
+    """Step time of plain SFTTrainer, of GradES watching (sampled, exact) and of the authors' package.
+
+    `own_ms` is what GradES takes itself, `limit_ms` the bytes it has to move over the bandwidth of a copy in this
+    process. That is out of reach for a sample: it is gathered in pieces of 16 elements, which a copy is not.
+    """
     from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
 
     def authors():
-        settings = GradEarlyStoppingConfig(tau=1e-30, alpha=0.5, enable_wandb_logging=False)
+        # It reads from the first step on. Its first reading is 0, which must not freeze anything in a short run.
+        settings = GradEarlyStoppingConfig(tau=1e-30, alpha=0.99, enable_wandb_logging=False)
         return [GradEarlyStoppingCallback(settings)]
 
     never = {"tau": 0.0, "alpha": 0.0}
@@ -156,9 +193,12 @@ def watching(args, tokenizer, data) -> dict:
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     overhead: dict[str, list[float]] = {"grades_trl": [], "grades_trl_exact": []}
+    moved: dict[str, int] = {}
+    bandwidths = []
     Scheduled.plan = {}
     names = list(variants)
     for turn in range(4 * args.rounds):
+        bandwidths.append(memory_bandwidth())
         for name in names[turn % 4 :] + names[: turn % 4]:  # each is first, second, ... equally often
             cls, callbacks, extra = variants[name]
             clock = Clock()
@@ -171,26 +211,41 @@ def watching(args, tokenizer, data) -> dict:
             seconds[name].append(statistics.median(clock.seconds[WARM_UP:]))
             if name.startswith("grades_trl"):
                 overhead[name].append(statistics.median(trainer._clock.overhead_seconds[WARM_UP:]))
+                moved[name] = reading_bytes(trainer)
     # The ratio within each turn, then the median of these: a machine that slows down slows all of them.
-    return {
+    rows: dict[str, dict] = {
         name: {
             "ms": 1e3 * statistics.median(times),
             "over_plain": statistics.median(t / p for t, p in zip(times, seconds["plain"], strict=True)),
-            "own_ms": 1e3 * statistics.median(overhead[name]) if name in overhead else None,
         }
         for name, times in seconds.items()
     }
+    for name, times in overhead.items():
+        bandwidth = statistics.median(bandwidths)
+        rows[name] |= {
+            "own_ms": 1e3 * statistics.median(times),
+            "gathers": name == "grades_trl",
+            "bytes": moved[name],
+            "bytes_per_second": bandwidth,
+            "limit_ms": 1e3 * moved[name] / bandwidth,
+        }
+    return rows
 
 
 def frozen(args, tokenizer, data, method: str, checkpointing: str) -> list[dict]:
-    """Step time with a growing share of the layers frozen from below, and with a random half of all matrices."""
-    config = GradESConfig(freeze_norms=True, freeze_embeddings=True)
+    """Step time with a growing share of the layers frozen from below, with a random half of all matrices, and with all
+    of them where something else is left to train."""
     phase = WARM_UP + args.steps
+    kinds: dict[str, tuple[float, ...]] = {"bottom": SHARES, "random": (0.0, 0.5)}
+    if method == "full":
+        kinds["all"] = (0.0, 1.0)
+    labels = {"bottom": "of layers", "random": "of matrices, random", "all": "of matrices, the rest trains"}
     rows: dict[str, dict] = {}
     for _ in range(args.rounds):
-        for kind in ("bottom", "random"):
-            clock, shares = Clock(), SHARES if kind == "bottom" else (0.0, 0.5)
-            held = Held([phase * (i + 1) for i in range(len(shares))])
+        for kind, shares in kinds.items():
+            gc.collect()  # the last model and its trainer refer to each other
+            config = GradESConfig(freeze_norms=kind != "all", freeze_embeddings=kind != "all")
+            clock, held = Clock(), Held(phase)
             trainer = trainer_for(
                 Scheduled, build(method, args, tokenizer), args, tokenizer, data, checkpointing,
                 phase * len(shares), [clock, held], grades=config,
@@ -201,15 +256,15 @@ def frozen(args, tokenizer, data, method: str, checkpointing: str) -> list[dict]
             generator = torch.Generator().manual_seed(0)
             order = [list(matrices)[i] for i in torch.randperm(len(matrices), generator=generator).tolist()]
             chosen = {
-                share: {n for n, m in matrices.items() if m.layer < share * args.layers}
-                if kind == "bottom"
-                else set(order[: int(share * len(order))])
+                share: set(order[: int(share * len(order))])
+                if kind == "random"
+                else {n for n, m in matrices.items() if m.layer < share * args.layers}
                 for share in shares
             }
             Scheduled.plan = {phase * i + 1: chosen[share] for i, share in enumerate(shares) if share}
             trainer.train()
             for i, share in enumerate(shares):
-                name = f"{share:.0%} {'of matrices, random' if kind == 'random' else 'of layers'}" if share else kind
+                name = f"{share:.0%} {labels[kind]}" if share else kind
                 times = clock.seconds[phase * i + WARM_UP : phase * (i + 1)]
                 row = rows.setdefault(name, {"kind": kind, "share": share, "seconds": [], **held.noted[i]})
                 row["seconds"] += times
@@ -224,13 +279,21 @@ def frozen(args, tokenizer, data, method: str, checkpointing: str) -> list[dict]
         start = rows[row["kind"]]
         row |= {"method": method, "checkpointing": checkpointing}
         row["speedup"], row["limit"] = start["ms"] / row["ms"], start["flops"] / row["flops"]
-    for row in (r for name, r in rows.items() if name != "random"):
+    shown = [row for name, row in rows.items() if name not in ("random", "all")]
+    for row in shown:
+        held_mib = ", ".join(
+            f"{key.replace('_', ' ')} {row[key] / 2**20:.1f}"
+            for key in ("gradients", "optimizer_state", "previous_gradients", "peak_allocated")
+            if key in row
+        )
         print(
-            f"  {method:<6} {checkpointing:<14} {row['state']:<24} {row['ms']:8.1f} ms  {row['speedup']:.2f}x"
-            f" (limit {row['limit']:.2f}x)  optimizer state {row['optimizer_state'] / 2**20:.1f} MiB",
+            f"  {method:<6} {checkpointing:<14} {row['state']:<34} {row['ms']:8.1f} ms  {row['speedup']:.2f}x"
+            f" (limit {row['limit']:.2f}x)  MiB: {held_mib}",
             flush=True,
         )
-    return [row for name, row in rows.items() if name != "random"]
+    if method != "full":
+        print(f"  {method:<6} {checkpointing:<14} {'100% of matrices':<34} the run ends", flush=True)
+    return shown
 
 
 def cached(args, tokenizer, data, method: str, checkpointing: str) -> dict:
@@ -285,7 +348,12 @@ def main() -> None:
     print("watching, nothing frozen", flush=True)
     result: dict = {"watching": watching(args, tokenizer, data)}
     for name, row in result["watching"].items():
-        own = "" if row["own_ms"] is None else f", itself {row['own_ms']:.2f} ms"
+        own = ""
+        if "own_ms" in row:
+            own = (
+                f", itself {row['own_ms']:.2f} ms{' (gathers)' if row['gathers'] else ''}, limit {row['limit_ms']:.2f}"
+                f" ms ({row['bytes'] / 1e6:.1f} MB at {row['bytes_per_second'] / 1e9:.1f} GB/s)"
+            )
         print(f"  {name:<18} {row['ms']:8.1f} ms   {row['over_plain']:.3f} of plain{own}", flush=True)
     print("frozen", flush=True)
     result["frozen"] = [

@@ -40,7 +40,11 @@ class Sample:
 
     def take(self, tensor: Tensor) -> Tensor:
         """The sampled elements, (n, chunk), a copy."""
-        return tensor.reshape(-1, self.chunk).index_select(0, self.index)
+        chunks = tensor.reshape(-1, self.chunk)
+        if tensor.device.type == "cpu":
+            # Fetches one element of each into the cache, many at a time; copying whole chunks waits for one by one.
+            chunks[:, 0].index_select(0, self.index)
+        return chunks.index_select(0, self.index)
 
 
 def sample(tensor: Tensor, fraction: float, name: str) -> Sample | None:
@@ -66,13 +70,17 @@ def sample(tensor: Tensor, fraction: float, name: str) -> Sample | None:
 
 
 def l1_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """`sum |x|` of each tensor (paper v1; Eq. 3). Returns float32 of shape (len(tensors),)."""
+    """`sum |x|` of each tensor (paper v1; Eq. 3), all on one device. Returns float32 of shape (len(tensors),)."""
+    if tensors[0].device.type == "cpu":  # torch's norm is several times slower there, and so are temporaries for all
+        return torch.stack([x.abs().sum(dtype=torch.float32) for x in tensors])
     return torch.stack(torch._foreach_norm(list(tensors), 1, dtype=torch.float32))
 
 
 def l1_distances(tensors: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
-    """`sum |x - y|` of each pair (paper, Eq. 1). Returns float32 of shape (len(tensors),)."""
+    """`sum |x - y|` of each pair (paper, Eq. 1), all on one device. Returns float32 of shape (len(tensors),)."""
     # bf16 minus bf16 would round the difference to 8 bits before it is summed, hence float() first.
+    if tensors[0].device.type == "cpu":
+        return torch.stack([(x.float() - y.float()).abs_().sum() for x, y in zip(tensors, previous, strict=True)])
     differences = torch._foreach_sub([x.float() for x in tensors], [y.float() for y in previous])
     return torch.stack(torch._foreach_norm(differences, 1))
 
