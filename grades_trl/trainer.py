@@ -109,6 +109,7 @@ class GradESMixin(_SFTTrainer):
         if self._events or self.grades.cut.depths != (self._states[-1]["cut"] if self._states else {}):
             self._states.append({"step": step, "frozen": len(self.grades.frozen), "cut": dict(self.grades.cut.depths)})
         self.timeline.record(step, self._events, self.grades.readings)
+        self._unlogged |= self.grades.readings  # not every reading is in a step that is logged
         if self._events:
             self._announce(step, self._events)
         for stack, depth in self.grades.cut.depths.items():
@@ -134,6 +135,7 @@ class GradESMixin(_SFTTrainer):
             config, heldout = self._hold_out(config), self._heldout_backward
         self.grades = GradES(self.model, config, self.state.max_steps, self.optimizer, heldout)
         self._events = []
+        self._unlogged: dict[str, float] = {}
         self._clock = accounting.StepClock()
         self._stopwatch = Stopwatch()
         self._validation = accounting.Validation(planned=self._planned_evaluations())
@@ -226,6 +228,9 @@ class GradESMixin(_SFTTrainer):
             self.grades.close()
         else:
             self.grades.finish()
+        if self.grades.went_back:
+            step, loss = self.grades.heldout.best_step, self.grades.heldout.best_loss
+            self._print(f"the model has the average of its weights up to step {step}: held-out loss {loss:.4f}")
         self.grades_summary = self._summarize()
         self.timeline.write_report(self.grades_summary)
         self._wandb_finish()
@@ -327,10 +332,13 @@ class GradESMixin(_SFTTrainer):
             logs[f"grades/{tower}/frozen_fraction"] = sum(name in frozen for name in members) / len(members)
             stacks = {matrices[name].stack for name in members}
             logs[f"grades/{tower}/cut_layers"] = float(sum(self.grades.cut.depths.get(s, 0) for s in stacks))
+        if self.grades.heldout is not None and self.grades.heldout.readings:
+            logs["grades/heldout_loss"] = self.grades.heldout.loss  # of the average of the weights
         by_role: dict[str, list[float]] = {}
-        for name, value in self.grades.readings.items():
+        for name, value in self._unlogged.items():
             prefix = "" if matrices[name].tower == "language" else f"{matrices[name].tower}/"
             by_role.setdefault(f"grades/{prefix}{matrices[name].role}/metric", []).append(value)
+        self._unlogged = {}
         return logs | {key: statistics.fmean(values) for key, values in by_role.items()}
 
     def _frozen_prefix_layers(self) -> int:

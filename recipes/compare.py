@@ -152,7 +152,7 @@ def arm_flags(arm: str, folder: Path, grades: Cell | None, paper_tau: str) -> li
         settings += " --track_projector false --freeze_norms false --freeze_embeddings false"
         return ["--grades", "true", *settings.split(), "--tau", paper_tau]
     if arm == "together":  # no reading is below this: only the sum over all matrices ends the run
-        return ["--grades", "true", "--metric", "heldout_gain", "--tau", "-1e9"]
+        return ["--grades", "true", "--metric", "heldout_gain", "--tau=-1e9"]
     if arm in ("random", "bottom_up"):
         return ["--grades", "true", "--replay", str(folder / "events.jsonl")]
     if arm == "early_stopping":

@@ -245,7 +245,7 @@ def test_a_run_freezes_resumes_and_can_be_replayed(tmp_path, text):  # noqa: F81
     def train(name, config, checkpoint=None):
         trainer = Worse(
             model=model_for(tokenizer),
-            args=arguments(tmp_path / name, max_steps=24, save_strategy="steps", save_steps=5),
+            args=arguments(tmp_path / name, max_steps=24, save_strategy="steps", save_steps=5, logging_steps=5),
             train_dataset=dataset["train"],
             eval_dataset=dataset["test"],
             processing_class=tokenizer,
@@ -259,6 +259,9 @@ def test_a_run_freezes_resumes_and_can_be_replayed(tmp_path, text):  # noqa: F81
     assert {json.loads(line)["step"] for line in path.read_text().splitlines()} == {12}
     assert straight.grades.done
     assert straight.state.global_step == 12
+    (row,) = (row for row in straight.state.log_history if row.get("step") == 10 and "loss" in row)
+    assert row["grades/heldout_loss"] > 0
+    assert "grades/q_proj/metric" in row  # of the reading at 9
     heldout = straight.grades_summary["heldout"]
     assert (heldout["readings"], heldout["weights"], heldout["best_step"]) == (4, "average", 3)
 
