@@ -187,10 +187,12 @@ def watch(data, seed, width, rank, dtype, optim, batch, schedule, lr) -> dict:
         optimizer.zero_grad()
     for grades in (gains, changes):
         grades.close()
-    last = loss_of(model, {}, validation)
+    lowest, last = min(curve.values()), loss_of(model, {}, validation)
     return {
-        "lowest_loss": min(curve.values()),
+        "lowest_loss": lowest,
+        "lowest_step": next(s for s in curve if curve[s] == lowest),
         "lowest_average": min(averages.values()),
+        "average_step": next((s for s in averages if averages[s] <= lowest), None),  # as low as the weights ever were
         "last_loss": last,
         "stop": stop,
         "loss": kept if stop is not None else last,
@@ -246,9 +248,9 @@ def best_tau(records: list[dict]) -> float:
 def table(records: list[dict]) -> str:
     """Markdown, means over seeds; a criterion that never ends a run is counted with all its steps."""
     lines = [
-        "| row | lowest loss | of the average | at the end | heldout_gain: ends | keeps | tuned grad_change: ends "
-        "| keeps |",
-        "|---|---|---|---|---|---|---|---|",
+        "| row | lowest loss of the weights | their average is there at | lowest | at the end | heldout_gain: ends "
+        "| keeps | tuned grad_change: ends | keeps |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in dict.fromkeys(record["row"] for record in records):
         own = [record for record in records if record["row"] == row]
@@ -259,8 +261,12 @@ def table(records: list[dict]) -> str:
         lowest, average, last, ours, paper = (
             f"{mean(key):.3f}" for key in ("lowest_loss", "lowest_average", "last_loss", "loss", "paper_loss")
         )
-        ends, paper_ends = f"{mean('stop'):.0f}", f"{mean('paper_stop'):.0f}"
-        lines.append(f"| {row} | {lowest} | {average} | {last} | {ends} | {ours} | {paper_ends} | {paper} |")
+        at, there, ends, paper_ends = (
+            f"{mean(key):.0f}" for key in ("lowest_step", "average_step", "stop", "paper_stop")
+        )
+        lines.append(
+            f"| {row} | {lowest} @ {at} | {there} | {average} | {last} | {ends} | {ours} | {paper_ends} | {paper} |"
+        )
     return "\n".join(lines)
 
 

@@ -317,6 +317,10 @@ def _heldout_account(heldout: dict[str, Any] | None) -> list[str]:
     if heldout is None:
         return []
     cost = heldout["examples_per_training_example"]
+    average = (
+        f"their average up to step {heldout['best_step']}" if heldout["weights"] == "average" else "the last ones"
+    )
     return [
-        f"  held-out readings      {heldout['readings']} of {heldout['examples']} examples: {cost:.1%} of training"
+        f"  held-out readings      {heldout['readings']} of {heldout['examples']} examples: {cost:.1%} of training",
+        f"  weights of the model   {average}",
     ]

@@ -172,6 +172,7 @@ class GradESMixin(_SFTTrainer):
         logged = {key: getattr(self, key) for key in ("_metrics", "_total_train_tokens") if hasattr(self, key)}
         if "_metrics" in logged:
             self._metrics: Any = {mode: defaultdict(list) for mode in logged["_metrics"]}
+        self.model.train()  # at the end of training, an evaluation may have come before
         total: Any = 0.0
         with torch.random.fork_rng():
             for share, batch in self._heldout_batches:
