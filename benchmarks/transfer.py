@@ -185,9 +185,11 @@ def watch(data, seed, width, rank, dtype, optim, batch, schedule, lr) -> dict:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    for grades in (gains, changes):
-        grades.close()
     lowest, last = min(curve.values()), loss_of(model, {}, validation)
+    for grades in (gains, changes):
+        grades.finish()
+    if stop is None:  # the better of the last weights and the best average
+        kept = loss_of(model, {}, validation)
     return {
         "lowest_loss": lowest,
         "lowest_step": next(s for s in curve if curve[s] == lowest),
@@ -195,7 +197,7 @@ def watch(data, seed, width, rank, dtype, optim, batch, schedule, lr) -> dict:
         "average_step": next((s for s in averages if averages[s] <= lowest), None),  # as low as the weights ever were
         "last_loss": last,
         "stop": stop,
-        "loss": kept if stop is not None else last,
+        "loss": kept,
         "curve": curve,
         "averages": averages,
         "changes": readings,

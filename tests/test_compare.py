@@ -1,6 +1,7 @@
 """The comparison of runs: its arithmetic on figures made by hand, and a real one, interrupted and taken up again."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from grades_trl import data
+from grades_trl.cli import parse
 from grades_trl.comparison import draw, markdown, replayed, summarize
 
 ROOT = Path(__file__).parents[1]
@@ -206,3 +208,17 @@ def test_arms_that_need_grades(tmp_path):
     failed = compare(tmp_path, "--arms", "plain", "shortened")
     assert failed.returncode != 0
     assert "shortened need the GradES run of the same seed: add grades to --arms" in failed.stderr
+
+
+@pytest.mark.parametrize("arm", ["plain", "grades", "shortened", "early_stopping", "together", "random", "paper"])
+def test_the_recipe_understands_the_flags_of_every_arm(arm, tmp_path):
+    arm_flags = runpy.run_path(str(ROOT / "recipes" / "compare.py"))["arm_flags"]
+    made_by = {"steps": 50, "total_steps": 100, "warmup_steps": 10}
+    config = str(ROOT / "configs" / "demo_text.yaml")
+    flags = ["--config", config, "--report_to", "none", *arm_flags(arm, tmp_path, made_by, '{"language": 6.0}')]
+    recipe, training, _, grades = parse("", Path(config), flags)
+    assert recipe.grades == (arm in ("grades", "together", "random", "paper"))
+    assert (training.max_steps, training.warmup_steps) == ((50, 5) if arm == "shortened" else (500, 50))
+    assert grades.metric == ("grad_change" if arm == "paper" else "heldout_gain")
+    assert grades.tau == {"together": -1e9, "paper": {"language": 6.0}}.get(arm, "auto")
+    assert (grades.replay is not None) == (arm == "random")
