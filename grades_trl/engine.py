@@ -85,6 +85,7 @@ class GradES:
         optimizer.zero_grad()
         if grades.done:
             break
+    grades.finish()
     ```
 
     Args:
