@@ -220,8 +220,8 @@ def watching(args, tokenizer, data) -> dict:
         }
         for name, times in seconds.items()
     }
+    bandwidth = statistics.median(bandwidths)
     for name, times in overhead.items():
-        bandwidth = statistics.median(bandwidths)
         rows[name] |= {
             "own_ms": 1e3 * statistics.median(times),
             "gathers": name == "grades_trl",

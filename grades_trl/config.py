@@ -49,7 +49,8 @@ class GradESConfig:
         heldout_samples (`int`, *optional*, defaults to `128`):
             Used by `heldout_gain` alone: held-out examples per reading, at most; always the same ones.
         replay (`str`, *optional*):
-            Path of another run's `events.jsonl`: freeze the same matrices at the same steps, and read nothing.
+            Path of another run's `events.jsonl`: freeze the same matrices at the same steps; readings are taken, and
+            decide nothing.
         sample (`float`, *optional*, defaults to `1 / 64`):
             Fraction of each large matrix that is read and kept for comparison; a matrix that is hardly larger than the
             smallest sample (16,384 elements) is read as a whole. Unbiased, with an error of 0.6 % for a matrix of 16M

@@ -186,16 +186,16 @@ class GradES:
             experts.zero_gradients()
         self.readings = self._readings(step, grad_scale)
         converged = self.criterion.update(step, self.readings)
-        if self.heldout is not None and self.heldout.readings:
-            if not self.heldout.best or (self.readings and self.criterion.at_best):
-                self.heldout.keep_best(step)
-            if len(self.frozen) + len(converged) == len(self.matrices):  # the last ones
-                self._go_back()
+        first = self.heldout is not None and self.heldout.readings and not self.heldout.best
+        if first or (self.heldout is not None and self.readings and self.criterion.at_best):
+            self.heldout.keep_best(step)
         events = self._freeze(step, converged)
         if events or self._stale_cut:
             self._freeze_companions()
             self.cut.update()
             self._stale_cut = False
+        if events and self.done and self.heldout is not None and self.heldout.best:
+            self._go_back()
         return events
 
     def finish(self) -> None:
@@ -307,8 +307,7 @@ class GradES:
 
     def _own(self, name: str, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """The part of each tensor that belongs to this matrix: its expert, or all."""
-        expert = self.matrices[name].expert
-        return [(t if expert is None else t[expert]).detach() for t in tensors if t is not None]
+        return [t[self.matrices[name].part].detach() for t in tensors if t is not None]
 
     def _total(self, name: str, numbers: Iterator[float]) -> float:
         """The sum over the tensors of a matrix, each scaled up to all of its elements."""
@@ -334,9 +333,9 @@ class GradES:
         events = []
         for name in names:
             matrix = self.matrices[name]
-            if self.heldout is not None and not self.went_back:
+            if self.heldout is not None:
                 for parameter in matrix.parameters:
-                    self.heldout.settle(parameter, matrix.expert)
+                    self.heldout.settle(parameter, matrix.part)
             self._take_out(name, step)
             events.append(
                 FreezeEvent(
@@ -395,7 +394,7 @@ class GradES:
     def _freeze_rest(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:
             if parameter.requires_grad:
-                if self.heldout is not None and not self.went_back:
+                if self.heldout is not None:
                     self.heldout.settle(parameter)
                 freeze_parameter(parameter, self.optimizer)
                 self._companions.append(parameter)

@@ -2,8 +2,8 @@
 
 Read are not the weights that train but their average over the readings so far, in which reading k counts k times
 (polynomial-decay averaging with eta 1, Shamir & Zhang 2013, arXiv 1212.1824). The weights themselves jump about with
-the noise of minibatches and the learning rate; their average has settled. It is what is kept in the end: without a
-cool-down it has a lower held-out loss than the best of the weights it was made of (figures in `dev/LOG.md`).
+the noise of minibatches and the learning rate; their average has settled. It is what is kept in the end: where
+a run overfits, its held-out loss is below that of the best of the weights it was made of (figures in `dev/LOG.md`).
 
 The loss L of a fixed set of held-out examples changes between two readings, as the average goes from W to W', by
 
@@ -93,7 +93,8 @@ class HeldoutGain:
         before = self.average
         self._averaged += 1
         share = 2 / (self._averaged + 1)
-        self.average = {n: torch.lerp(before.get(n, w.float()), w.float(), share) for n, w in weights.items()}
+        now = {name: weight.float() for name, weight in weights.items()}
+        self.average = {name: torch.lerp(before.get(name, x), x, share) for name, x in now.items()}
         if not matrices:
             return {}
         self.readings += 1
@@ -105,7 +106,7 @@ class HeldoutGain:
             loss = self._backward().detach().float()
         gradients = {}
         for matrix in matrices:
-            found = [p.grad[_own(matrix)] / scale for p in matrix.parameters if p.grad is not None]
+            found = [p.grad[matrix.part] / scale for p in matrix.parameters if p.grad is not None]
             if len(found) == len(matrix.parameters):
                 gradients[matrix] = found
         for name, p in trained.items():
@@ -119,7 +120,7 @@ class HeldoutGain:
         # The loss, and of each matrix the gain and the size of the gradient, with one transfer to the host.
         numbers = [loss.reshape(1)]
         for matrix, after in gradients.items():
-            names, own = [self._names[id(p)] for p in matrix.parameters], _own(matrix)
+            names, own = [self._names[id(p)] for p in matrix.parameters], matrix.part
             size = torch.stack([g.abs().sum(dtype=torch.float32) for g in after]).sum()
             bought = torch.zeros_like(size)
             if matrix.name in self.gradients:
@@ -150,12 +151,11 @@ class HeldoutGain:
         self.best, self.best_step, self.best_loss = self.average, step, self.loss
 
     @torch.no_grad()
-    def settle(self, parameter: nn.Parameter, expert: int | None = None) -> None:
-        """Gives a tensor, or an expert of it, its average."""
+    def settle(self, parameter: nn.Parameter, part: Any = ...) -> None:
+        """Gives a tensor, or a part of it (`WeightMatrix.part`), its average."""
         average = self.average.get(self._names[id(parameter)])
         if average is not None:
-            own = ... if expert is None else expert
-            parameter[own].copy_(average[own])
+            parameter[part].copy_(average[part])
 
     @torch.no_grad()
     def go_back(self) -> None:
@@ -201,8 +201,3 @@ class HeldoutGain:
             parameter.grad = None
         self.readings += 1
         return loss
-
-
-def _own(matrix: WeightMatrix) -> Any:
-    """What to index its tensors with: its expert, or all."""
-    return ... if matrix.expert is None else matrix.expert

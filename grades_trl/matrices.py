@@ -53,6 +53,11 @@ class WeightMatrix:
         return sum(p.numel() // (1 if self.expert is None else p.shape[0]) for p in self.parameters)
 
     @property
+    def part(self) -> Any:
+        """What its tensors are indexed with to get what belongs to it: its expert, or all."""
+        return ... if self.expert is None else self.expert
+
+    @property
     def lora(self) -> bool:
         """Whether low-rank factors train here, and the weight itself does not."""
         return all(p.numel() != self.shape[0] * self.shape[1] for p in self.parameters) and self.expert is None
