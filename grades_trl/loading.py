@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, set_seed
 from trl import ModelConfig, get_quantization_config
 
 from .config import TOWERS
@@ -37,7 +37,7 @@ def load_model(
             `"projector"`, `"language"`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the model's repository brings.
         max_length (`int`, *optional*, defaults to `1024`): tokens; Unsloth wants to know it at load time.
-        seed (`int`, *optional*, defaults to `42`): of the adapters that Unsloth adds.
+        seed (`int`, *optional*, defaults to `42`): of the adapters.
 
     Returns:
         `tuple`: the model, with LoRA adapters if `args.use_peft`, and its tokenizer or processor.
@@ -68,14 +68,15 @@ def load_model(
             **common,
         )
         processor = auto_processor.from_pretrained(name, **common)
-    return make_trainable(model, args, towers), processor
+    return make_trainable(model, args, towers, seed), processor
 
 
-def make_trainable(model: nn.Module, args: ModelConfig, towers: Collection[str] = TOWERS) -> nn.Module:
+def make_trainable(model: nn.Module, args: ModelConfig, towers: Collection[str] = TOWERS, seed: int = 42) -> nn.Module:
     """LoRA adapters if `args.use_peft`, else all weights; in the given towers only.
 
     Adapters go on `args.lora_target_modules`; if not given, on every linear layer inside the blocks, which are the
-    matrices that GradES watches (the paper adapts all seven projections).
+    matrices that GradES watches (the paper adapts all seven projections). They are drawn with `seed`: the Trainer sets
+    its own later.
     """
     if not args.use_peft:
         for name, tower in towers_of_parameters(model).items():
@@ -95,6 +96,7 @@ def make_trainable(model: nn.Module, args: ModelConfig, towers: Collection[str] 
         use_dora=args.use_dora,
         task_type=args.lora_task_type,
     )
+    set_seed(seed)
     return get_peft_model(model, config)
 
 
@@ -161,5 +163,5 @@ def _load_with_unsloth(
             **parts,
         )
     elif vision:
-        model = make_trainable(model, args, towers)
+        model = make_trainable(model, args, towers, seed)
     return model, processor

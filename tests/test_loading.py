@@ -32,6 +32,18 @@ def test_lora_goes_on_the_matrices_that_grades_watches(folder):
     assert {m.role for m in find_matrices(load_model(few, "transformers")[0]).values()} == {"q_proj"}
 
 
+def test_the_seed_is_that_of_the_adapters_too(folder):
+    arguments = ModelConfig(model_name_or_path=folder, use_peft=True, lora_r=4)
+
+    def adapters(seed):
+        torch.rand(3)  # whatever has been drawn before
+        model, _ = load_model(arguments, "transformers", seed=seed)
+        return torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_A" in name])
+
+    assert torch.equal(adapters(0), adapters(0))
+    assert not torch.equal(adapters(0), adapters(1))
+
+
 def test_four_bits_on_a_cpu(folder):
     arguments = ModelConfig(model_name_or_path=folder, use_peft=True, load_in_4bit=True)
     model, _ = load_model(arguments, "transformers")
