@@ -51,6 +51,9 @@ class PrefixCache:
         self.output, self._keys = None, []
         if not _is_cacheable(inputs):
             return
+        device = inputs["input_ids"].device
+        # One transfer from the device for each, not for each row of each.
+        inputs = {name: inputs[name].cpu() for name in CONTENT if isinstance(inputs.get(name), Tensor)}
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         self._lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
         self._keys = [_key(inputs, row, length) for row, length in enumerate(self._lengths)]
@@ -61,7 +64,7 @@ class PrefixCache:
         rows = pad_sequence([self._rows[key] for key in self._keys], batch_first=True)
         # As wide as the batch, which may be padded further than its longest row.
         rows = nn.functional.pad(rows, (0, 0, 0, ids.shape[1] - rows.shape[1]))
-        self.output = rows.to(ids.device, non_blocking=True)
+        self.output = rows.to(device, non_blocking=True)
 
     def store(self, hidden: Tensor) -> None:
         """Keeps the output (batch, tokens, hidden) that was computed for the rows of this pass."""
@@ -98,4 +101,4 @@ def _key(inputs: dict[str, Any], row: int, length: int) -> bytes:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()

@@ -162,9 +162,6 @@ def _own(module: nn.Module) -> Iterator[nn.Parameter]:
 
 def _run_without_grad(block: nn.Module, feeds_a_live_block: bool, cache: PrefixCache | None, last: bool) -> None:
     forward = block.forward
-    checkpoint = getattr(block, "_gradient_checkpointing_func", None)
-    # Reentrant checkpointing of the next block gives no gradients at all unless its input requires one.
-    reentrant = checkpoint is not None and getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
 
     def no_grad_forward(*args: Any, **kwargs: Any) -> Any:
         if not block.training:
@@ -176,9 +173,22 @@ def _run_without_grad(block: nn.Module, feeds_a_live_block: bool, cache: PrefixC
                 output = forward(*args, **kwargs)
             if cache is not None and last and isinstance(output, torch.Tensor):
                 cache.store(output)
-        if feeds_a_live_block and reentrant:
+        if feeds_a_live_block and _checkpoints_reentrantly(block):
             hidden = output if isinstance(output, torch.Tensor) else output[0]
             hidden.requires_grad_(True)
         return output
 
     block.forward = no_grad_forward  # type: ignore[method-assign]
+
+
+def _checkpoints_reentrantly(block: nn.Module) -> bool:
+    """Reentrant checkpointing of the next block gives no gradients at all unless its input requires one.
+
+    Only torch's own function can be asked. Unsloth's is always reentrant, also where its caller says
+    `use_reentrant=False`; taking another one for reentrant costs the gradient of one input at most.
+    """
+    function = getattr(block, "_gradient_checkpointing_func", None)
+    if function is None:
+        return False
+    is_torch_s = getattr(function, "func", function).__module__ == "torch.utils.checkpoint"
+    return not is_torch_s or getattr(function, "keywords", {}).get("use_reentrant", True)

@@ -15,7 +15,8 @@ def freeze(matrix: WeightMatrix, optimizer: Any = None) -> None:
 
     `requires_grad=False` skips its share of backward; `grad=None` makes optimizers skip it altogether, weight decay
     and momentum included (a stale gradient would go on being clipped and applied). The tensor stays in the param
-    groups, so that checkpoints keep loading; only its optimizer state is released.
+    groups, so that checkpoints keep loading; only its optimizer state is released. (bitsandbytes never frees the state
+    of its paged optimizers: it is no longer touched, and the driver moves it to the host when memory is short.)
 
     Args:
         matrix (`WeightMatrix`): not an expert of a 3-D weight, see `FrozenExperts`.

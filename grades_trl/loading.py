@@ -148,6 +148,7 @@ def _load_with_unsloth(
         load_in_8bit=args.load_in_8bit,
         full_finetuning=not args.use_peft,
         trust_remote_code=trust_remote_code,
+        revision=None if args.model_revision == "main" else args.model_revision,
     )
     if args.use_peft:
         parts = {f"finetune_{tower}_layers": tower in towers for tower in ("vision", "language")} if vision else {}
@@ -158,10 +159,20 @@ def _load_with_unsloth(
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             use_rslora=args.use_rslora,
+            use_dora=args.use_dora,
+            modules_to_save=args.lora_modules_to_save,
+            target_parameters=args.lora_target_parameters,
             random_state=seed,
             **targets,
             **parts,
         )
     elif vision:
         model = make_trainable(model, args, towers, seed)
+    if vision and max_length is None:
+        # Unsloth's trainer takes what it was loaded with for `max_length`, and a row that is cut there loses tokens of
+        # its pictures but not the pictures.
+        limit = model.config.get_text_config().max_position_embeddings
+        for module in model.modules():
+            if hasattr(module, "max_seq_length"):
+                module.max_seq_length = limit  # type: ignore[assignment]
     return model, processor

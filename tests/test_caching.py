@@ -149,3 +149,13 @@ def test_evaluation_does_not_touch_the_cache():
 def test_an_empty_cache_of_no_size_is_off():
     assert PrefixCut(qwen3()).cache is None
     assert PrefixCache(0).bytes == 0
+
+
+def test_a_pass_is_looked_up_with_one_transfer_from_the_device_for_each_input(monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (moved.append(tuple(self.shape)), self)[1])
+    cache = PrefixCache(MIB)
+    inputs = {"input_ids": torch.ones(8, 5, dtype=torch.long), "pixel_values": torch.ones(8, 3, 4, 4)}
+    cache.begin_pass(inputs | {"attention_mask": torch.ones(8, 5, dtype=torch.long), "labels": torch.ones(8, 5)})
+    assert cache.misses == 1
+    assert sorted(moved) == [(8, 3, 4, 4), (8, 5), (8, 5)]

@@ -1,5 +1,8 @@
 """Models from local folders and GGUF files, through the real loading code; what trains of them."""
 
+import sys
+from types import SimpleNamespace
+
 import gguf
 import numpy as np
 import pytest
@@ -144,3 +147,21 @@ def test_what_is_no_gguf(tmp_path, folder):
     assert find_gguf("Qwen/Qwen3-0.6B") is None
     assert find_gguf(folder) is None
     assert find_gguf("somewhere/model.gguf").name == "model.gguf"
+
+
+@pytest.mark.parametrize(("max_length", "limit"), [(None, SMALL["max_position_embeddings"]), (512, 512)])
+def test_without_a_max_length_unsloth_cuts_no_row_with_pictures(monkeypatch, max_length, limit):
+    """A stand-in that does what Unsloth does: it notes the length in all modules, for its trainer."""
+
+    def from_pretrained(name, max_seq_length, **_):
+        model = llava()
+        for module in model.modules():
+            module.max_seq_length = max_seq_length
+        return model, "processor"
+
+    fast = SimpleNamespace(from_pretrained=from_pretrained)
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastVisionModel=fast, FastLanguageModel=fast))
+    args = ModelConfig(model_name_or_path="some/model")
+    model, processor = load_model(args, "unsloth", vision=True, max_length=max_length)
+    assert processor == "processor"
+    assert {module.max_seq_length for module in model.modules()} == {limit}
