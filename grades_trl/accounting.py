@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Collection, Iterable
@@ -195,7 +194,7 @@ class RunClock(TrainerCallback):
             return
         self.validation += self._lap()
         seconds = self._mark - self._began
-        self.history.append({"step": state.global_step, "seconds": seconds, "eval_loss": metrics["eval_loss"]})
+        self.history.append({"step": state.global_step, "seconds": seconds, "eval_loss": metrics.get("eval_loss")})
 
     def on_save(self, args, state, control, **kwargs):
         self.saving += self._lap()
@@ -230,6 +229,8 @@ def peak_memory_mib() -> float:
     """MiB: allocated on the CUDA device at most, else resident memory of this process at most."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 METRICS = ("grad_change", "grad_norm", "weight_change", "agreement", "heldout_gain")
@@ -159,6 +160,8 @@ class GradESConfig:
             raise ValueError(f"sample is {self.sample}; expected a fraction of a matrix, above 0 and at most 1.")
         if self.cache_prefix < 0:
             raise ValueError(f"cache_prefix is {self.cache_prefix}; expected MiB of memory, or 0 for none.")
+        if self.replay is not None and not Path(self.replay).is_file():
+            raise ValueError(f"replay is {self.replay!r}; expected the events.jsonl of another run, which is no file.")
         if self.auto_ratio <= 0:
             raise ValueError(f"auto_ratio is {self.auto_ratio}; expected a number above 0.")
 

@@ -93,8 +93,10 @@ class HeldoutGain:
         before = self.average
         self._averaged += 1
         share = 2 / (self._averaged + 1)
-        now = {name: weight.float() for name, weight in weights.items()}
-        self.average = {name: torch.lerp(before.get(name, x), x, share) for name, x in now.items()}
+        self.average = {}
+        for name, weight in weights.items():
+            now = weight.float()  # of one tensor at a time: for bf16 and fp16 it is a copy
+            self.average[name] = torch.lerp(before.get(name, now), now, share)
         if not matrices:
             return {}
         self.readings += 1
@@ -106,7 +108,9 @@ class HeldoutGain:
             loss = self._backward().detach().float()
         gradients = {}
         for matrix in matrices:
-            found = [p.grad[matrix.part] / scale for p in matrix.parameters if p.grad is not None]
+            found = [p.grad[matrix.part] for p in matrix.parameters if p.grad is not None]
+            if scale != 1.0:
+                found = [g / scale for g in found]
             if len(found) == len(matrix.parameters):
                 gradients[matrix] = found
         for name, p in trained.items():

@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import PIL.Image
 import torch
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -58,7 +60,7 @@ class GradESMixin(_SFTTrainer):
         grades_summary (`dict`): what `summary.json` holds, after `train()`.
 
     Raises:
-        ValueError: the model has nothing to watch; several processes, DeepSpeed or FSDP.
+        ValueError: the model has nothing to watch; several processes or GPUs, DeepSpeed or FSDP.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "sft", "grades"]
@@ -78,6 +80,11 @@ class GradESMixin(_SFTTrainer):
             raise ValueError(
                 f"GradES runs in one process on one device; this run is {self.accelerator.distributed_type.value}. "
                 "Start it as `python recipes/...` without a launcher, or train without GradES (grades=None)."
+            )
+        if self.args.n_gpu > 1:  # the Trainer would copy the model to all of them in each step (DataParallel)
+            raise ValueError(
+                f"GradES runs in one process on one device; {self.args.n_gpu} GPUs are visible to this one. Start it "
+                "as `CUDA_VISIBLE_DEVICES=0 python recipes/...`, or train without GradES (grades=None)."
             )
         self.watched = find_matrices(self.model, projector=grades.track_projector)
         for tower in {matrix.tower for matrix in self.watched.values()}:
@@ -106,6 +113,9 @@ class GradESMixin(_SFTTrainer):
         depths = dict(self.grades.cut.depths)
         self._events = self.grades.step(step, grad_scale=scaler.get_scale() if scaler is not None else 1.0)
         self._stopwatch.stop()
+        if scaler is not None and self.grades.done and all(p.grad is None for p in self.model.parameters()):
+            # A scaler refuses to step an optimizer when no tensor has a gradient: the run ends without that step.
+            self.accelerator.gradient_state._set_sync_gradients(False)
         if self._events or self.grades.cut.depths != (self._states[-1]["cut"] if self._states else {}):
             self._states.append({"step": step, "frozen": len(self.grades.frozen), "cut": dict(self.grades.cut.depths)})
         self.timeline.record(step, self._events, self.grades.readings)
@@ -154,17 +164,34 @@ class GradESMixin(_SFTTrainer):
                 'metric "heldout_gain" reads the same held-out examples each time, and eval_dataset is streamed: '
                 "pass a data set of known length (64 rows are enough)."
             )
+        if len(rows) == 0:
+            raise ValueError('metric "heldout_gain" reads held-out examples, and eval_dataset has no rows.')
+        steps = self.state.max_steps
         per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        count, interval = heldout_plan(config, self.state.max_steps, per_step, len(rows))
+        count, interval = heldout_plan(config, steps, per_step, len(rows))
+        if isinstance(rows, Dataset):
+            rows = self._remove_unused_columns(rows, "evaluation")  # as for the collator in training
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist()
         size = self.args.per_device_train_batch_size
         parts = [chosen[start : start + size] for start in range(0, count, size)]
         self._heldout_batches = [(len(part) / count, self.data_collator([rows[i] for i in part])) for part in parts]
         self._heldout_examples = count
-        cost = count / interval / per_step
-        self._print(
-            f"heldout_gain: {count} held-out examples every {interval} steps, {cost:.1%} of the training examples"
-        )
+        if interval > steps:
+            enough = math.ceil(100 * count * (HELDOUT_READINGS // 2) / (steps * per_step)) / 100
+            self._print(
+                f"heldout_gain: {steps * per_step:,} training examples are too few: nothing will freeze. The "
+                f"{config.heldout_cost:.0%} of them that readings may cost are not enough for the few readings of "
+                f"{count} held-out examples that it takes; --heldout_cost {min(enough, 1.0)} is."
+            )
+        else:
+            cost = count * (heldout_readings(config, steps, interval) + 1) / (steps * per_step)
+            self._print(
+                f"heldout_gain: {count} held-out examples every {interval} steps, {cost:.1%} of the training examples"
+            )
+        if count < MIN_HELDOUT:
+            self._print(
+                f"heldout_gain: {count} held-out examples decide, which is a matter of luck below {MIN_HELDOUT}"
+            )
         return dataclasses.replace(config, interval=interval)
 
     def _heldout_backward(self) -> torch.Tensor:
@@ -229,17 +256,18 @@ class GradESMixin(_SFTTrainer):
             self.grades.close()
         else:
             self.grades.finish()
-        if self.grades.went_back:
+        if self._heldout_weights() == "average":
             step, loss = self.grades.heldout.best_step, self.grades.heldout.best_loss
             self._print(f"the model has the average of its weights up to step {step}: held-out loss {loss:.4f}")
         self.grades_summary = self._summarize()
         self.timeline.write_report(self.grades_summary)
         self._wandb_finish()
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         start = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
-        if self.grades is not None and self.is_in_train:
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)  # each comes here too
+        if self.grades is not None and self.is_in_train and not several:
             seconds = time.perf_counter() - start
             self._clock.exclude(seconds)
             self._validation.run += 1
@@ -276,6 +304,9 @@ class GradESMixin(_SFTTrainer):
             self._states = state["states"]
             vars(self._clock).update(state["clock"])
             vars(self._validation).update(state["validation"])
+            before, here = Path(checkpoint).parent / "grades", Path(self.args.output_dir) / "grades"
+            if before.is_dir() and not here.exists():  # resumed into another folder: what happened so far comes along
+                shutil.copytree(before, here)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
@@ -380,9 +411,10 @@ class GradESMixin(_SFTTrainer):
         strategy, steps = self.args.eval_strategy, self.state.max_steps
         if self.eval_dataset is None or strategy == "no":
             return 0
+        sets = len(self.eval_dataset) if isinstance(self.eval_dataset, dict) else 1
         if strategy == "epoch":
-            return int(self.args.num_train_epochs) if self.args.max_steps <= 0 else 0
-        return int(steps // self.state.eval_steps)
+            return sets * int(self.args.num_train_epochs) if self.args.max_steps <= 0 else 0
+        return sets * int(steps // self.state.eval_steps)
 
     def _summarize(self) -> dict[str, Any]:
         grades, clock, steps = self.grades, self._clock, self.state.global_step
@@ -430,6 +462,12 @@ class GradESMixin(_SFTTrainer):
             "versions": accounting.versions(),
         }
 
+    def _heldout_weights(self) -> str:
+        """Which ones the model has in the end."""
+        if self.args.load_best_model_at_end:  # after the engine went back, if it did
+            return "best checkpoint"
+        return "average" if self.grades.went_back else "last"
+
     def _heldout_summary(self) -> dict[str, Any] | None:
         if self.grades.heldout is None:
             return None
@@ -440,7 +478,7 @@ class GradESMixin(_SFTTrainer):
             "interval": self.grades.interval,
             "readings": self.grades.heldout.readings,
             "best_step": self.grades.heldout.best_step,
-            "weights": "average" if self.grades.went_back else "last",
+            "weights": self._heldout_weights(),
             "examples_per_training_example": examples / (per_step * self.state.global_step),
         }
 
@@ -517,7 +555,8 @@ def heldout_plan(config: GradESConfig, steps: int, per_step: int, available: int
 
     `heldout_cost` allows `heldout_cost * steps * per_step` examples in all. They are spread over `HELDOUT_READINGS`
     readings, the one at the end of the schedule included, of at most `heldout_samples` examples each, and of at least
-    `MIN_HELDOUT`: then there are fewer readings. An interval that is set is kept.
+    `MIN_HELDOUT`: then there are fewer readings. Where not even those fit that freezing takes (a first one to compare
+    with and `patience` more), the interval is longer than the schedule. An interval that is set is kept.
 
     Args:
         config (`GradESConfig`): heldout_cost, heldout_samples, interval, alpha.
@@ -530,13 +569,18 @@ def heldout_plan(config: GradESConfig, steps: int, per_step: int, available: int
         count = int(config.heldout_cost * per_step * config.interval)
         return min(config.heldout_samples, available, max(1, count)), config.interval
     count = min(max(MIN_HELDOUT, int(budget / HELDOUT_READINGS)), config.heldout_samples, available)
-    grace = config.grace_steps(steps)
+    for interval in range(math.ceil(steps / HELDOUT_READINGS), steps + 1):
+        readings = heldout_readings(config, steps, interval)
+        if count * (readings + 1) <= budget:
+            assert config.patience is not None  # since __post_init__
+            return count, interval if readings > config.patience else steps + 1
+    return count, steps + 1
 
-    def readings(interval: int) -> int:  # the first one is the last one that does not come after the grace period
-        return steps // interval - max(0, grace // interval - 1) + 1
 
-    shortest = math.ceil(steps / HELDOUT_READINGS)
-    return count, next(i for i in range(shortest, steps + 1) if i == steps or count * readings(i) <= budget)
+def heldout_readings(config: GradESConfig, steps: int, interval: int) -> int:
+    """Readings in a whole schedule, without the one at its end: the first is the last that does not come after the
+    grace period."""
+    return steps // interval - max(0, config.grace_steps(steps) // interval - 1)
 
 
 class Stopwatch:

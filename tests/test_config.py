@@ -55,3 +55,10 @@ def test_every_field_is_documented():
     for field in dataclasses.fields(GradESConfig):
         assert f"        {field.name} (" in GradESConfig.__doc__, field.name
         assert field.metadata["help"]
+
+
+def test_replay_of_a_file_that_is_not_there():
+    with pytest.raises(
+        ValueError, match=r"replay is 'nowhere/events.jsonl'; expected the events.jsonl of another run"
+    ):
+        GradESConfig(replay="nowhere/events.jsonl")

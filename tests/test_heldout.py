@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_engine import batches
 from test_trainer import LORA, arguments, losses, model_for, same, text, weights  # noqa: F401
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from grades_trl import GradES, GradESConfig, GradESTrainer
 from grades_trl.heldout import HeldoutGain, gain
@@ -159,11 +160,78 @@ def test_plan_by_hand():
     assert heldout_plan(config, 400, 8, available=500) == (16, 101)
     # a given interval is kept; the cost bounds the examples
     assert heldout_plan(GradESConfig(metric="heldout_gain", interval=25), 1000, 32, available=500) == (16, 25)
-    for steps, per_step in ((200, 8), (240, 32), (1000, 32), (333, 7), (5000, 128)):
+    for steps, per_step in ((60, 8), (1, 4), (200, 8), (240, 32), (1000, 32), (333, 7), (5000, 128)):
         count, interval = heldout_plan(config, steps, per_step, available=10_000)
         grace = config.grace_steps(steps)
         read = [step for step in range(interval, steps + 1, interval) if step + interval > grace]
-        assert count * (len(read) + 1) <= config.heldout_cost * steps * per_step + 1e-9
+        cost = count * (len(read) + 1) if read else 0  # without a reading there is none at the end either
+        assert cost <= config.heldout_cost * steps * per_step + 1e-9
+        # One to compare with and two that are no new best are what a stop takes: fewer would be paid for nothing.
+        assert not 0 < len(read) < 3
+
+
+def test_a_run_too_short_for_readings_says_so_and_is_the_plain_one(tmp_path, text, capsys):  # noqa: F811
+    dataset, tokenizer = text
+    runs = []
+    for grades in (None, GradESConfig(metric="heldout_gain")):
+        trainer = GradESTrainer(
+            model=model_for(tokenizer),
+            args=arguments(tmp_path),
+            train_dataset=dataset["train"],
+            eval_dataset=dataset["test"],
+            processing_class=tokenizer,
+            grades=grades,
+        )
+        trainer.train()
+        runs.append(trainer)
+    assert runs[1].grades.heldout.readings == 0
+    assert same(weights(runs[0]), weights(runs[1]))
+    said = capsys.readouterr().out
+    assert "96 training examples are too few: nothing will freeze" in said
+    flag = float(said.split("--heldout_cost ")[1].split()[0])
+    _, interval = heldout_plan(GradESConfig(metric="heldout_gain", heldout_cost=flag), 12, 8, available=8)
+    assert 12 // interval > 4  # what is advised is enough
+
+
+def test_the_collator_sees_the_columns_it_sees_in_training(tmp_path, text):  # noqa: F811
+    dataset, tokenizer = text
+    seen = []
+
+    class Collator(DataCollatorForLanguageModeling):
+        def torch_call(self, examples):
+            seen.append(set(examples[0]))
+            return super().torch_call(examples)
+
+    trainer = GradESTrainer(
+        model=model_for(tokenizer),
+        args=arguments(tmp_path, max_steps=2),
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"],
+        processing_class=tokenizer,
+        data_collator=Collator(tokenizer.pad_token_id),
+        grades=GradESConfig(**HELDOUT),
+    )
+    trainer.train()
+    assert seen[0] == seen[1] != set(trainer.eval_dataset.column_names)  # the held-out batch, and the first step's
+
+
+def test_the_best_checkpoint_is_not_called_an_average(tmp_path, text, capsys):  # noqa: F811
+    dataset, tokenizer = text
+    trainer = GradESTrainer(
+        model=model_for(tokenizer),
+        args=arguments(
+            tmp_path, learning_rate=0.1, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+            load_best_model_at_end=True,
+        ),
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"],
+        processing_class=tokenizer,
+        grades=GradESConfig(metric="heldout_gain", interval=1, heldout_cost=1.0, alpha=0.0, patience=1),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.grades.went_back
+    assert trainer.grades_summary["heldout"]["weights"] == "best checkpoint"
+    assert "the model has the average" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("metric, tau", [("agreement", 0.1), ("heldout_gain", "auto")])
@@ -399,3 +467,25 @@ def test_no_heldout_rows_is_an_error(tmp_path, text):  # noqa: F811
         trainer(None)
     with pytest.raises(ValueError, match="eval_dataset is streamed"):
         trainer(dataset["test"].to_iterable_dataset()).train()
+
+
+def test_a_reading_holds_the_heldout_gradients_once():
+    """Beside those of training. With a loss scale they are divided by it, which is another copy."""
+    model = qwen3()
+    seen = {}
+
+    def backward():
+        loss = model(input_ids=batches(7, 1)[0], labels=batches(7, 1)[0]).loss
+        loss.backward()
+        seen.update({name: p.grad.data_ptr() for name, p in model.named_parameters()})
+        return loss
+
+    heldout = HeldoutGain(model, backward)
+    matrices = GradES(model, GradESConfig(), 10).matrices
+    heldout.read(matrices.values(), scale=1.0)
+    for name, (gradient,) in heldout.gradients.items():
+        assert gradient.data_ptr() == seen[f"{name}.weight"], name
+    expected = {name: gradient.clone() for name, (gradient,) in heldout.gradients.items()}
+    again = HeldoutGain(model, lambda: (backward(), [p.grad.mul_(8.0) for p in model.parameters()])[0])
+    again.read(matrices.values(), scale=8.0)
+    assert all(torch.equal(gradient, expected[name]) for name, (gradient,) in again.gradients.items())

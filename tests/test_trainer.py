@@ -383,3 +383,77 @@ def test_a_model_with_nothing_to_watch_is_refused_before_training(tmp_path, text
         GradESTrainer(
             model=model, args=arguments(tmp_path), train_dataset=dataset["train"], processing_class=tokenizer
         )
+
+
+@pytest.mark.parametrize(
+    ("peft", "config"),
+    [
+        (LORA, GradESConfig(metric="grad_norm", tau=1e9, alpha=0.0)),
+        (None, GradESConfig(metric="heldout_gain", interval=1, heldout_cost=1.0, alpha=0.0, patience=1)),
+    ],
+    ids=["lora", "back to the best average"],
+)
+def test_with_a_loss_scaler_a_run_ends_although_no_gradient_is_left(tmp_path, text, peft, config):
+    """fp16's scaler refuses to step an optimizer when no tensor has a gradient."""
+    dataset, tokenizer = text
+    trainer = GradESTrainer(
+        model=model_for(tokenizer),
+        args=arguments(tmp_path, learning_rate=0.1),  # so high that the held-out loss rises
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"],
+        processing_class=tokenizer,
+        grades=config,
+        peft_config=peft,
+    )
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    trainer.train()
+    assert trainer.grades.done
+    assert trainer.grades.went_back == (peft is None)
+    assert 1 < trainer.state.global_step < 12
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, text):
+    """The Trainer would wrap the model in DataParallel, whose copies would all run the blocks of the first GPU."""
+    dataset, tokenizer = text
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"2 GPUs are visible.*CUDA_VISIBLE_DEVICES=0"):
+        GradESTrainer(
+            model=model_for(tokenizer), args=args, train_dataset=dataset["train"], processing_class=tokenizer
+        )
+
+
+def test_each_of_several_validation_sets_is_counted_once(tmp_path, text):
+    dataset, tokenizer = text
+    trainer = GradESTrainer(
+        model=model_for(tokenizer),
+        args=arguments(tmp_path, eval_strategy="steps", eval_steps=4),
+        train_dataset=dataset["train"],
+        eval_dataset={"one": dataset["test"], "two": dataset["test"]},
+        processing_class=tokenizer,
+        grades=never(),
+    )
+    trainer.train()
+    assert trainer._validation.run == trainer._validation.planned == 2 * 3
+    assert min(trainer._clock.step_seconds) > 0
+
+
+def test_resuming_into_another_folder_takes_what_has_frozen_along(tmp_path, text):
+    dataset, tokenizer = text
+
+    def train(name, checkpoint=None):
+        trainer = GradESTrainer(
+            model=model_for(tokenizer),
+            args=arguments(tmp_path / name, save_strategy="steps", save_steps=6),
+            train_dataset=dataset["train"],
+            processing_class=tokenizer,
+            grades=GradESConfig(replay=str(tmp_path / "replay.jsonl")),
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return (tmp_path / name / "grades" / "events.jsonl").read_text()
+
+    event = {"step": 4, "matrix": "model.layers.0.self_attn.q_proj", "value": 0.0, "tau": 1.0}
+    (tmp_path / "replay.jsonl").write_text(json.dumps(event) + "\n")
+    straight = train("straight")
+    assert len(straight.splitlines()) == 1
+    assert train("elsewhere", str(tmp_path / "straight" / "checkpoint-6")) == straight
