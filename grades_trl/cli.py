@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ from typing import Any
 import torch
 import wandb
 from datasets import Dataset
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, HfArgumentParser
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from . import accounting
-from .backend import BACKENDS
+from . import accounting, data
 from .config import TOWERS, GradESConfig
 
 # What a validation loss must fall by to count as better: that of the early stopping the paper compares with.
 EARLY_STOPPING_THRESHOLD = 0.0005
+
+EMBEDDED = ("dates", "docstrings", "digits")
 
 # What --help shows of TRL's 200 training and model arguments; --help_all shows the rest.
 COMMON_FLAGS = (
@@ -32,6 +34,42 @@ COMMON_FLAGS = (
     "packing logging_steps eval_strategy eval_steps save_strategy save_steps resume_from_checkpoint report_to "
     "run_name seed model_name_or_path dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "
     "lora_target_modules load_in_4bit"
+)
+
+# What the scores of a model depend on, beside its weights: `result.json` keeps it, evaluate.py starts from it.
+# `ROWS` say which rows are scored.
+ROWS = (
+    "dataset_name",
+    "dataset_config",
+    "dataset_train_split",
+    "dataset_test_split",
+    "test_size",
+    "max_eval_samples",
+    "seed",
+)
+SCORING = (
+    *ROWS,
+    "generate",
+    "samples",
+    "max_new_tokens",
+    "per_device_eval_batch_size",
+    "max_length",
+    "packing",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "dtype",
+    "load_in_4bit",
+    "load_in_8bit",
+    "attn_implementation",
+    "bf16",
+    "fp16",
+    "use_cpu",
+    "trust_remote_code",
+)
+# What --help of evaluate.py shows beside `ROWS`.
+SCORING_FLAGS = (
+    "generate samples max_new_tokens dataset_text_field max_length per_device_eval_batch_size dtype load_in_4bit "
+    "trust_remote_code output_dir"
 )
 
 
@@ -76,7 +114,11 @@ class RecipeArguments:
 
     backend: str = field(
         default="auto",
-        metadata={"help": "auto takes Unsloth if it is installed and a GPU is there.", "choices": list(BACKENDS)},
+        metadata={
+            "help": "auto takes Unsloth if it is installed and a GPU is there.",
+            # Not from backend.py: to import it can mean to import Unsloth, which evaluate.py does without
+            "choices": ["auto", "unsloth", "transformers"],
+        },
     )
     dataset_name: str | None = field(
         default=None,
@@ -133,12 +175,17 @@ def parse(
         argv.append("--help")
         argv.remove("--help_all")
     elif "--help" in argv or "-h" in argv:
-        _hide_rare_flags(parser)
+        own = {*RecipeArguments.__dataclass_fields__, *GradESConfig.__dataclass_fields__}
+        _hide_rare_flags(parser, own | {*COMMON_FLAGS.split(), "help"})
+    # TrlParser looks for the file in a word of its own.
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     parser.set_defaults_with_config(report_to="wandb", output_dir="outputs/run", metric="heldout_gain")
     if not torch.accelerator.is_available():  # TRL's default, bf16, is an error there
         parser.set_defaults_with_config(use_cpu=True, bf16=False)
     flags = {word.partition("=")[0] for word in argv}
     if not flags & {"--config", "--model_name_or_path", "--help", "-h"}:
+        if "--dataset_name" in flags:
+            print("No --model_name_or_path and no --config: the tiny model of the demo trains on these data.")
         argv = ["--config", str(demo_config), *argv]
     recipe, grades, model, training = parser.parse_args_and_config(argv)
     if recipe.early_stopping_patience is not None:
@@ -148,21 +195,86 @@ def parse(
     return recipe, training, model, grades
 
 
+def parse_scoring(
+    description: str, argv: list[str] | None = None
+) -> tuple[list[str], RecipeArguments, SFTConfig, ModelConfig]:
+    """Reads the command line of evaluate.py: flags, over what the first run among the models was scored with.
+
+    On other data than that run's (`--dataset_name`), nothing is taken over that says which rows are scored.
+
+    Args:
+        description (`str`): the first lines of `--help`.
+        argv (`list[str]`, *optional*): defaults to `sys.argv[1:]`.
+
+    Returns:
+        `tuple`: the models, each once; and the arguments as [`parse`] gives them.
+
+    Raises:
+        SystemExit: no model, an unknown flag, or a value of the wrong type; also after `--help`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        (RecipeArguments, ModelConfig, SFTConfig),
+        description=description,
+        formatter_class=_HelpFormatter,
+        usage="%(prog)s MODEL [MODEL ...] [--flag value ...]     (all flags: --help_all)",
+        allow_abbrev=False,
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder of a run or of an adapter, or hub id")
+    # As the model is stored, and nothing cut off: for models that no run here has left
+    parser.set_defaults(
+        report_to="none", output_dir="outputs/evaluate", dtype="auto", max_length=None, gradient_checkpointing=False
+    )
+    if "--help_all" in argv:
+        argv = ["--help"]
+    else:
+        _hide_rare_flags(parser, {"models", "help", *ROWS, *SCORING_FLAGS.split()})
+        for action in parser._actions:
+            action.help = (action.help or "").partition(". ")[0]  # some of TRL's go on and on
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"not understood: {' '.join(unknown)}. Models come first, then flags.")
+    models = list(dict.fromkeys(given.models))
+    runs = {model: settings for model in models if (settings := _scored_with(model))}
+    if runs:
+        first, settings = next(iter(runs.items()))
+        same_data = given.dataset_name in (None, settings["dataset_name"])
+        parser.set_defaults(**{key: settings[key] for key in settings if same_data or key not in ROWS})
+        print(f"Scored {'on the data and ' if same_data else ''}with the settings of {first}; flags go before them.")
+    if not torch.accelerator.is_available():
+        parser.set_defaults(use_cpu=True, bf16=False, fp16=False)
+    recipe, model_args, training, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    for model, settings in runs.items():
+        held_out = {"test_size": recipe.test_size, "seed": training.seed}
+        theirs = {key: settings[key] for key in held_out}
+        same_data = settings["dataset_name"] == recipe.dataset_name and recipe.dataset_test_split is None
+        if same_data and recipe.dataset_name not in EMBEDDED and theirs != held_out:
+            print(f"CAUTION: {model} held out other rows ({theirs}), and may have learned some that are scored here.")
+    return models, recipe, training, model_args
+
+
+def _scored_with(model: str) -> dict[str, Any] | None:
+    """What a recipe scored the model in this folder with; a checkpoint is in the folder of its run."""
+    for result in (Path(model) / "result.json", Path(model).parent / "result.json"):
+        if result.exists():
+            return json.loads(result.read_text()).get("scored_with")  # runs of before this was kept have none
+    return None
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32, width=119)
 
 
-def _hide_rare_flags(parser: argparse.ArgumentParser) -> None:
-    """Leaves the flags that most runs need, the recipe's own first."""
-    own = {*RecipeArguments.__dataclass_fields__, *GradESConfig.__dataclass_fields__, *COMMON_FLAGS.split(), "help"}
+def _hide_rare_flags(parser: argparse.ArgumentParser, shown: set[str]) -> None:
+    """Leaves the flags that are needed most, the recipe's own first."""
     for action in parser._actions:
-        if action.dest not in own or any(option.startswith("--no_") for option in action.option_strings):
+        if action.dest not in shown or any(option.startswith("--no_") for option in action.option_strings):
             action.help = argparse.SUPPRESS
         action.option_strings = [o for o in action.option_strings if "-" not in o[2:]]
         if action.choices and len(list(action.choices)) > 5:
             action.metavar = action.dest.upper()
-    parser._action_groups.sort(key=lambda group: group.title not in ("recipe", "GradES"))
+    parser._action_groups.sort(key=lambda group: group.title not in ("positional arguments", "recipe", "GradES"))
 
 
 def start_wandb(training: SFTConfig) -> None:
@@ -200,6 +312,63 @@ def _keep_the_best(training: SFTConfig) -> None:
     training.metric_for_best_model, training.greater_is_better = "eval_loss", False
 
 
+def load_data(
+    recipe: RecipeArguments,
+    training: SFTConfig,
+    embedded: dict[str, Callable[..., Any]],
+    *,
+    vision: bool = False,
+    test_only: bool = False,
+) -> dict[str, Dataset]:
+    """The rows of a recipe, from `--dataset_name`. The loss is on the response alone.
+
+    Of what is held out, one half decides during training (validation), the other is scored at the end alone (test).
+
+    Args:
+        recipe (`RecipeArguments`), training (`SFTConfig`): which data; their seed splits them.
+        embedded (`dict[str, Callable]`): the embedded sets of this kind, by name.
+        vision (`bool`, *optional*, defaults to `False`): rows have pictures.
+        test_only (`bool`, *optional*, defaults to `False`): leaves training and validation out.
+
+    Returns:
+        `dict[str, Dataset]`: `train`, `validation`, `test`; of some embedded sets also a `test_...` of another kind.
+
+    Raises:
+        SystemExit: no data is named, or an embedded set of the other kind.
+        DataError: see [`data.load`].
+    """
+    name = recipe.dataset_name
+    if name is None:
+        columns = "`image` or `images`, and " if vision else ""
+        raise SystemExit(
+            "No data: give --dataset_name a hub id, a local folder or file (jsonl, parquet, ... with "
+            f"{columns}`messages`, `prompt` and `completion`{'' if vision else ', or `text`'}), or an embedded set: "
+            f"{', '.join(embedded)}."
+        )
+    if name in EMBEDDED and name not in embedded:
+        raise SystemExit(
+            f"The embedded set {name} is for {'language' if vision else 'vision-language'} models; expected "
+            f"{' or '.join(embedded)}, or data of your own."
+        )
+    if name in embedded:
+        splits = embedded[name](seed=0, test=600)
+    else:
+        splits = data.load(
+            name,
+            config=recipe.dataset_config,
+            train_split=recipe.dataset_train_split,
+            test_split=recipe.dataset_test_split,
+            test_size=recipe.test_size,
+            seed=training.seed,
+            vision=vision,
+            text_column=training.dataset_text_field,
+        )
+        training.dataset_text_field = "text"  # what that column is called from here on
+    splits = data.with_validation(splits, recipe.max_eval_samples)
+    wanted = [split for split in splits if split.startswith("test") or not test_only]
+    return {split: data.response_only(splits[split]) for split in wanted}
+
+
 def early_stopping(recipe: RecipeArguments) -> list[EarlyStoppingCallback]:
     """The callback, if early stopping is on."""
     if recipe.early_stopping_patience is None:
@@ -222,16 +391,24 @@ def final_losses(trainer: Any, test: Dataset) -> dict[str, float]:
     return results
 
 
-def finish(trainer: Any, clock: accounting.RunClock, results: dict[str, float]) -> None:
+def finish(
+    trainer: Any,
+    clock: accounting.RunClock,
+    results: dict[str, float],
+    recipe: RecipeArguments,
+    model_args: ModelConfig,
+) -> None:
     """The end of a recipe: `result.json`, the report and W&B, and a short account on the screen.
 
     Args:
+        recipe, model_args: as [`parse`] gave them.
         trainer: after `train()`.
         clock (`RunClock`): was among its callbacks.
         results (`dict[str, float]`): the final scores.
     """
     output_dir = Path(trainer.args.output_dir)
-    (output_dir / "result.json").write_text(json.dumps(_result(trainer, clock, results), indent=2) + "\n")
+    result = _result(trainer, clock, results) | {"scored_with": scored_with(recipe, trainer.args, model_args)}
+    (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print("\n" + "\n".join(f"{key:<34} {value:.4g}" for key, value in sorted(results.items())))
     if wandb.run is not None:
         wandb.run.summary.update(results)
@@ -245,6 +422,29 @@ def finish(trainer: Any, clock: accounting.RunClock, results: dict[str, float]) 
     if trainer.grades is not None:
         plain = ["--grades", "false", "--output_dir", f"{output_dir}_plain"]
         print(f"Next, the same run without freezing: {shlex.join(['python', *sys.argv, *plain])}")
+    # Beside the run without freezing, whichever of the two this is
+    sibling = str(output_dir).removesuffix("_plain") if trainer.grades is None else f"{output_dir}_plain"
+    folders = [sibling, str(output_dir)] if (Path(sibling) / "result.json").exists() else [str(output_dir)]
+    evaluate = str(Path(sys.argv[0]).with_name("evaluate.py"))
+    print(f"Score it again, or beside other models: {shlex.join(['python', evaluate, *dict.fromkeys(folders)])}")
+
+
+def table(scores: dict[str, dict[str, float]]) -> str:
+    """Scores of several models, a line each. All but losses and perplexities are fractions, and shown in percent."""
+    columns = list(next(iter(scores.values())))
+    lines = [["", *columns]]
+    for model, of_model in scores.items():
+        numbers = [f"{of_model[c]:.4g}" if c in ("test_loss", "perplexity") else f"{of_model[c]:.1%}" for c in columns]
+        lines.append([model, *numbers])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def scored_with(recipe: RecipeArguments, training: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """The values of `SCORING`, from the dataclasses that they are in."""
+    everything = vars(model_args) | vars(training) | vars(recipe)
+    return {name: everything[name] for name in SCORING}
 
 
 def _result(trainer: Any, clock: accounting.RunClock, results: dict[str, float]) -> dict[str, Any]:

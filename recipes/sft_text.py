@@ -16,9 +16,9 @@ import torch
 import wandb
 from datasets import Dataset
 
-from grades_trl import GradESTrainer, data, demo
+from grades_trl import GradESTrainer, demo
 from grades_trl.accounting import RunClock
-from grades_trl.cli import early_stopping, final_losses, finish, parse
+from grades_trl.cli import early_stopping, final_losses, finish, load_data, parse
 from grades_trl.generate import answers, exact_match, show_samples
 from grades_trl.loading import load_model, make_trainable
 
@@ -28,24 +28,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def main() -> None:
     recipe, training, model_args, grades = parse(__doc__, CONFIGS / "demo_text.yaml")
 
-    # 1. Data: prompts and responses. The loss is on the response alone.
-    if recipe.dataset_name in ("dates", "docstrings"):
-        dataset = getattr(demo, recipe.dataset_name)(seed=0, test=600)
-    else:
-        dataset = data.load(
-            recipe.dataset_name or _no_data(),
-            config=recipe.dataset_config,
-            train_split=recipe.dataset_train_split,
-            test_split=recipe.dataset_test_split,
-            test_size=recipe.test_size,
-            seed=training.seed,
-            text_column=training.dataset_text_field,
-        )
-    # Of what is held out, one half decides during training (validation), the other is scored at the end alone (test).
-    dataset = {
-        split: data.response_only(rows)
-        for split, rows in data.with_validation(dataset, recipe.max_eval_samples).items()
-    }
+    # 1. Data: prompts and responses. The loss is on the response alone. Of what is held out, one half decides
+    #    during training (validation), the other is scored at the end alone (test).
+    dataset = load_data(recipe, training, {"dates": demo.dates, "docstrings": demo.docstrings})
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
     if recipe.max_train_samples is not None:
         train = train.select(range(min(recipe.max_train_samples, len(train))))
@@ -55,7 +40,7 @@ def main() -> None:
     if model_args.model_name_or_path is None:
         torch.set_num_threads(1)  # faster than more, on matrices this small
         model, tokenizer = demo.tiny_qwen3(seed=training.seed)
-        model = make_trainable(model, model_args)
+        model = make_trainable(model, model_args, seed=training.seed)
     else:
         model, tokenizer = load_model(
             model_args,
@@ -96,17 +81,10 @@ def main() -> None:
     results |= final_losses(trainer, test)
     results |= {f"final/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}
     if shown:
-        show_samples(shown, before, after)
+        show_samples(shown, {"before": before, "after": after})
     trainer.save_model()
-    finish(trainer, clock, results)
+    finish(trainer, clock, results, recipe, model_args)
     wandb.finish()
-
-
-def _no_data() -> str:
-    raise SystemExit(
-        "No data: give --dataset_name a hub id, a local folder or file (jsonl, parquet, ... with `messages`, "
-        "`prompt` and `completion`, or `text`), or one of the embedded sets, dates and docstrings."
-    )
 
 
 if __name__ == "__main__":

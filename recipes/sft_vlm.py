@@ -15,9 +15,8 @@ from grades_trl.backend import BACKEND  # isort: skip  Unsloth, if it is used, m
 import torch
 import wandb
 
-from grades_trl import data
 from grades_trl.accounting import RunClock
-from grades_trl.cli import early_stopping, final_losses, finish, parse
+from grades_trl.cli import early_stopping, final_losses, finish, load_data, parse
 from grades_trl.generate import exact_match, show_samples
 from grades_trl.loading import load_model, make_trainable
 from vlm import GradESVLMTrainer, demo
@@ -30,24 +29,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def main() -> None:
     recipe, training, model_args, grades = parse(__doc__, CONFIGS / "demo_vlm.yaml")
 
-    # 1. Data: pictures with prompts and responses. The loss is on the response alone.
-    if recipe.dataset_name == "digits":
-        dataset = demo.digit_pictures(seed=0, test=600)
-    else:
-        dataset = data.load(
-            recipe.dataset_name or _no_data(),
-            config=recipe.dataset_config,
-            train_split=recipe.dataset_train_split,
-            test_split=recipe.dataset_test_split,
-            test_size=recipe.test_size,
-            seed=training.seed,
-            vision=True,
-        )
-    # Of what is held out, one half decides during training (validation), the other is scored at the end alone (test).
-    dataset = {
-        split: data.response_only(rows)
-        for split, rows in data.with_validation(dataset, recipe.max_eval_samples).items()
-    }
+    # 1. Data: pictures with prompts and responses. The loss is on the response alone. Of what is held out, one
+    #    half decides during training (validation), the other is scored at the end alone (test).
+    dataset = load_data(recipe, training, {"digits": demo.digit_pictures}, vision=True)
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
     if recipe.max_train_samples is not None:
         train = train.select(range(min(recipe.max_train_samples, len(train))))
@@ -57,7 +41,7 @@ def main() -> None:
     if model_args.model_name_or_path is None:
         torch.set_num_threads(1)  # faster than more, on matrices this small
         model, processor = demo.tiny_llava(seed=training.seed)
-        model = make_trainable(model, model_args, recipe.train_towers)
+        model = make_trainable(model, model_args, recipe.train_towers, training.seed)
     else:
         model, processor = load_model(
             model_args,
@@ -93,22 +77,15 @@ def main() -> None:
             given = answers(trainer.model, processor, asked, max_new_tokens=recipe.max_new_tokens, blank=blank)
             results[f"final/{name}"] = exact_match(given, asked)
     if recipe.samples:
-        show_samples(shown, before, after)
+        show_samples(shown, {"before": before, "after": after})
         sheet = Path(training.output_dir) / "samples.png"
         save_samples(shown, before, after, sheet)
         print(f"With their pictures: {sheet}")
         if wandb.run is not None:
             wandb.log({"samples": wandb.Image(str(sheet))})
     trainer.save_model()
-    finish(trainer, clock, results)
+    finish(trainer, clock, results, recipe, model_args)
     wandb.finish()
-
-
-def _no_data() -> str:
-    raise SystemExit(
-        "No data: give --dataset_name a hub id, a local folder or file (jsonl, parquet, imagefolder, ... with `image` "
-        "or `images`, and `messages` or `prompt`/`completion`), or the embedded set, digits."
-    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""What one flag of the recipes sets elsewhere."""
+"""What one flag of the recipes sets elsewhere, and what evaluate.py takes over from a run."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from grades_trl.cli import early_stopping, parse
+from grades_trl import cli
+from grades_trl.backend import BACKENDS
+from grades_trl.cli import RecipeArguments, early_stopping, parse, parse_scoring
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo_text.yaml"
 
@@ -35,3 +40,60 @@ def test_early_stopping_is_one_flag():
 def test_early_stopping_needs_validation():
     with pytest.raises(ValueError, match='early_stopping_patience needs validation, and eval_strategy is "no"'):
         settings("--early_stopping_patience", "3", "--eval_strategy", "no")
+
+
+def test_evaluate_does_without_unsloth():
+    """cli.py writes the backends out, since backend.py imports Unsloth where it can."""
+    assert RecipeArguments.__dataclass_fields__["backend"].metadata["choices"] == list(BACKENDS)
+    code = "import sys, grades_trl.cli; sys.exit('grades_trl.backend' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def kept(folder, *flags):
+    """The folder of a run with these flags, as far as evaluate.py reads it."""
+    recipe, training, model, _ = parse("", DEMO, ["--config", str(DEMO), "--report_to", "none", *flags])
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"scored_with": cli.scored_with(recipe, training, model)}))
+    return str(folder)
+
+
+def test_evaluate_takes_over_the_settings_of_the_first_run(tmp_path, capsys):
+    run = kept(
+        tmp_path / "run", "--dataset_name", "a.jsonl", "--seed", "3", "--max_new_tokens", "5", "--dtype", "float16"
+    )
+    other = kept(tmp_path / "other", "--dataset_name", "a.jsonl", "--max_new_tokens", "6")
+    models, recipe, training, model = parse_scoring("", ["hub/name", run, other, run, "--test_size", "0.1"])
+    assert models == ["hub/name", run, other]
+    assert (recipe.dataset_name, training.seed, recipe.max_new_tokens) == ("a.jsonl", 3, 5)
+    assert (model.dtype, training.max_length, training.per_device_eval_batch_size) == ("float16", 128, 100)
+    assert training.use_cpu and not training.bf16
+    printed = capsys.readouterr().out
+    assert f"settings of {run};" in printed
+    assert f"CAUTION: {other} held out other rows" in printed and f"CAUTION: {run}" not in printed
+
+    # Flags go first, and a checkpoint is of its run
+    _, recipe, training, _ = parse_scoring("", [f"{run}/checkpoint-4", "--max_new_tokens", "7", "--seed", "4"])
+    assert (recipe.dataset_name, training.seed, recipe.max_new_tokens) == ("a.jsonl", 4, 7)
+    assert "CAUTION" in capsys.readouterr().out
+
+    # Of other data, other rows
+    _, recipe, training, _ = parse_scoring("", [run, "--dataset_name", "b.jsonl"])
+    assert (recipe.dataset_name, training.seed, recipe.max_new_tokens) == ("b.jsonl", 42, 5)
+    assert "CAUTION" not in capsys.readouterr().out
+
+    # Of no run at all: as it is stored
+    _, _, training, model = parse_scoring("", ["hub/name"])
+    assert (model.dtype, training.max_length, training.report_to) == ("auto", None, [])
+
+
+def test_table_of_scores():
+    scores = {"a": {"test_loss": 1.23456, "exact_match": 0.5}, "longer": {"test_loss": 10, "exact_match": 1 / 3}}
+    assert cli.table(scores) == (
+        "        test_loss  exact_match\n     a      1.235        50.0%\nlonger         10        33.3%"
+    )
+
+
+def test_a_config_file_may_be_given_in_one_word(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 0.125\nreport_to: none\n")
+    assert parse("", Path("none.yaml"), [f"--config={file}"])[1].learning_rate == 0.125
