@@ -1,8 +1,8 @@
 """The user's own data: loaded, checked and brought into one shape before training starts.
 
-The formats are TRL's own: `messages`, `prompt` and `completion` (both text or both messages), or plain `text`, and
-`image` or `images` beside them for vision. Every row is looked at before the model is loaded, so that a bad one costs
-seconds and is named by its number, not found after an hour.
+The formats are TRL's own: `messages` (or ShareGPT's `conversations`), `prompt` and `completion` (both text or both
+messages), or plain `text`, and `image` or `images` beside them for vision. Every row is looked at before the model is
+loaded, so that a bad one costs seconds and is named by its number, not found after an hour.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ SPLIT_WORDS = {
     "validation": "validation|valid|dev|val",
     "test": "test|testing|eval|evaluation",
 }
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 ROLES = ("system", "user", "assistant", "tool")
 MAX_OPENED = 2000  # rows whose pictures `check` opens
 RGB = Image(mode="RGB")  # not every image processor takes gray, palette or transparent pictures
@@ -83,8 +84,8 @@ def load(
         test_size (`int` or `float`, *optional*, defaults to `0.1`): rows (`int`) or share (`float`) of the training
             split that is held out where there is no test split.
         limit (`int`, *optional*): use only the first `limit` rows of each split.
-        seed (`int`, *optional*, defaults to `42`): of the split into train and test; the same seed gives the same
-            rows.
+        seed (`int`, *optional*, defaults to `42`): of the split into train and test, and of the order of the test
+            rows, which a source may keep by topic; the same seed gives the same rows.
         vision (`bool`, *optional*, defaults to `False`): whether rows have pictures.
         text_column (`str`, *optional*, defaults to `"text"`): column that holds plain text. It is `text` in the
             result, since TRL adds the end-of-sequence token to that name only: leave
@@ -107,16 +108,27 @@ def load(
     ready = []
     for split in (train_split, test_split) if test_split else (train_split,):
         dataset = splits[split]
+        if "conversations" in dataset.column_names and "messages" not in dataset.column_names:
+            dataset = dataset.map(_from_sharegpt, remove_columns="conversations", desc="Renaming roles")
         if limit is not None:
             dataset = dataset.select(range(min(limit, len(dataset))))
         check(dataset, vision, name=split, text_column=text_column)
         ready.append(_shape(dataset, text_column))
     if test_split is not None:
-        return DatasetDict(train=ready[0], test=ready[1])
+        return DatasetDict(train=ready[0], test=ready[1].shuffle(seed=seed))
     try:
         return ready[0].train_test_split(test_size=test_size, seed=seed)
     except ValueError as error:
         raise DataError(f"{name}: cannot hold out test_size={test_size} of {len(ready[0])} rows: {error}") from error
+
+
+def _from_sharegpt(example: dict[str, Any]) -> dict[str, Any]:
+    """`from` and `value` as `role` and `content`, under the names that chat templates know."""
+    turns = [
+        (turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value"))
+        for turn in example["conversations"]
+    ]
+    return {"messages": [{"role": SHAREGPT_ROLES.get(role, role), "content": content} for role, content in turns]}
 
 
 def check(dataset: Dataset, vision: bool, name: str = "train", text_column: str = "text") -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Iterable
+from typing import Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -73,12 +75,8 @@ def answers(
             "answers() pads prompts to one length, and this tokenizer has no padding token. Set tokenizer.pad_token, "
             "to a token that never occurs in text."
         )
-    conversations = list(dataset["prompt"])
-    template = {"add_generation_prompt": True, "tokenize": False}
-    prompts = [
-        turns if isinstance(turns, str) else tokenizer.apply_chat_template(turns, **template)
-        for turns in conversations
-    ]
+    read = [name for name in ("prompt", "tools", "chat_template_kwargs") if name in dataset.column_names]
+    prompts = [prompt_text(tokenizer, row) for row in dataset.select_columns(read)]
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = (
         # The template has written the special tokens already. Padding on the left, in this call alone: an answer has
@@ -95,6 +93,17 @@ def answers(
     )
     found = dict(zip(longest_first, greedily(model, tokenizer, batches, max_new_tokens), strict=True))
     return [found[i] for i in range(len(prompts))]
+
+
+def prompt_text(processor: PreTrainedTokenizerBase | ProcessorMixin, row: dict[str, Any]) -> str:
+    """The prompt of a row as the model sees it in training: text as it is, messages through the chat template, with
+    the row's own `tools` and `chat_template_kwargs`."""
+    if isinstance(row["prompt"], str):
+        return row["prompt"]
+    tools = row.get("tools")  # TRL takes them as JSON too
+    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else {}
+    options |= row.get("chat_template_kwargs") or {}
+    return processor.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False, **options)
 
 
 def text_of(turns: str | list[dict]) -> str:
@@ -131,13 +140,14 @@ def exact_match(answers: list[str], dataset: Dataset) -> float:
     return sum(right) / len(right)
 
 
-def show_samples(dataset: Dataset, before: list[str], after: list[str]) -> None:
-    """Prints prompts with what was expected, and what the model answered before and after training."""
-    for prompt, completion, first, last in zip(dataset["prompt"], dataset["completion"], before, after, strict=True):
-        print(f"\n  prompt    {_one_line(text_of(prompt))}")
-        print(f"  expected  {_one_line(text_of(completion))}")
-        print(f"  before    {_one_line(first)}")
-        print(f"  after     {_one_line(last)}")
+def show_samples(dataset: Dataset, answers: dict[str, list[str]]) -> None:
+    """Prints prompts with what was expected and what was answered, by each of those named in `answers`."""
+    width = max(map(len, ["expected", *answers]))
+    for i, (prompt, completion) in enumerate(zip(dataset["prompt"], dataset["completion"], strict=True)):
+        print(f"\n  {'prompt':<{width}}  {_one_line(text_of(prompt))}")
+        print(f"  {'expected':<{width}}  {_one_line(text_of(completion))}")
+        for name, given in answers.items():
+            print(f"  {name:<{width}}  {_one_line(given[i])}")
 
 
 def _one_line(text: str) -> str:

@@ -60,7 +60,10 @@ def main() -> None:
         "versions": first["versions"],
         "commit": commit(),
         **summary,
-        "cells": [{key: value for key, value in cell.items() if key not in ("watched", "argv")} for cell in cells],
+        "cells": [
+            {key: value for key, value in cell.items() if key not in ("watched", "argv", "scored_with")}
+            for cell in cells
+        ],
     }
     (output_dir / "compare.json").write_text(json.dumps(record, indent=2) + "\n")
     (output_dir / "compare.md").write_text(markdown(summary))

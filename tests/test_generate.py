@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from grades_trl.demo import dates, tiny_qwen3
-from grades_trl.generate import answers, exact_match
+from grades_trl.generate import answers, exact_match, prompt_text
 from vlm.demo import digit_pictures, tiny_llava
 from vlm.generate import answers as vlm_answers
 
@@ -139,3 +139,26 @@ def test_exact_match_refuses_other_lengths():
         exact_match(["1", "2"], completions("1"))
     with pytest.raises(ValueError, match="at least one"):
         exact_match([], Dataset.from_dict({"completion": []}))
+
+
+def test_tools_and_template_options_of_a_row_reach_its_prompt(tiny):
+    _, tokenizer = tiny
+    tokenizer.chat_template = "{{ messages[0].content }} {{ tools[0].name if tools else '-' }} {{ style }}"
+    row = {"prompt": [{"role": "user", "content": "hi"}]}
+    assert prompt_text(tokenizer, row) == "hi - "
+    row |= {"tools": '[{"name": "clock"}]', "chat_template_kwargs": {"style": "short"}}
+    assert prompt_text(tokenizer, row) == "hi clock short"
+
+
+def test_a_vision_prompt_of_plain_text_is_taken_as_it_is():
+    model, processor = tiny_llava()
+    messages = digit_pictures(train=1, test=4)["test"]
+    turns = [
+        [{**m, "content": [{"type": "image"}, {"type": "text", "text": m["content"]}]} for m in p]
+        for p in messages["prompt"]
+    ]
+    texts = [processor.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in turns]
+    plain = messages.remove_columns("prompt").add_column("prompt", texts)
+    assert vlm_answers(model, processor, plain, max_new_tokens=4) == vlm_answers(
+        model, processor, messages, max_new_tokens=4
+    )

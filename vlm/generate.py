@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from grades_trl.generate import greedily
+from grades_trl.generate import greedily, prompt_text
 
 from .demo import blank as blank_pictures
 
@@ -30,7 +30,8 @@ def answers(
         processor ([`~transformers.ProcessorMixin`]):
             Its processor, with a chat template.
         dataset (`Dataset`):
-            With columns `prompt` (a list of messages) and `images` (a list of PIL pictures).
+            With columns `prompt` (messages, or text with the model's own image tokens) and `images` (a list of PIL
+            pictures).
         batch_size (`int`, *optional*, defaults to `16`):
             Examples generated together.
         max_new_tokens (`int`, *optional*, defaults to `32`):
@@ -55,13 +56,15 @@ def answers(
     def inputs(start: int) -> BatchFeature:
         batch = dataset[start : start + batch_size]
         images = [blank_pictures(row) if blank else row for row in batch["images"]]
-        messages = [
-            prepare_multimodal_messages(prompt, images=row)
-            for prompt, row in zip(batch["prompt"], images, strict=True)
-        ]
+        texts = []
+        for i, pictures in enumerate(images):
+            row = {name: values[i] for name, values in batch.items()}
+            if not isinstance(row["prompt"], str):
+                row["prompt"] = prepare_multimodal_messages(row["prompt"], images=pictures)
+            texts.append(prompt_text(processor, row))
         return processor(
             images=images,
-            text=processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
+            text=texts,
             padding=True,
             padding_side="left",
             add_special_tokens=False,  # the chat template has put them already
