@@ -1,11 +1,12 @@
 # make demo: a vision-language model learns to read handwritten numbers, in a few minutes, nothing to download.
 # make test: lint, types, all tests. Both make their own virtual environment first; `make venv` does only that.
+# make gpu: what needs a CUDA device: the tests marked `gpu`, and the step times at a size that fills one.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check -q
 
-.PHONY: demo test venv clean
+.PHONY: demo test gpu venv clean
 
 demo: venv
 	$(BIN)/python recipes/sft_vlm.py
@@ -15,6 +16,10 @@ test: venv $(VENV)/.ready-for-tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+gpu: venv
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/step_time.py --hidden 2048 --layers 16 --batch 8 --length 1024 --rounds 4
 
 venv: $(VENV)/.ready
 
