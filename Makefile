@@ -17,7 +17,7 @@ test: venv $(VENV)/.ready-for-tests
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-gpu: venv
+gpu: venv $(VENV)/.ready-for-tests
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/step_time.py --hidden 2048 --layers 16 --batch 8 --length 1024 --rounds 4
 

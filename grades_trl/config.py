@@ -46,7 +46,8 @@ class GradESConfig:
             other metrics always compares two neighbouring steps, so tau keeps its meaning.
         heldout_cost (`float`, *optional*, defaults to `0.02`):
             Used by `heldout_gain` alone: held-out examples per training example, at most, in 20 readings. It sets how
-            many examples a reading takes, from 16 to `heldout_samples`.
+            many examples a reading takes, from 16 to `heldout_samples`. Where it does not pay for the four readings
+            that it takes to end a run (below about 3,200 training examples), nothing is read and nothing freezes.
         heldout_samples (`int`, *optional*, defaults to `128`):
             Used by `heldout_gain` alone: held-out examples per reading, at most; always the same ones.
         replay (`str`, *optional*):

@@ -214,6 +214,7 @@ def test_arms_that_need_grades(tmp_path):
 def test_the_recipe_understands_the_flags_of_every_arm(arm, tmp_path):
     arm_flags = runpy.run_path(str(ROOT / "recipes" / "compare.py"))["arm_flags"]
     made_by = {"steps": 50, "total_steps": 100, "warmup_steps": 10}
+    (tmp_path / "events.jsonl").touch()  # for the replay
     config = str(ROOT / "configs" / "demo_text.yaml")
     flags = ["--config", config, "--report_to", "none", *arm_flags(arm, tmp_path, made_by, '{"language": 6.0}')]
     recipe, training, _, grades = parse("", Path(config), flags)
