@@ -3,9 +3,9 @@
   python benchmarks/step_time.py                      # on this machine; results into benchmarks/results/
   python benchmarks/step_time.py --hidden 256 --steps 5 --rounds 1       # a quick look
 
-Everything is measured side by side in one process: variants take turns, the first steps of each turn are warm-up, and
-a figure is the median over all turns. Beside each speed-up stands the limit that the matmul FLOPs set; beside the time
-that watching takes, the limit that memory sets.
+Everything is measured side by side in one process: variants take turns, the first steps of each turn are warm-up. A
+time is the median over all turns, a ratio is taken within each turn, and the median of these is given. Beside each
+speed-up stands the limit that the matmul FLOPs set; beside the time that watching takes, the limit that memory sets.
 
 With all matrices frozen a run ends, and under LoRA nothing is left to train. Full fine-tuning is measured there too,
 as if it went on: without --freeze_norms and --freeze_embeddings, so that norms, embeddings and head still train.
@@ -16,22 +16,26 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shutil
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from grades_trl import GradESConfig, GradESMixin, accounting, demo, kernels
 
 RESULTS = Path(__file__).parent / "results"
-WARM_UP = 2
-SHARES = (0.0, 0.25, 0.5, 0.75)
+WARM_UP = 3  # the first step still runs backward for what is frozen in it
+SHARES = (0.25, 0.5, 0.75)
 
 
 def build(method: str, args: argparse.Namespace, tokenizer) -> torch.nn.Module:
@@ -49,10 +53,13 @@ def build(method: str, args: argparse.Namespace, tokenizer) -> torch.nn.Module:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen3ForCausalLM(config).to(args.dtype)
+    folder = args.scratch / "base"
+    if method != "qlora" or not folder.exists():
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = Qwen3ForCausalLM(config).to(args.dtype)
     if method == "qlora":
-        folder = args.scratch / "base"
-        model.save_pretrained(folder)
+        if not folder.exists():
+            model.save_pretrained(folder)
         four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=args.dtype)
         model = Qwen3ForCausalLM.from_pretrained(folder, quantization_config=four_bit)
     if method != "full":
@@ -74,7 +81,15 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         synchronize()
         self.seconds.append(time.perf_counter() - self._mark)
+        if state.global_step == WARM_UP and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         control.should_training_stop = state.global_step >= state.max_steps  # not earlier, if all matrices are frozen
+
+
+def in_turn(names: list[str], turn: int) -> list[str]:
+    """The order in which variants are run: none is always the one that comes first."""
+    first = turn % len(names)
+    return names[first:] + names[:first]
 
 
 def synchronize() -> None:
@@ -117,9 +132,11 @@ def trainer_for(cls, model, args, tokenizer, data, checkpointing, steps, callbac
         save_strategy="no",
         disable_tqdm=True,
     )
-    return cls(
+    trainer = cls(
         model=model, args=training, train_dataset=data, processing_class=tokenizer, callbacks=list(callbacks), **extra
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def size(tensors) -> int:
@@ -135,20 +152,6 @@ def held_bytes(trainer) -> dict[str, int]:
     held = {"gradients": size(trained), "optimizer_state": size(state), "previous_gradients": size(previous)}
     # Not on the CPU: the peak of a process never falls, so it would be that of the most expensive state so far.
     return held | ({"peak_allocated": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
-
-
-class Held(TrainerCallback):
-    """Notes the bytes held at the end of each phase."""
-
-    def __init__(self, phase):
-        self.phase, self.noted, self.trainer = phase, [], None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # The first step of a phase still runs backward for what is frozen in it.
-        if state.global_step % self.phase == WARM_UP and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        if state.global_step % self.phase == 0:
-            self.noted.append(held_bytes(self.trainer))
 
 
 def reading_bytes(trainer) -> int:
@@ -197,13 +200,13 @@ def watching(args, tokenizer, data) -> dict:
     bandwidths = []
     Scheduled.plan = {}
     names = list(variants)
-    for turn in range(4 * args.rounds):
+    for turn in range(args.rounds):
         bandwidths.append(memory_bandwidth())
-        for name in names[turn % 4 :] + names[: turn % 4]:  # each is first, second, ... equally often
+        for name in in_turn(names, turn):
             cls, callbacks, extra = variants[name]
             clock = Clock()
             model = build("full", args, tokenizer)
-            steps = WARM_UP + args.steps // 2
+            steps = WARM_UP + args.steps
             trainer = trainer_for(cls, model, args, tokenizer, data, "off", steps, [clock, *callbacks()], **extra)
             # Our clock runs first at the beginning of a step and must run last at its end.
             trainer.callback_handler.callbacks.sort(key=lambda callback: callback is clock)
@@ -235,77 +238,77 @@ def watching(args, tokenizer, data) -> dict:
 def frozen(args, tokenizer, data, method: str, checkpointing: str) -> list[dict]:
     """Step time with a growing share of the layers frozen from below, with a random half of all matrices, and with all
     of them where something else is left to train."""
-    phase = WARM_UP + args.steps
-    kinds: dict[str, tuple[float, ...]] = {"bottom": SHARES, "random": (0.0, 0.5)}
+
+    def bottom(share: float) -> Callable[[dict], set[str]]:
+        return lambda matrices: {name for name, m in matrices.items() if m.layer < share * args.layers}
+
+    def random_half(matrices: dict) -> set[str]:
+        order = torch.randperm(len(matrices), generator=torch.Generator().manual_seed(0)).tolist()
+        return {list(matrices)[i] for i in order[: len(matrices) // 2]}
+
+    states = {"nothing frozen": bottom(0), **{f"{share:.0%} of layers": bottom(share) for share in SHARES}}
+    states["50% of matrices, random"] = random_half
     if method == "full":
-        kinds["all"] = (0.0, 1.0)
-    labels = {"bottom": "of layers", "random": "of matrices, random", "all": "of matrices, the rest trains"}
-    rows: dict[str, dict] = {}
-    for _ in range(args.rounds):
-        for kind, shares in kinds.items():
+        states["100% of matrices, the rest trains"] = set
+    names = list(states)
+    rows: dict[str, dict] = {name: {"seconds": []} for name in names}
+    for turn in range(args.rounds):
+        for name in in_turn(names, turn):
             gc.collect()  # the last model and its trainer refer to each other
-            config = GradESConfig(freeze_norms=kind != "all", freeze_embeddings=kind != "all")
-            clock, held = Clock(), Held(phase)
+            cuts = name.endswith("of layers")
+            clock = Clock()
+            config = GradESConfig(freeze_norms=cuts, freeze_embeddings=cuts)
             trainer = trainer_for(
                 Scheduled, build(method, args, tokenizer), args, tokenizer, data, checkpointing,
-                phase * len(shares), [clock, held], grades=config,
+                WARM_UP + args.steps, [clock], grades=config,
             )  # fmt: skip
-            held.trainer = trainer
             trainer.callback_handler.callbacks.sort(key=lambda callback: callback is clock)
-            matrices = trainer.watched
-            generator = torch.Generator().manual_seed(0)
-            order = [list(matrices)[i] for i in torch.randperm(len(matrices), generator=generator).tolist()]
-            chosen = {
-                share: set(order[: int(share * len(order))])
-                if kind == "random"
-                else {n for n, m in matrices.items() if m.layer < share * args.layers}
-                for share in shares
-            }
-            Scheduled.plan = {phase * i + 1: chosen[share] for i, share in enumerate(shares) if share}
+            chosen = states[name](trainer.watched)
+            Scheduled.plan = {1: chosen}
             trainer.train()
-            for i, share in enumerate(shares):
-                name = f"{share:.0%} {labels[kind]}" if share else kind
-                times = clock.seconds[phase * i + WARM_UP : phase * (i + 1)]
-                row = rows.setdefault(name, {"kind": kind, "share": share, "seconds": [], **held.noted[i]})
-                row["seconds"] += times
-                cut = chosen[share] if kind == "bottom" else set()
-                row["flops"] = accounting.step_flops(
-                    matrices.values(), chosen[share], checkpointing=checkpointing != "off", cut=cut
-                )
+            rows[name]["seconds"].append(statistics.median(clock.seconds[WARM_UP:]))
+            rows[name] |= held_bytes(trainer)
+            rows[name]["flops"] = accounting.step_flops(
+                trainer.watched.values(), chosen, checkpointing=checkpointing != "off", cut=chosen if cuts else set()
+            )
+    start = rows["nothing frozen"]
+    plain_flops, plain_seconds = start["flops"], start["seconds"]
     for name, row in rows.items():
-        row["ms"] = 1e3 * statistics.median(row.pop("seconds"))
-        row["state"] = "nothing frozen" if row["share"] == 0 else name
-    for row in rows.values():
-        start = rows[row["kind"]]
-        row |= {"method": method, "checkpointing": checkpointing}
-        row["speedup"], row["limit"] = start["ms"] / row["ms"], start["flops"] / row["flops"]
-    shown = [row for name, row in rows.items() if name not in ("random", "all")]
-    for row in shown:
+        seconds = row.pop("seconds")
+        # Of each turn, then the median of these: a machine that slows down slows all states.
+        ratios = sorted(p / s for p, s in zip(plain_seconds, seconds, strict=True))
+        row |= {"method": method, "checkpointing": checkpointing, "state": name}
+        row |= {
+            "ms": 1e3 * statistics.median(seconds),
+            "speedup": statistics.median(ratios),
+            "speedup_range": [ratios[0], ratios[-1]],
+        }
+        row["limit"] = plain_flops / row["flops"]
         held_mib = ", ".join(
             f"{key.replace('_', ' ')} {row[key] / 2**20:.1f}"
             for key in ("gradients", "optimizer_state", "previous_gradients", "peak_allocated")
             if key in row
         )
         print(
-            f"  {method:<6} {checkpointing:<14} {row['state']:<34} {row['ms']:8.1f} ms  {row['speedup']:.2f}x"
-            f" (limit {row['limit']:.2f}x)  MiB: {held_mib}",
+            f"  {method:<6} {checkpointing:<14} {name:<34} {row['ms']:8.1f} ms  {row['speedup']:.2f}x"
+            f" ({ratios[0]:.2f} to {ratios[-1]:.2f}, limit {row['limit']:.2f}x)  MiB: {held_mib}",
             flush=True,
         )
     if method != "full":
         print(f"  {method:<6} {checkpointing:<14} {'100% of matrices':<34} the run ends", flush=True)
-    return shown
+    return list(rows.values())
 
 
 def cached(args, tokenizer, data, method: str, checkpointing: str) -> dict:
     """Half of the layers frozen: the cut alone, and with the prefix read from the cache from the second epoch on."""
     few = data.select(range(4 * args.batch))
     steps_in_epoch = 4
-    seconds: dict[int, list[float]] = {0: [], 256: []}
-    losses: dict[int, list[float]] = {}
-    for _ in range(args.rounds):
-        for mib in seconds:
+    seconds: dict[str, list[float]] = {"0": [], "256": []}
+    losses: dict[str, list[float]] = {}
+    for turn in range(args.rounds):
+        for mib in in_turn(list(seconds), turn):
             clock = Clock()
-            config = GradESConfig(freeze_norms=True, freeze_embeddings=True, cache_prefix=mib)
+            config = GradESConfig(freeze_norms=True, freeze_embeddings=True, cache_prefix=int(mib))
             trainer = trainer_for(
                 Scheduled, build(method, args, tokenizer), args, tokenizer, few, checkpointing,
                 3 * steps_in_epoch + args.steps, [clock], grades=config,
@@ -313,16 +316,16 @@ def cached(args, tokenizer, data, method: str, checkpointing: str) -> dict:
             trainer.callback_handler.callbacks.sort(key=lambda callback: callback is clock)
             Scheduled.plan = {1: {n for n, m in trainer.watched.items() if m.layer < args.layers / 2}}
             trainer.train()
-            seconds[mib] += clock.seconds[3 * steps_in_epoch :]
+            seconds[mib].append(statistics.median(clock.seconds[3 * steps_in_epoch :]))
             losses.setdefault(mib, []).append(trainer.state.log_history[-1]["train_loss"])
     alone, both = (1e3 * statistics.median(times) for times in seconds.values())
     row = {"method": method, "checkpointing": checkpointing, "cut_ms": alone, "cut_and_cache_ms": both}
     row |= {
-        "speedup": alone / both,
+        "speedup": statistics.median(a / b for a, b in zip(*seconds.values(), strict=True)),
         "train_loss_difference": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
     }
     print(
-        f"  {method:<6} {checkpointing:<14} cut {alone:.1f} ms, cut and cache {both:.1f} ms: {alone / both:.2f}x",
+        f"  {method:<6} {checkpointing:<14} cut {alone:.1f} ms, cut and cache {both:.1f} ms: {row['speedup']:.2f}x",
         flush=True,
     )
     return row
@@ -334,12 +337,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=6, help="measured steps per turn")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each variant")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps per turn")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each variant")
     args = parser.parse_args()
     args.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     args.scratch = Path("outputs/benchmark")
-    disable_progress_bars()
+    shutil.rmtree(args.scratch, ignore_errors=True)
+    disable_progress_bars()  # one after another for each model that is built
+    logging.disable_progress_bar()
     tokenizer = demo.tiny_qwen3()[1]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, len(tokenizer), (512, args.length), generator=generator)
