@@ -19,7 +19,7 @@ test: venv $(VENV)/.ready-for-tests
 
 gpu: venv $(VENV)/.ready-for-tests
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python benchmarks/step_time.py --hidden 2048 --layers 16 --batch 8 --length 1024
+	$(BIN)/python benchmarks/step_time.py --hidden 2048 --layers 16 --batch 8 --length 1024 --rounds 3
 
 venv: $(VENV)/.ready
 

@@ -338,7 +338,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3, help="measured steps per turn")
-    parser.add_argument("--rounds", type=int, default=4, help="turns of each variant")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each variant")
     args = parser.parse_args()
     args.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     args.scratch = Path("outputs/benchmark")
