@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 import wandb
 from datasets import Dataset
@@ -367,6 +368,30 @@ def load_data(
     splits = data.with_validation(splits, recipe.max_eval_samples)
     wanted = [split for split in splits if split.startswith("test") or not test_only]
     return {split: data.response_only(splits[split]) for split in wanted}
+
+
+def report_cut_rows(trainer: Any, given: dict[str, Dataset]) -> None:
+    """Says how many examples `max_length` has cut. TRL drops those that lose their whole response without a word.
+
+    Args:
+        trainer: an SFTTrainer, which has prepared its data.
+        given (`dict[str, Dataset]`): what it was given as `train` and `validation`.
+
+    Raises:
+        SystemExit: nothing is left to train on, or to validate on.
+    """
+    length = trainer.args.max_length
+    if length is None or trainer.args.packing:  # packing puts several examples into a row
+        return
+    for split, prepared in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
+        dropped = len(given[split]) - len(prepared)
+        tables = prepared.select_columns("input_ids").with_format("arrow").iter(1000)
+        cut = sum(pc.sum(pc.equal(pc.list_value_length(table["input_ids"]), length)).as_py() for table in tables)
+        found = f"{split}: of {len(given[split]):,} examples, {dropped:,} have no response left"
+        if len(prepared) == 0:
+            raise SystemExit(f"{found} within --max_length {length}: raise it.")
+        if dropped or cut:
+            print(f"CAUTION: {found} within --max_length {length}: dropped. {cut:,} more reach it and may be cut.")
 
 
 def early_stopping(recipe: RecipeArguments) -> list[EarlyStoppingCallback]:

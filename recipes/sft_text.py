@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from grades_trl import GradESTrainer, demo
 from grades_trl.accounting import RunClock
-from grades_trl.cli import early_stopping, final_losses, finish, load_data, parse
+from grades_trl.cli import early_stopping, final_losses, finish, load_data, parse, report_cut_rows
 from grades_trl.generate import answers, exact_match, show_samples
 from grades_trl.loading import load_model, make_trainable
 
@@ -59,6 +59,7 @@ def main() -> None:
         grades=grades if recipe.grades else None,
         callbacks=[clock, *early_stopping(recipe)],
     )
+    report_cut_rows(trainer, {"train": train, "validation": validation})
 
     # 3. Train, with a few answers and their exact match before and after.
     can_ask = "prompt" in test.column_names

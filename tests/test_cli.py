@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
 
-from grades_trl import cli
+from grades_trl import cli, demo
 from grades_trl.backend import BACKENDS
 from grades_trl.cli import RecipeArguments, early_stopping, parse, parse_scoring
 
@@ -97,3 +99,25 @@ def test_a_config_file_may_be_given_in_one_word(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("learning_rate: 0.125\nreport_to: none\n")
     assert parse("", Path("none.yaml"), [f"--config={file}"])[1].learning_rate == 0.125
+
+
+def test_what_max_length_cuts_is_said(tmp_path, capsys):
+    """Two prompts are longer than that, the response of a third ends beyond it, a fourth example is whole."""
+    model, tokenizer = demo.tiny_qwen3()
+    lengths = [(100, 4), (60, 4), (10, 60), (10, 4)]
+    rows = Dataset.from_list([{"prompt": "1" * prompt, "completion": "2" * response} for prompt, response in lengths])
+    short = rows.select([3, 3])
+
+    def report(rows, max_length):
+        args = SFTConfig(str(tmp_path), max_length=max_length, use_cpu=True, bf16=False, report_to=[])
+        trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=short, processing_class=tokenizer)
+        cli.report_cut_rows(trainer, {"train": rows, "validation": short})
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("CAUTION")]
+
+    assert report(rows, 40) == [
+        "CAUTION: train: of 4 examples, 2 have no response left within --max_length 40: dropped. 1 more reach it and "
+        "may be cut."
+    ]
+    assert report(rows, 200) == report(rows, None) == []
+    with pytest.raises(SystemExit, match="train: of 2 examples, 2 have no response left within --max_length 40"):
+        report(rows.select([0, 1]), 40)
