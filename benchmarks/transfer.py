@@ -172,13 +172,14 @@ def watch(data, seed, width, rank, dtype, optim, batch, schedule, lr) -> dict:
         for grades in (gains, changes):
             grades.step(step)
         readings.append(changes.readings)
-        live -= set(default.update(step, {n: x for n, x in gains.readings.items() if n in live}))
+        whole = {"idle": gains.heldout.idle, "since_best": gains.heldout.loss - gains.heldout.best_loss}
+        live -= set(default.update(step, {n: x for n, x in gains.readings.items() if n in live}, **whole))
         if step % every == 0:
             curve[step], averages[step] = (
                 loss_of(model, {}, validation),
                 loss_of(model, gains.heldout.average, validation),
             )
-        if gains.readings and live and (kept is None or default.at_best):
+        if gains.heldout.best_step == step and stop is None:
             kept = averages[step]
         if stop is None and not live:
             stop = step

@@ -96,6 +96,11 @@ class StepClock:
             self.first_freeze = len(self.step_seconds) - 1
         self._mark = now
 
+    def add(self, overhead: float) -> None:
+        """Seconds that GradES took after the last step."""
+        self.step_seconds[-1] += overhead
+        self.overhead_seconds[-1] += overhead
+
     @property
     def total(self) -> float:
         return sum(self.step_seconds)

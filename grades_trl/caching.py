@@ -75,11 +75,13 @@ class PrefixCache:
                 self.bytes += size
 
 
-def draws_at_random(block: nn.Module) -> bool:
-    """Whether the output of a block in training mode changes from pass to pass: it has dropout."""
+def draws_at_random(model: nn.Module) -> bool:
+    """Whether the output of a model in training mode changes from pass to pass: it has dropout, or NEFTune's noise."""
     return any(
-        (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0) > 0
-        for module in block.modules()
+        (isinstance(module, nn.Dropout) and module.p > 0)
+        or getattr(module, "attention_dropout", 0.0) > 0
+        or hasattr(module, "neftune_noise_alpha")
+        for module in model.modules()
     )
 
 

@@ -46,6 +46,7 @@ ROWS = (
     "dataset_test_split",
     "test_size",
     "max_eval_samples",
+    "dataset_text_field",
     "seed",
 )
 SCORING = (
@@ -69,7 +70,7 @@ SCORING = (
 )
 # What --help of evaluate.py shows beside `ROWS`.
 SCORING_FLAGS = (
-    "generate samples max_new_tokens dataset_text_field max_length per_device_eval_batch_size dtype load_in_4bit "
+    "generate samples max_new_tokens max_length per_device_eval_batch_size dtype load_in_4bit "
     "trust_remote_code output_dir"
 )
 
@@ -147,6 +148,7 @@ class RecipeArguments:
     generate: int = field(default=200, metadata={"help": "Held-out prompts to answer and score after training."})
     samples: int = field(default=4, metadata={"help": "Held-out prompts to answer and show before and after."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+    dataset_text_field: str = field(default="text", init=False)  # what the column is called in the source
 
 
 def parse(
@@ -364,7 +366,8 @@ def load_data(
             vision=vision,
             text_column=training.dataset_text_field,
         )
-        training.dataset_text_field = "text"  # what that column is called from here on
+        # TRL ends a text with <eos> only if its column is called `text`
+        recipe.dataset_text_field, training.dataset_text_field = training.dataset_text_field, "text"
     splits = data.with_validation(splits, recipe.max_eval_samples)
     wanted = [split for split in splits if split.startswith("test") or not test_only]
     return {split: data.response_only(splits[split]) for split in wanted}
@@ -476,18 +479,18 @@ def _result(trainer: Any, clock: accounting.RunClock, results: dict[str, float])
     """What `result.json` holds: the same of every run, so that runs can be compared."""
     steps, total_steps = trainer.state.global_step, trainer.state.max_steps
     summary = trainer.grades_summary
-    grades_seconds = summary["seconds"]["grades"] if summary else 0.0
-    if trainer.grades is not None and trainer.grades.done:
-        reason = "all matrices frozen"
-    else:
-        reason = "schedule finished" if steps >= total_steps else "early stopping"
+    plain_reason = "schedule finished" if steps >= total_steps else "early stopping"
+    grades_seconds, after_training = (
+        (summary["seconds"][part] for part in ("grades", "grades_after_training")) if summary else (0.0, 0.0)
+    )
+    total = clock.total + after_training
     result = {
         "steps": steps,
         "total_steps": total_steps,
-        "stop_reason": reason,
+        "stop_reason": summary.get("stop_reason", plain_reason),
         "seconds": {  # the last four are the parts of the first
-            "total": clock.total,
-            "training": clock.total - clock.validation - clock.saving - grades_seconds,
+            "total": total,
+            "training": total - clock.validation - clock.saving - grades_seconds,
             "validation": clock.validation,
             "saving": clock.saving,
             "grades": grades_seconds,
@@ -516,6 +519,8 @@ def account(summary: dict[str, Any]) -> str:
     speedup, seconds = summary["speedup"], summary["seconds"]
     cheaper, steps, validation = (speedup[part] for part in ("cheaper_steps", "steps_not_run", "validation_not_run"))
 
+    never = f" ({summary['without_gradient']} never got a gradient)" if summary["without_gradient"] else ""
+
     def times(ratio: float | None) -> str:
         return "not measured" if ratio is None else f"{ratio:.2f}x"
 
@@ -525,7 +530,7 @@ def account(summary: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"GradES: {summary['steps']} of {summary['total_steps']} steps, {summary['frozen']} of "
-            f"{summary['matrices']} matrices frozen; {summary['stop_reason']}",
+            f"{summary['matrices']} matrices frozen{never}; {summary['stop_reason']}",
             f"  cheaper steps          {times(cheaper['ratio'])}{saved(cheaper)}",
             f"  steps not run          {times(steps['ratio'])}{saved(steps)}",
             f"  validation not run     {validation['evaluations']} evaluations{saved(validation)}",

@@ -5,9 +5,9 @@ The paper compares each reading with tau, and so it is here, with two additions.
 - `agreement`: the running mean of the matrix's own readings is compared.
 - `heldout_gain`: below 0, the updates of the matrix have made the held-out loss worse. The readings of all matrices
   are of the same few examples, whose noise would choose single ones: they are drawn towards their mean first, and none
-  freezes alone in a reading at which the whole is at a new best (figures in `dev/LOG.md`). When the sum over all
-  matrices, which is the change of the held-out loss, has made no new best for `patience` readings, all of them have
-  converged.
+  freezes alone in a reading at which the whole is at a new best (figures in `dev/LOG.md`). When the held-out loss has
+  made no new best for `patience` readings, all matrices have converged, also those that the held-out examples never
+  reach (an expert without tokens).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Criterion:
     Attributes:
         values (`dict[str, float]`): matrix -> what was compared with tau last.
         taus (`dict[str, float]`): matrix -> threshold, as far as known.
+        seen (`dict[str, int]`): matrix -> how often it was observed.
     """
 
     def __init__(self, config: GradESConfig, towers: dict[str, str], total_steps: int):
@@ -49,13 +50,12 @@ class Criterion:
             name: tau for name, tower in towers.items() if (tau := tau_of_tower[tower]) is not None
         }
         self.values: dict[str, float] = {}
-        self._since_best, self._idle = 0.0, 0  # `heldout_gain`: sum over all matrices and readings since the best one
         self._grace: dict[str, list[float]] = {}
-        self._seen: dict[str, int] = {}
+        self.seen: dict[str, int] = {}
         self._below: dict[str, int] = {}
         self._sums: dict[str, float] = {}
 
-    def update(self, step: int, readings: dict[str, float]) -> list[str]:
+    def update(self, step: int, readings: dict[str, float], idle: int = 0, since_best: float = 0.0) -> list[str]:
         """Takes the readings of one step and returns the matrices that have converged now.
 
         A matrix that is missing from `readings`, or whose reading is not finite, was not observed: nothing about it
@@ -64,6 +64,9 @@ class Criterion:
         Args:
             step (`int`): optimizer step, counted from 1.
             readings (`dict[str, float]`): matrix -> value of the metric.
+            idle (`int`, *optional*, defaults to `0`), since_best (`float`, *optional*, defaults to `0.0`): of
+                `heldout_gain`, readings since the lowest held-out loss, and by how much that is below the last one.
+                When the whole has converged, matrices are returned that were before, too.
         """
         converged = []
         finite = {name: value for name, value in readings.items() if math.isfinite(value)}
@@ -71,37 +74,30 @@ class Criterion:
             self.values[name] = value
             if name not in self.taus:
                 self._collect(step, name, value)
-            if step <= self.grace_steps or self._seen[name] == 1 or name not in self.taus:
+            if step <= self.grace_steps or self.seen[name] == 1 or name not in self.taus:
                 continue
             self._below[name] = self._below.get(name, 0) + 1 if value < self.taus[name] else 0
-            alone = self.config.metric != "heldout_gain" or self._idle > 0
+            alone = self.config.metric != "heldout_gain" or idle > 0
             if self._below[name] >= self._patience and alone:
                 converged.append(name)
-            elif self._idle >= self._patience:
-                self.values[name] = self._since_best  # not its own, which would have let it train on
-                converged.append(name)
+        if idle >= self._patience and step > self.grace_steps:
+            # not by their own values, which would have let them train on
+            self.values |= {name: -since_best for name in self.taus if name not in converged}
+            return list(self.taus)
         return converged
 
     def _compared(self, readings: dict[str, float]) -> dict[str, float]:
         """What is compared with tau."""
         for name in readings:
-            self._seen[name] = self._seen.get(name, 0) + 1
+            self.seen[name] = self.seen.get(name, 0) + 1
         if self.config.metric == "agreement":
             for name, value in readings.items():
                 self._sums[name] = MEMORY * self._sums.get(name, 0.0) + (1 - MEMORY) * value
-            return {name: self._sums[name] / (1 - MEMORY ** self._seen[name]) for name in readings}
+            return {name: self._sums[name] / (1 - MEMORY ** self.seen[name]) for name in readings}
         if self.config.metric == "heldout_gain" and readings:
-            # The last reading was the best so far if what came since the best before it was a gain.
-            self._since_best = math.fsum(readings.values()) + min(self._since_best, 0.0)
-            self._idle = 0 if self._since_best > 0 else self._idle + 1
             mean = statistics.fmean(readings.values())
             return {name: OWN_SHARE * value + (1 - OWN_SHARE) * mean for name, value in readings.items()}
         return readings
-
-    @property
-    def at_best(self) -> bool:
-        """`heldout_gain`: the last reading found the lowest held-out loss so far."""
-        return self._idle == 0
 
     def _collect(self, step: int, name: str, value: float) -> None:
         """`tau="auto"`: gathers the readings of the grace period and sets tau at its end."""
@@ -117,18 +113,15 @@ class Criterion:
             "taus": self.taus,
             "values": self.values,
             "grace": self._grace,
-            "seen": self._seen,
+            "seen": self.seen,
             "below": self._below,
             "sums": self._sums,
-            "since_best": self._since_best,
-            "idle": self._idle,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.taus, self._grace = dict(state["taus"]), {name: list(v) for name, v in state["grace"].items()}
-        self._seen, self._below = dict(state["seen"]), dict(state["below"])
+        self.seen, self._below = dict(state["seen"]), dict(state["below"])
         self.values, self._sums = dict(state["values"]), dict(state["sums"])
-        self._since_best, self._idle = state["since_best"], state["idle"]
 
 
 class Replay(Criterion):
@@ -151,8 +144,8 @@ class Replay(Criterion):
         self._steps = {event["matrix"]: event["step"] for event in events}
         self._compared_there = {event["matrix"]: (event["value"], event["tau"]) for event in events}
 
-    def update(self, step: int, readings: dict[str, float]) -> list[str]:
-        super().update(step, readings)
+    def update(self, step: int, readings: dict[str, float], idle: int = 0, since_best: float = 0.0) -> list[str]:
+        super().update(step, readings, idle, since_best)
         due = [name for name, when in self._steps.items() if when == step]
         for name in due:
             self.values[name], self.taus[name] = self._compared_there[name]

@@ -10,7 +10,7 @@ without checkpointing. Gradients of all that is still live are the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class PrefixCut:
 
     def __init__(self, model: nn.Module, cache_bytes: int = 0):
         self.cache = PrefixCache(cache_bytes) if cache_bytes else None
+        self._model = model
         self.depths: dict[str, int] = {}
         self.blocks: set[str] = set()
         self._stacks = find_blocks(model)
@@ -54,7 +55,8 @@ class PrefixCut:
             if path in self._stacks or (not path.startswith(inside) and any(True for _ in _own(module)))
         }
         for head in find_heads(model):  # called last, or not at all: TRL's chunked loss reads its weight
-            self._units.pop(head, None)
+            for path in [path for path in self._units if f"{path}.".startswith(f"{head}.")]:  # and PEFT's copy of it
+                del self._units[path]
         self._order: dict[str, None] = {}  # paths by first call, of this pass or the last
         self._orders: set[tuple[str, ...]] = set()  # all different ones before
         self._before: dict[str, dict[str, Any]] = {}  # attributes of the cut blocks as they were
@@ -94,8 +96,7 @@ class PrefixCut:
     def _cache_for(self, path: str) -> PrefixCache | None:
         """The cache stands for all cut blocks of a decoder, and for the encoders whose output goes nowhere else."""
         stacks = {self._stacks[path][0] for path in self.blocks if self._towers[path] == "language"}
-        usable = len(stacks) == 1 and not any(draws_at_random(self._units[path]) for path in self.blocks)
-        return self.cache if usable else None
+        return self.cache if len(stacks) == 1 and not draws_at_random(self._model) else None
 
     def _prefix(self, tower: str) -> set[str]:
         """The blocks of a tower that come before the first module that trains, in every pass that was seen.
@@ -118,9 +119,24 @@ class PrefixCut:
                     (after if trained else before).add(path)
         return before - after
 
-    def _trains(self, path: str) -> bool:
+    @property
+    def called(self) -> list[str]:
+        """What was called in this pass, or the last."""
+        return list(self._order)
+
+    def dead_ends(self, called: list[str], unreached: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """What trains in blocks and modules that were called without a gradient coming back to any of it: nothing
+        uses their output. So it is with the last layer of LLaVA-1.5's vision tower (`vision_feature_layer=-2`)."""
+        nowhere = {id(p) for p in unreached}
+        trained = [[p for p in self._parameters(path) if p.requires_grad] for path in called]
+        return [p for group in trained if all(id(p) in nowhere for p in group) for p in group]
+
+    def _parameters(self, path: str) -> Iterator[nn.Parameter]:
         module = self._units[path]
-        return any(p.requires_grad for p in (module.parameters() if path in self._stacks else _own(module)))
+        return module.parameters() if path in self._stacks else _own(module)
+
+    def _trains(self, path: str) -> bool:
+        return any(p.requires_grad for p in self._parameters(path))
 
     def upstream(self, first: str) -> list[nn.Module]:
         """What feeds the first block (a path) within its tower: embeddings of tokens, patches, positions."""

@@ -56,7 +56,6 @@ def load(
     train_split: str = "train",
     test_split: str | None = None,
     test_size: int | float = 0.1,
-    limit: int | None = None,
     seed: int = 42,
     vision: bool = False,
     text_column: str = "text",
@@ -83,7 +82,6 @@ def load(
             neither, `test_size` of the training split.
         test_size (`int` or `float`, *optional*, defaults to `0.1`): rows (`int`) or share (`float`) of the training
             split that is held out where there is no test split.
-        limit (`int`, *optional*): use only the first `limit` rows of each split.
         seed (`int`, *optional*, defaults to `42`): of the split into train and test, and of the order of the test
             rows, which a source may keep by topic; the same seed gives the same rows.
         vision (`bool`, *optional*, defaults to `False`): whether rows have pictures.
@@ -110,8 +108,6 @@ def load(
         dataset = splits[split]
         if "conversations" in dataset.column_names and "messages" not in dataset.column_names:
             dataset = dataset.map(_from_sharegpt, remove_columns="conversations", desc="Renaming roles")
-        if limit is not None:
-            dataset = dataset.select(range(min(limit, len(dataset))))
         check(dataset, vision, name=split, text_column=text_column)
         ready.append(_shape(dataset, text_column))
     if test_split is not None:

@@ -16,7 +16,7 @@ from .criterion import Criterion, Replay
 from .cutting import PrefixCut
 from .freezing import FrozenExperts, freeze, freeze_parameter
 from .heldout import HeldoutGain
-from .matrices import blocks_of_matrices, find_matrices, towers_of_parameters
+from .matrices import WeightMatrix, blocks_of_matrices, find_matrices, towers_of_parameters
 from .metrics import Sample, sample
 from .unsloth_lora import skip_frozen_pairs
 
@@ -103,7 +103,7 @@ class GradES:
         frozen (`dict[str, int]`): matrix -> step.
         readings (`dict[str, float]`): the metric of every matrix observed in the last step.
         taus (`dict[str, float]`): matrix -> threshold, as far as known.
-        done (`bool`): everything is frozen.
+        done (`bool`): everything is frozen that a gradient has ever reached.
         went_back (`bool`): the model has its best average, of `heldout.best_step`.
         cut (`PrefixCut`): how far backward is kept out of the frozen prefix.
 
@@ -121,7 +121,6 @@ class GradES:
         heldout: Callable[[], Tensor] | None = None,
     ):
         self.config = config
-        self.total_steps = total_steps
         self.optimizer = optimizer
         self.matrices = find_matrices(model, projector=config.track_projector)
         skip_frozen_pairs(model)  # where Unsloth's fused LoRA kernels compute the gradients
@@ -144,6 +143,8 @@ class GradES:
         self.interval = config.interval or 1
         self.went_back = False
         self.frozen: dict[str, int] = {}
+        # What no gradient has come to so far.
+        self._unreached = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.readings: dict[str, float] = {}
         self._last_step = 0
         # What a reading is compared with: the gradients, or weights, of an earlier step, and that step.
@@ -158,7 +159,14 @@ class GradES:
 
     @property
     def done(self) -> bool:
-        return len(self.frozen) == len(self.matrices)
+        unreached = {id(p) for p in self._unreached.values()}
+
+        def trains(matrix: WeightMatrix) -> bool:
+            if matrix.expert is not None:  # its tensor has a gradient for the sake of others
+                return matrix.name in self.criterion.seen
+            return not any(id(p) in unreached for p in matrix.parameters)
+
+        return bool(self.frozen) and not any(trains(m) for n, m in self.matrices.items() if n not in self.frozen)
 
     @property
     def taus(self) -> dict[str, float]:
@@ -182,15 +190,18 @@ class GradES:
         if step <= self._last_step:
             raise ValueError(f"GradES.step({step}) after step {self._last_step}: steps count up from 1.")
         self._last_step = step
+        called = self.cut.called  # in the pass of training, before those of a reading
+        self._unreached = {name: p for name, p in self._unreached.items() if p.grad is None}
         for experts in self._experts.values():
             experts.zero_gradients()
         self.readings = self._readings(step, grad_scale)
-        converged = self.criterion.update(step, self.readings)
-        first = self.heldout is not None and self.heldout.readings and not self.heldout.best
-        if first or (self.heldout is not None and self.readings and self.criterion.at_best):
-            self.heldout.keep_best(step)
-        events = self._freeze(step, converged)
+        whole = {}
+        if self.heldout is not None:
+            whole = {"idle": self.heldout.idle, "since_best": self.heldout.loss - self.heldout.best_loss}
+        converged = self.criterion.update(step, self.readings, **whole)
+        events = self._freeze(step, [name for name in converged if name not in self.frozen])
         if events or self._stale_cut:
+            self._freeze_rest(self.cut.dead_ends(called, self._unreached.values()))
             self._freeze_companions()
             self.cut.update()
             self._stale_cut = False
@@ -223,12 +234,14 @@ class GradES:
         if not live:
             return {}
         if self.heldout is None:
-            return self._read(step, grad_scale, live) if self._wanted(step) or self._wanted(step + 1) else {}
+            # a norm is compared with nothing, all else with the step before
+            kept = self.config.metric != "grad_norm" and self._wanted(step + 1)
+            return self._read(step, grad_scale, live) if self._wanted(step) or kept else {}
         if not self._wanted(step):
             return {}
         # The first reading that can count is compared with the last one of the grace period.
         early = step + self.interval <= self.criterion.grace_steps
-        return self.heldout.read([] if early else [self.matrices[name] for name in live], grad_scale)
+        return self.heldout.read(step, [] if early else [self.matrices[name] for name in live], grad_scale)
 
     def _read(self, step: int, grad_scale: float, live: list[str]) -> dict[str, float]:
         """The metric of every matrix observed in this step, with one transfer from the device."""
@@ -422,6 +435,7 @@ class GradES:
             "sample": self.config.sample,
             "last_step": self._last_step,
             "frozen": dict(self.frozen),
+            "unreached": list(self._unreached),
             "heldout": heldout,
             "previous_step": dict(self._previous_step),
             "criterion": self.criterion.state_dict(),
@@ -451,6 +465,7 @@ class GradES:
                 "among them: resume with the model and the LoRA settings it was written with."
             )
         self._last_step = state["last_step"]
+        self._unreached = {name: self._unreached[name] for name in state["unreached"]}
         self._previous_step = dict(state["previous_step"])
         for name in self._previous_step:
             parameters = self.matrices[name].parameters

@@ -52,8 +52,9 @@ class HeldoutGain:
 
     Attributes:
         average (`dict[str, Tensor]`): name of a parameter that trains -> its average over the readings.
-        best (`dict[str, Tensor]`): the average at the best reading.
-        best_step (`int`), best_loss (`float`): when that was, and the held-out loss there.
+        best (`dict[str, Tensor]`): the average at the reading with the lowest held-out loss.
+        best_step (`int`), best_loss (`float`): when that was, and the loss.
+        idle (`int`): readings since then.
         gradients (`dict[str, list[Tensor]]`): matrix -> its held-out gradients at the last reading.
         loss (`float`): the held-out loss of the last reading.
         readings (`int`): how often the held-out examples were run.
@@ -71,7 +72,7 @@ class HeldoutGain:
         self._averaged = 0  # how often
         self.average: dict[str, Tensor] = {}
         self.best: dict[str, Tensor] = {}
-        self.best_step, self.best_loss = 0, math.inf
+        self.best_step, self.best_loss, self.idle = 0, math.inf, 0
         self.gradients: dict[str, list[Tensor]] = {}
         self.loss = math.inf
         self.readings = 0
@@ -80,11 +81,12 @@ class HeldoutGain:
         return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def read(self, matrices: Collection[WeightMatrix], scale: float) -> dict[str, float]:
+    def read(self, step: int, matrices: Collection[WeightMatrix], scale: float) -> dict[str, float]:
         """The gains in nats of the matrices that were read the last time too. Weights and training gradients are
         afterwards as they were, bit for bit.
 
         Args:
+            step (`int`): optimizer step.
             matrices (`Collection[WeightMatrix]`): what is read; without any, the average goes on and that is all.
             scale (`float`): the loss scale that gradients are multiplied by.
         """
@@ -116,7 +118,12 @@ class HeldoutGain:
         for name, p in trained.items():
             p.copy_(weights[name])
             p.grad = kept[name]
-        return self._gains(before, gradients, loss)
+        gains = self._gains(before, gradients, loss)
+        if self.loss < self.best_loss:
+            self.best, self.best_step, self.best_loss, self.idle = self.average, step, self.loss, 0
+        else:
+            self.idle += 1
+        return gains
 
     def _gains(
         self, before: dict[str, Tensor], gradients: dict[WeightMatrix, list[Tensor]], loss: Tensor
@@ -150,10 +157,6 @@ class HeldoutGain:
         missing = drop - math.fsum(gains.values())
         return {name: own + missing / len(gains) for name, own in gains.items()}
 
-    def keep_best(self, step: int) -> None:
-        """This is the best reading so far."""
-        self.best, self.best_step, self.best_loss = self.average, step, self.loss
-
     @torch.no_grad()
     def settle(self, parameter: nn.Parameter, part: Any = ...) -> None:
         """Gives a tensor, or a part of it (`WeightMatrix.part`), its average."""
@@ -171,7 +174,7 @@ class HeldoutGain:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able, but for the flat dict under `"tensors"`."""
-        names = ("_averaged", "best_step", "best_loss", "loss", "readings")
+        names = ("_averaged", "best_step", "best_loss", "idle", "loss", "readings")
         tensors = {f"average/{name}": t for name, t in self.average.items()}
         if self.best is not self.average:  # one tensor cannot be written twice
             tensors |= {f"best/{name}": t for name, t in self.best.items()}

@@ -82,14 +82,11 @@ def make_trainable(model: nn.Module, args: ModelConfig, towers: Collection[str] 
         for name, tower in towers_of_parameters(model).items():
             model.get_parameter(name).requires_grad_(tower in towers)
         return model
-    targets = args.lora_target_modules or linear_layers(model, towers)
-    if isinstance(targets, str) and targets.isidentifier():  # ModelConfig unpacks a list of one; a str is a pattern
-        targets = [targets]
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=targets,
+        target_modules=_targets(args) or linear_layers(model, towers),
         target_parameters=args.lora_target_parameters,
         modules_to_save=args.lora_modules_to_save,
         use_rslora=args.use_rslora,
@@ -98,6 +95,12 @@ def make_trainable(model: nn.Module, args: ModelConfig, towers: Collection[str] 
     )
     set_seed(seed)
     return get_peft_model(model, config)
+
+
+def _targets(args: ModelConfig) -> list[str] | str | None:
+    """`--lora_target_modules`: ModelConfig unpacks a list of one, and a str is a pattern to PEFT."""
+    targets = args.lora_target_modules
+    return [targets] if isinstance(targets, str) and targets.isidentifier() else targets
 
 
 def find_gguf(name: str) -> Path | None:
@@ -152,7 +155,7 @@ def _load_with_unsloth(
     )
     if args.use_peft:
         parts = {f"finetune_{tower}_layers": tower in towers for tower in ("vision", "language")} if vision else {}
-        targets = {} if args.lora_target_modules is None else {"target_modules": args.lora_target_modules}
+        targets = {} if args.lora_target_modules is None else {"target_modules": _targets(args)}
         model = loader.get_peft_model(
             model,
             r=args.lora_r,

@@ -60,7 +60,8 @@ class WeightMatrix:
     @property
     def lora(self) -> bool:
         """Whether low-rank factors train here, and the weight itself does not."""
-        return all(p.numel() != self.shape[0] * self.shape[1] for p in self.parameters) and self.expert is None
+        own = len(self.parameters) == 1 and self.parameters[0].numel() == self.shape[0] * self.shape[1]
+        return self.expert is None and not own
 
 
 def find_matrices(model: nn.Module, projector: bool = False) -> dict[str, WeightMatrix]:
@@ -80,9 +81,11 @@ def find_matrices(model: nn.Module, projector: bool = False) -> dict[str, Weight
     """
     blocks, towers, heads = find_blocks(model), _towers(model), find_heads(model)
     found: list[tuple[str, str, int, str, tuple[nn.Parameter, ...], tuple[int, ...]]] = []
+    taken: set[int] = set()
     for path, name, parameters, shape in _trainable_linears(model):
-        if path in heads:
+        if path in heads or id(parameters[0]) in taken:  # PEFT's `modules_to_save` wraps a layer and shows its weight
             continue
+        taken.add(id(parameters[0]))
         stack, layer, inner = _locate(path, name, blocks)
         if inner == "" and not (projector and _is_connector(path)):
             continue

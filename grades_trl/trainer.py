@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import accounting
+from .caching import draws_at_random
 from .config import GradESConfig
 from .engine import FreezeEvent, GradES
 from .matrices import blocks_of_matrices, describe, find_matrices, untracked_parameters
@@ -94,7 +95,7 @@ class GradESMixin(_SFTTrainer):
                 'metric "heldout_gain" reads the loss of held-out examples: pass eval_dataset=..., or take a metric '
                 "of the training gradients (grad_change, agreement)."
             )
-        self._print(f"\nGradES watches {len(self.watched)} weight matrices\n{describe(self.model, self.watched)}\n")
+        tqdm.write(f"\nGradES watches {len(self.watched)} weight matrices\n{describe(self.model, self.watched)}\n")
         self.add_callback(_GradESCallback(self))
 
     # ---- the step ----
@@ -125,12 +126,12 @@ class GradESMixin(_SFTTrainer):
         for stack, depth in self.grades.cut.depths.items():
             if depth > depths.get(stack, 0):
                 whole = all(m.layer < depth for m in self.grades.matrices.values() if m.stack == stack)
-                self._print(f"step {step}: backward ends above {'all' if whole else depth} blocks of {stack}")
+                tqdm.write(f"step {step}: backward ends above {'all' if whole else depth} blocks of {stack}")
 
     def _announce(self, step: int, events: list[FreezeEvent]) -> None:
         shown = ", ".join(f"{e.tower} {e.layer} {e.role}" for e in events[:3]) + (" ..." if len(events) > 3 else "")
         total = len(self.grades.matrices)
-        self._print(f"step {step}: froze {len(events)} ({shown}); {len(self.grades.frozen)} of {total} frozen")
+        tqdm.write(f"step {step}: froze {len(events)} ({shown}); {len(self.grades.frozen)} of {total} frozen")
 
     # ---- the run ----
 
@@ -178,18 +179,18 @@ class GradESMixin(_SFTTrainer):
         self._heldout_examples = count
         if interval > steps:
             enough = math.ceil(100 * count * (HELDOUT_READINGS // 2) / (steps * per_step)) / 100
-            self._print(
+            tqdm.write(
                 f"heldout_gain: {steps * per_step:,} training examples are too few: nothing will freeze. The "
                 f"{config.heldout_cost:.0%} of them that readings may cost are not enough for the few readings of "
                 f"{count} held-out examples that it takes; --heldout_cost {min(enough, 1.0)} is."
             )
         else:
             cost = count * (heldout_readings(config, steps, interval) + 1) / (steps * per_step)
-            self._print(
+            tqdm.write(
                 f"heldout_gain: {count} held-out examples every {interval} steps, {cost:.1%} of the training examples"
             )
         if count < MIN_HELDOUT:
-            self._print(
+            tqdm.write(
                 f"heldout_gain: {count} held-out examples decide, which is a matter of luck below {MIN_HELDOUT}"
             )
         return dataclasses.replace(config, interval=interval)
@@ -219,6 +220,13 @@ class GradESMixin(_SFTTrainer):
                 f"Nothing is left to train: everything was frozen at step {max(self.grades.frozen.values())} of the "
                 "run that is resumed. Use its model as it is, or start anew from its weights."
             )
+        if self.state.global_step >= self.state.max_steps:
+            raise ValueError(
+                f"Nothing is left to train: the run that is resumed has finished its {self.state.max_steps} steps. "
+                "Use its model as it is, or start anew from its weights."
+            )
+        if self.grades_config.cache_prefix and draws_at_random(self.model):
+            tqdm.write("--cache_prefix is off: dropout or NEFTune's noise changes what it would keep in each pass")
         self.timeline = Timeline(
             Path(self.args.output_dir) / "grades",
             self.grades.matrices,
@@ -252,13 +260,18 @@ class GradESMixin(_SFTTrainer):
     def _end_training(self) -> None:
         for hook in self._token_hooks:
             hook.remove()
+        start = time.perf_counter()
         if self.args.load_best_model_at_end:  # the user has chosen what is kept
             self.grades.close()
         else:
             self.grades.finish()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._finish_seconds = time.perf_counter() - start
+        self._clock.add(self._finish_seconds)
         if self._heldout_weights() == "average":
             step, loss = self.grades.heldout.best_step, self.grades.heldout.best_loss
-            self._print(f"the model has the average of its weights up to step {step}: held-out loss {loss:.4f}")
+            tqdm.write(f"the model has the average of its weights up to step {step}: held-out loss {loss:.4f}")
         self.grades_summary = self._summarize()
         self.timeline.write_report(self.grades_summary)
         self._wandb_finish()
@@ -289,6 +302,7 @@ class GradESMixin(_SFTTrainer):
             state |= {"clock": vars(self._clock), "validation": vars(self._validation), "states": self._states}
             save_file({k: t.contiguous() for k, t in state.pop("tensors").items()}, Path(output_dir) / STATE_TENSORS)
             (Path(output_dir) / STATE_JSON).write_text(json.dumps(state))
+            self.timeline.flush()  # a run that is killed is resumed with its history
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.grades_config is not None and checkpoint is not None:
@@ -412,8 +426,8 @@ class GradESMixin(_SFTTrainer):
         if self.eval_dataset is None or strategy == "no":
             return 0
         sets = len(self.eval_dataset) if isinstance(self.eval_dataset, dict) else 1
-        if strategy == "epoch":
-            return sets * int(self.args.num_train_epochs) if self.args.max_steps <= 0 else 0
+        if strategy == "epoch":  # how many epochs there are of a streamed set, nobody knows
+            return sets * self.state.num_train_epochs if self.state.num_train_epochs < sys.maxsize else 0
         return sets * int(steps // self.state.eval_steps)
 
     def _summarize(self) -> dict[str, Any]:
@@ -428,7 +442,7 @@ class GradESMixin(_SFTTrainer):
         if grades.done:
             reason = "all matrices frozen"
         else:
-            reason = "schedule finished" if steps >= self.state.max_steps else "stopped by something else"
+            reason = "schedule finished" if steps >= self.state.max_steps else "early stopping"
         return {
             "model": self.model.config._name_or_path or type(self.model).__name__,
             "metric": self.grades_config.metric,
@@ -441,12 +455,18 @@ class GradESMixin(_SFTTrainer):
             "stop_reason": reason,
             "matrices": len(grades.matrices),
             "frozen": len(grades.frozen),
+            "without_gradient": len(grades.matrices) - len(grades.frozen) if grades.done else 0,
             "towers": towers,
             "cuts": [{"step": s["step"], **s["cut"]} for s in self._states if s["cut"]],
             "params_tracked": sum(m.params for m in grades.matrices.values()),
             "params_trained_untracked": sum(untracked_parameters(self.model, grades.matrices).values()),
             "speedup": accounting.speedup(clock, self.state.max_steps, self._validation),
-            "seconds": {"training": clock.total, "validation": self._validation.seconds, "grades": overhead},
+            "seconds": {
+                "training": clock.total,
+                "validation": self._validation.seconds,
+                "grades": overhead,
+                "grades_after_training": self._finish_seconds,
+            },
             "overhead": {
                 "ms_per_step": 1e3 * statistics.fmean(clock.overhead_seconds) if clock.overhead_seconds else None,
                 "fraction": overhead / clock.total if clock.total else None,
@@ -519,10 +539,6 @@ class GradESMixin(_SFTTrainer):
         report = wandb.Artifact(f"grades-{run.id}", type="grades-report")
         report.add_dir(str(self.timeline.directory))
         run.log_artifact(report)
-
-    def _print(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            tqdm.write(text)
 
 
 def _rendered(figure: Any) -> Any:

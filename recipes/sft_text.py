@@ -45,6 +45,7 @@ def main() -> None:
         model, tokenizer = load_model(
             model_args,
             BACKEND,
+            towers=("language",),  # of a model that sees, its text alone
             trust_remote_code=training.trust_remote_code,
             max_length=training.max_length,
             seed=training.seed,

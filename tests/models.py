@@ -44,7 +44,6 @@ def llava(**changes) -> T.LlavaForConditionalGeneration:
     config = T.LlavaConfig(
         text_config=T.Qwen2Config(**SMALL),
         vision_config=T.CLIPVisionConfig(**vision, image_size=32, patch_size=8),
-        vision_feature_layer=-1,
-        **changes,
+        **({"vision_feature_layer": -1} | changes),
     )
     return T.LlavaForConditionalGeneration(config)

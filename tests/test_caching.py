@@ -116,6 +116,24 @@ def test_nothing_is_cached_where_the_key_would_not_tell():
     assert (cut.cache.hits, cut.cache.bytes) == (0, 0)
 
 
+@pytest.mark.parametrize("noise", [None, 5.0])
+def test_neftune_switches_it_off(tmp_path, capsys, noise):
+    tokenizer = demo.tiny_qwen3()[1]
+    dataset = demo.dates(train=32, test=8)
+    trainer = bottom_up(GradESTrainer, most=2)(
+        model=qwen3(num_hidden_layers=4, vocab_size=len(tokenizer), bos_token_id=None),
+        args=config_for(tmp_path, None, num_train_epochs=4, save_strategy="no", neftune_noise_alpha=noise),
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"],
+        processing_class=tokenizer,
+        grades=GradESConfig(cache_prefix=16),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    trainer.train()
+    assert (trainer.grades.cut.cache.hits == 0) == (noise is not None)
+    assert ("--cache_prefix is off" in capsys.readouterr().out) == (noise is not None)
+
+
 def test_the_same_words_with_another_picture_are_another_sample():
     model = llava(image_token_id=3).train()
     model.requires_grad_(False)

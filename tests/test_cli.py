@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from grades_trl import cli, demo
 from grades_trl.backend import BACKENDS
@@ -82,6 +82,17 @@ def test_evaluate_takes_over_the_settings_of_the_first_run(tmp_path, capsys):
     _, recipe, training, _ = parse_scoring("", [run, "--dataset_name", "b.jsonl"])
     assert (recipe.dataset_name, training.seed, recipe.max_new_tokens) == ("b.jsonl", 42, 5)
     assert "CAUTION" not in capsys.readouterr().out
+
+    # The column of plain text by the name that it has in the source
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"body": f"text {i}"}) + "\n" for i in range(40)))
+    recipe, training = settings("--dataset_name", str(texts), "--dataset_text_field", "body")
+    rows = cli.load_data(recipe, training, {})
+    (tmp_path / "body").mkdir()
+    scored = {"scored_with": cli.scored_with(recipe, training, ModelConfig())}
+    (tmp_path / "body" / "result.json").write_text(json.dumps(scored))
+    _, recipe, training, _ = parse_scoring("", [str(tmp_path / "body")])
+    assert cli.load_data(recipe, training, {})["test"][:] == rows["test"][:]
 
     # Of no run at all: as it is stored
     _, _, training, model = parse_scoring("", ["hub/name"])

@@ -91,20 +91,24 @@ def test_state_survives_json_in_the_middle_of_the_grace_period():
 def converged_at(readings, total_steps=20, **config):
     """Matrix -> step in which it converges, reading all matrices in each step."""
     names = list(readings[0])
+    losses, idle = [0.0], 0  # held-out losses, of which the readings are the gains
     criterion = Criterion(GradESConfig(alpha=0.0, **config), dict.fromkeys(names, "language"), total_steps)
-    found, best = {}, []
+    found: dict[str, int] = {}
     for step, values in enumerate(readings, start=1):
         live = {name: value for name, value in values.items() if name not in found}
         if not live:
             break
-        found |= dict.fromkeys(criterion.update(step, live), step)
-        best.append(criterion.at_best)
-    return found, best, criterion
+        losses.append(losses[-1] - math.fsum(live.values()))
+        idle = 0 if losses[-1] < min(losses[:-1]) else idle + 1
+        whole = (idle, losses[-1] - min(losses)) if config["metric"] == "heldout_gain" else ()
+        converged = criterion.update(step, live, *whole)
+        found |= dict.fromkeys([name for name in converged if name not in found], step)
+    return found, criterion
 
 
 def test_agreement_is_the_running_mean_of_a_matrix():
     # means, the last weight 1, each earlier one .95 of the next: .5, (.475 + 0) / 1.95 = .2436, .4513 / 2.8525 = .1582
-    found, _, criterion = converged_at([{"a": 0.5}, {"a": 0.0}, {"a": 0.0}], metric="agreement", tau=0.16)
+    found, criterion = converged_at([{"a": 0.5}, {"a": 0.0}, {"a": 0.0}], metric="agreement", tau=0.16)
     assert found == {"a": 3}
     assert math.isclose(criterion.values["a"], 0.5 * 0.95**2 / (1 + 0.95 + 0.95**2))
 
@@ -114,28 +118,32 @@ def test_a_matrix_whose_updates_no_longer_pay_has_converged():
     # 6, twice in a row at 6 only; at 2 and 4 it is drawn above it. At 6 the whole is at a new best; at 7 it is not.
     b = (-2.0, -1.6, -1.7, -1.6, -1.7, -1.7)
     gains = [{"a": 3.0, "b": x} for x in b] + [{"a": 1.0, "b": -1.7}]
-    found, best, criterion = converged_at(gains, metric="heldout_gain", patience=2)
+    found, criterion = converged_at(gains, metric="heldout_gain", patience=2)
     assert found == {"b": 7}
-    assert best == [True] * 6 + [False]
     assert math.isclose(criterion.values["b"], -0.3 * 1.7 - 0.7 * 0.35)
 
 
 def test_all_converge_when_the_whole_makes_no_new_best():
     # a gains what b loses and a little less: alone it would train on
     gains = [{"a": 1.0, "b": 1.0}] + [{"a": 3.0, "b": -3.1}] * 5
-    found, best, criterion = converged_at(gains, metric="heldout_gain", patience=2)
+    found, criterion = converged_at(gains, metric="heldout_gain", patience=2)
     assert found == {"a": 3, "b": 3}
-    assert best == [True, False, False]
     assert math.isclose(criterion.values["a"], -0.2)
     assert math.isclose(criterion.values["b"], -0.3 * 3.1 - 0.7 * 0.05)
 
     # The sums 1, 3, 2, 2.5, 3.5, 3.4, 3.3: a new best after two readings that were none starts the count anew
     gains = [{"a": x} for x in (1.0, 2.0, -1.0, 0.5, 1.0, -0.1, -0.1)]
-    assert converged_at(gains, metric="heldout_gain", patience=3)[:2] == (
-        {},
-        [True, True, False, False, True, False, False],
-    )
+    assert converged_at(gains, metric="heldout_gain", patience=3)[0] == {}
     assert converged_at(gains, metric="heldout_gain", patience=2)[0] == {"a": 4}
+
+
+def test_what_was_never_observed_converges_with_the_whole():
+    criterion = Criterion(GradESConfig(metric="heldout_gain", alpha=0.5), dict.fromkeys("ab", "language"), 10)
+    assert criterion.update(4, {"a": 1.0}) == []
+    assert criterion.update(5, {"a": -1.0}, idle=2, since_best=1.0) == []  # in the grace period
+    assert criterion.update(6, {"a": -1.0}, idle=1, since_best=1.0) == []
+    assert criterion.update(7, {}, idle=2, since_best=3.0) == ["a", "b"]  # an overflow: the loss is known all the same
+    assert criterion.values == {"a": -3.0, "b": -3.0}
 
 
 def test_decisions_have_no_unit():

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from grades_trl import GradES, GradESConfig, GradESTrainer, demo
+from grades_trl.cli import account
 from grades_trl.cutting import PrefixCut
 from models import llava, qwen3
 from vlm import GradESVLMTrainer
@@ -230,12 +232,14 @@ def bottom_up(trainer, most=99):
         def _start_grades(self):
             super()._start_grades()
             matrices = self.grades.matrices
+            observed = self.grades.criterion.seen
 
             def update(step, readings):
+                observed.update(dict.fromkeys(readings, 1))
                 done = [
                     name
-                    for name, m in matrices.items()
-                    if m.layer < min(step // 4, most) and name not in self.grades.frozen
+                    for name in observed
+                    if matrices[name].layer < min(step // 4, most) and name not in self.grades.frozen
                 ]
                 self.grades.taus.update(dict.fromkeys(done, 1.0))
                 self.grades.criterion.values.update(dict.fromkeys(done, 0.0))
@@ -306,6 +310,79 @@ def test_whole_vlm_runs_with_and_without_the_cut_are_equal(tmp_path, monkeypatch
     assert cuts[0] == {"step": 4, "model.vision_tower.encoder.layers": 1}
     assert losses == expected
     assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_what_the_loss_does_not_use_is_no_obstacle(tmp_path, full):
+    """LLaVA-1.5 takes the output of the last but one layer of its vision tower: the last one gets no gradient."""
+    dataset = vlm_demo.digit_pictures(train=64, test=8)
+
+    def build(**changes):
+        model, processor = vlm_demo.tiny_llava()
+        model.config.vision_feature_layer = -2
+        if not full:
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(r=4, target_modules=r".*layers\.\d+\..*(proj|fc1|fc2)"))
+        return bottom_up(GradESVLMTrainer)(
+            model=model,
+            args=config_for(tmp_path, False, max_steps=30, max_length=None, save_strategy="steps", save_steps=9),
+            train_dataset=dataset["train"],
+            eval_dataset=dataset["test"],
+            processing_class=processor,
+            grades=GradESConfig(freeze_norms=True, freeze_embeddings=True, track_projector=True),
+        )
+
+    trainer = build()
+    trainer.train()
+    last = {name for name in trainer.watched if "vision_tower" in name and ".layers.2." in name}
+    assert len(last) == 6
+    assert set(trainer.grades.frozen) == set(trainer.watched) - last
+    assert trainer.state.global_step == 12
+    assert trainer.grades_summary["stop_reason"] == "all matrices frozen"
+    assert "33 of 39 matrices frozen (6 never got a gradient)" in account(trainer.grades_summary) or full
+    cut = trainer.grades_summary["cuts"][-1]
+    assert cut == {"step": 12, "model.vision_tower.encoder.layers": 3, "model.language_model.layers": 3}
+    resumed = build()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    assert resumed.grades.frozen == trainer.grades.frozen
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(resumed.model.parameters(), trainer.model.parameters(), strict=True)
+    )
+
+
+def test_towers_without_data_do_not_keep_a_run_from_ending(tmp_path):
+    """A vision-language model on text alone: its vision tower is not even called."""
+    model, processor = vlm_demo.tiny_llava()
+    rows = Dataset.from_list([{"text": f"{i} {i + 1}"} for i in range(64)])
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=r".*layers\.\d+\..*(proj|fc1|fc2)"))
+    trainer = bottom_up(GradESTrainer)(
+        model=model,
+        args=config_for(tmp_path, None, max_steps=30, save_strategy="no"),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=processor.tokenizer,
+    )
+    trainer.train()
+    assert {trainer.watched[name].tower for name in trainer.grades.frozen} == {"language"}
+    assert trainer.state.global_step == 12
+
+
+def test_a_head_that_is_trained_whole_comes_after_the_cut(tmp_path):
+    """PEFT's `modules_to_save` wraps it; TRL's chunked loss calls neither."""
+    tokenizer = demo.tiny_qwen3()[1]
+    dataset = demo.dates(train=64, test=8)
+    trainer = bottom_up(GradESTrainer)(
+        model=qwen3(num_hidden_layers=4, vocab_size=len(tokenizer), bos_token_id=None),
+        args=config_for(tmp_path, None, max_steps=9, save_strategy="no", loss_type="chunked_nll"),
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"],
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"]),
+    )
+    assert not any("lm_head" in name for name in trainer.watched)
+    trainer.train()
+    assert trainer.grades_summary["cuts"][-1] == {"step": 8, "model.layers": 2}
 
 
 def test_a_run_resumed_beyond_a_cut_is_the_same_run(tmp_path):

@@ -99,6 +99,16 @@ def test_reading_every_third_step_keeps_the_meaning_of_a_reading():
         assert third == [NAN, NAN, every[2], NAN, NAN, every[5], NAN]
 
 
+def test_a_norm_is_read_in_the_steps_that_count_and_no_others(monkeypatch):
+    read = []
+    monkeypatch.setattr(GradES, "_read", lambda self, step, *_: (read.append(step), {})[1])
+    for metric in ("grad_norm", "grad_change"):
+        grades = GradES(Toy(), GradESConfig(metric=metric, interval=3), 20)
+        for step in range(1, 10):
+            grades.step(step)
+    assert read == [3, 6, 9, 2, 3, 5, 6, 8, 9]
+
+
 def test_agreement_by_hand():
     """Gradients of one sign agree fully, of opposite signs not at all; their size does not matter."""
     readings, step = run([1, 0.5, -3, -0.1, 8, 0, -2], "agreement", -1.0, alpha=0.0)

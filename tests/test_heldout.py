@@ -90,10 +90,10 @@ def toy_run(scale=1.0, vision=True):
 
     reader = HeldoutGain(model, backward)
     matrices = list(GradES(model, GradESConfig(), 10).matrices.values())
-    first = reader.read(matrices, scale)
+    first = reader.read(1, matrices, scale)
     for layer in model.layers:
         layer["proj"].weight.data *= 0.5
-    return first, reader.read(matrices, scale)
+    return first, reader.read(2, matrices, scale)
 
 
 def test_the_first_reading_has_nothing_to_compare_with_and_no_gradient_is_no_observation():
@@ -110,11 +110,11 @@ def test_reading_number_k_counts_k_times():
     reader = HeldoutGain(model, lambda: (model.head.weight.square().sum()).backward() or torch.tensor(0.0))
     torch.manual_seed(0)
     path = []
-    for _ in range(5):
+    for step in range(5):
         for p in model.parameters():
             p.data.normal_()
         path.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        reader.read([], 1.0)
+        reader.read(step, [], 1.0)
         assert all(torch.equal(p, path[-1][name]) for name, p in model.named_parameters())
     for name, average in reader.average.items():
         expected = sum((k + 1) * weights[name] for k, weights in enumerate(path)) / 15
@@ -135,9 +135,9 @@ def test_gains_are_those_of_the_average():
     reader = HeldoutGain(model, backward)
     matrix = [GradES(model, GradESConfig(), 10).matrices["layers.0.proj"]]
     gains = []
-    for value in (1.0, 4.0, 4.0):
+    for step, value in enumerate((1.0, 4.0, 4.0)):
         weight.data.fill_(value)
-        gains.append(reader.read(matrix, 1.0).get("layers.0.proj"))
+        gains.append(reader.read(step, matrix, 1.0).get("layers.0.proj"))
     count = weight.numel()
     assert gains == [None, pytest.approx(count * (1 - 3**2) / 2), pytest.approx(count * (3**2 - 3.5**2) / 2)]
     assert reader.loss == pytest.approx(count * 3.5**2 / 2)
@@ -346,6 +346,54 @@ def test_a_run_freezes_resumes_and_can_be_replayed(tmp_path, text):  # noqa: F81
     assert paper.grades_summary["heldout"] is None
 
 
+def test_an_overflow_hides_the_gains_of_a_reading_and_not_its_loss():
+    """Held-out losses 4, 3, 3.5, 3.2 of which the gradients of the second overflow: 3 stays the best one."""
+    model = Toy()
+    weight = model.layers[0]["proj"].weight
+    losses = iter([4.0, 3.0, 3.5, 3.2])
+
+    def backward():
+        loss = next(losses)
+        weight.grad = torch.full_like(weight, torch.inf if loss == 3.0 else 1.0)
+        return torch.tensor(loss)
+
+    reader = HeldoutGain(model, backward)
+    matrix = [GradES(model, GradESConfig(), 10).matrices["layers.0.proj"]]
+    best = []
+    for step in (1, 2, 3, 4):
+        weight.data.fill_(float(step))
+        gains = reader.read(step, matrix, 1024.0)
+        assert gains == ({"layers.0.proj": pytest.approx(0.3)} if step == 4 else {})
+        best.append((reader.best_step, reader.best_loss, reader.idle))
+    assert best == [(1, 4.0, 0), (2, 3.0, 0), (2, 3.0, 1), (2, 3.0, 2)]
+    torch.testing.assert_close(reader.best["layers.0.proj.weight"], torch.full_like(weight, (1 + 2 * 2) / 3))
+
+
+def test_what_heldout_rows_never_reach_does_not_keep_a_run_from_ending():
+    """As with an expert that none of their tokens is routed to; the training rows reach it."""
+    model = Toy()
+    first, second = (layer["proj"].weight for layer in model.layers)
+
+    def heldout():
+        loss = first.square().sum() / 2  # grows in each step
+        loss.backward()
+        return loss
+
+    grades = GradES(model, GradESConfig(metric="heldout_gain", interval=1, alpha=0.0, patience=2), 20, heldout=heldout)
+    for step in range(1, 5):
+        first.data.fill_(float(step))
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        events = grades.step(step)
+        assert grades.done == (step == 3)
+        if grades.done:
+            break
+    assert grades.frozen == {"layers.0.proj": 3, "layers.1.proj": 3}
+    # two readings after the best at step 1: averages 1 and (1 + 2 * 2 + 3 * 3) / 6
+    assert events[0].value == pytest.approx(-first.numel() * ((14 / 6) ** 2 - 1) / 2)
+    assert not second.requires_grad
+
+
 @pytest.mark.parametrize("steps, ends", [(6, 2 / 3), (3, 2.0)])
 def test_the_end_of_a_schedule_keeps_what_is_better(steps, ends):
     """A quadratic: with a reading at each step, the average of -1, 1, 1 is 2/3 and that of -1, 1 is 1/3."""
@@ -387,14 +435,12 @@ def test_what_freezes_takes_its_average_and_the_end_goes_back_to_the_best():
     config = GradESConfig(metric="heldout_gain", interval=1, alpha=0.0, patience=2)
     grades = GradES(model, config, 20, optimizer, heldout)
     plan = {3: ["layers.0.proj"], 4: ["layers.1.proj"]}
-    grades.criterion.update = lambda step, readings: plan.get(step, [])
+    grades.criterion.update = lambda step, readings, **_: plan.get(step, [])
     grades.criterion.values = dict.fromkeys(grades.matrices, 0.0)
     seen = []
     for step in range(1, 5):
         for p in (first, second, other):
             p.grad = torch.full_like(p, -1.0) if p.requires_grad else None
-        if step == 2:
-            grades.criterion._idle = 1
         grades.step(step)
         seen.append([p[0, 0].item() for p in (first, second, other)])
         optimizer.step()
@@ -427,13 +473,14 @@ def test_going_back_reaches_what_is_frozen_and_cached(monkeypatch, build):
         if build is qwen3_moe:  # of one tensor some experts freeze and others train on
             early = [name for name in early if grades.matrices[name].expert in (None, 0, 1)]
         plan = {4: early, 12: [name for name in grades.matrices if name not in early]}
-        monkeypatch.setattr(grades.criterion, "update", lambda step, readings, plan=plan: plan.get(step, []))
-        monkeypatch.setattr(type(grades.criterion), "at_best", property(lambda self: False))
+        monkeypatch.setattr(grades.criterion, "update", lambda step, readings, plan=plan, **_: plan.get(step, []))
         grades.criterion.values = dict.fromkeys(grades.matrices, 0.0)
         first, path = None, []
         for step, batch in enumerate(batches(0, 3) * 10, start=1):
             if step == 2:  # the only reading so far: its average is itself
                 first = {name: p.detach().clone() for name, p in model.named_parameters()}
+            if step == 3:
+                grades.heldout.best_loss = -1.0  # none is better
             loss = model(input_ids=batch, labels=batch).loss
             loss.backward()
             grades.step(step)
@@ -482,10 +529,10 @@ def test_a_reading_holds_the_heldout_gradients_once():
 
     heldout = HeldoutGain(model, backward)
     matrices = GradES(model, GradESConfig(), 10).matrices
-    heldout.read(matrices.values(), scale=1.0)
+    heldout.read(1, matrices.values(), scale=1.0)
     for name, (gradient,) in heldout.gradients.items():
         assert gradient.data_ptr() == seen[f"{name}.weight"], name
     expected = {name: gradient.clone() for name, (gradient,) in heldout.gradients.items()}
     again = HeldoutGain(model, lambda: (backward(), [p.grad.mul_(8.0) for p in model.parameters()])[0])
-    again.read(matrices.values(), scale=8.0)
+    again.read(1, matrices.values(), scale=8.0)
     assert all(torch.equal(gradient, expected[name]) for name, (gradient,) in again.gradients.items())

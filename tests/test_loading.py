@@ -11,7 +11,7 @@ from trl import ModelConfig
 
 from grades_trl.loading import find_gguf, load_model, make_trainable
 from grades_trl.matrices import find_matrices
-from models import SMALL, llava
+from models import SMALL, llava, qwen3
 from vlm import demo as vlm_demo
 
 
@@ -165,3 +165,19 @@ def test_without_a_max_length_unsloth_cuts_no_row_with_pictures(monkeypatch, max
     model, processor = load_model(args, "unsloth", vision=True, max_length=max_length)
     assert processor == "processor"
     assert {module.max_seq_length for module in model.modules()} == {limit}
+
+
+@pytest.mark.parametrize(("given", "targets"), [(["q_proj"], ["q_proj"]), (["q_proj", "v_proj"], None), (None, None)])
+def test_one_target_module_is_a_name_and_no_pattern(monkeypatch, folder, given, targets):
+    """Where ModelConfig makes a str of a list of one; a str is a pattern over whole paths to PEFT and Unsloth."""
+    passed = {}
+    fast = SimpleNamespace(
+        from_pretrained=lambda *_, **__: (qwen3(), "tokenizer"),
+        get_peft_model=lambda model, **arguments: passed.update(arguments) or model,
+    )
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastVisionModel=fast, FastLanguageModel=fast))
+    args = ModelConfig(model_name_or_path=folder, use_peft=True, lora_target_modules=given)
+    load_model(args, "unsloth")
+    assert passed.get("target_modules") == (targets or given)
+    if given:
+        assert set(load_model(args, "transformers")[0].peft_config["default"].target_modules) == set(given)

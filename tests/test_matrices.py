@@ -144,6 +144,23 @@ def test_lora_pairs_are_one_matrix_under_any_adapter_name(adapter):
     assert (q.shape, q.params, q.lora) == ((32, 32), 2 * 4 * 32, True)
 
 
+def test_a_layer_that_peft_trains_whole_is_one_matrix():
+    """Its wrapper shows the weight of the copy inside."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj", "lm_head"])
+    matrices = find_matrices(get_peft_model(qwen3(), config))
+    assert sorted(matrices) == [
+        f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("mlp.down_proj", "self_attn.q_proj")
+    ]
+    assert [m.lora for m in matrices.values()] == [True, False] * 2
+
+
+def test_a_full_rank_pair_is_still_a_pair():
+    # k_proj is 16 x 32: with rank 16, A has its shape; with rank 32 B of q_proj (32 x 32) has, and A too
+    for rank in (16, 32):
+        model = get_peft_model(qwen3(), LoraConfig(r=rank, target_modules=["q_proj", "k_proj"]))
+        assert all(m.lora for m in find_matrices(model).values())
+
+
 def test_lora_on_expert_weights():
     config = LoraConfig(
         r=4, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]

@@ -1,14 +1,17 @@
 """Whole runs of the trainer, next to the plain SFTTrainer and to plain PyTorch."""
 
 import json
+import time
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from grades_trl import GradESConfig, GradESMixin, GradESTrainer, demo
+from grades_trl import GradES, GradESConfig, GradESMixin, GradESTrainer, cli, demo
+from grades_trl.accounting import RunClock
 from models import llava, qwen3
 from vlm import GradESVLMTrainer
 from vlm import demo as vlm_demo
@@ -457,3 +460,71 @@ def test_resuming_into_another_folder_takes_what_has_frozen_along(tmp_path, text
     straight = train("straight")
     assert len(straight.splitlines()) == 1
     assert train("elsewhere", str(tmp_path / "straight" / "checkpoint-6")) == straight
+
+
+def test_a_finished_run_is_not_resumed(tmp_path, text):
+    trainer, _ = trained(tmp_path, text, never(), max_steps=4, save_strategy="steps", save_steps=4)
+    with pytest.raises(ValueError, match="has finished its 4 steps"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_a_run_that_was_killed_is_resumed_with_its_history(tmp_path, text):
+    class Killed(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    dataset, tokenizer = text
+
+    def build(*callbacks):
+        return GradESTrainer(
+            model=model_for(tokenizer),
+            args=arguments(tmp_path, save_strategy="steps", save_steps=4),
+            train_dataset=dataset["train"],
+            processing_class=tokenizer,
+            grades=GradESConfig(metric="grad_norm", tau=0.0, alpha=0.0),
+            callbacks=list(callbacks),
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        build(Killed()).train()
+    build().train(resume_from_checkpoint=True)
+    steps = pq.read_table(tmp_path / "grades" / "history.parquet")["step"].to_pylist()
+    assert sorted(set(steps)) == list(range(1, 13))
+
+
+def test_what_the_end_takes_is_counted(tmp_path, text, monkeypatch):
+    finish = GradES.finish
+    monkeypatch.setattr(GradES, "finish", lambda self: (time.sleep(0.2), finish(self)))
+    clock = RunClock()
+    dataset, tokenizer = text
+    trainer = GradESTrainer(
+        model=model_for(tokenizer),
+        args=arguments(tmp_path, max_steps=4),
+        train_dataset=dataset["train"],
+        processing_class=tokenizer,
+        grades=never(),
+        callbacks=[clock],
+    )
+    trainer.train()
+    seconds = trainer.grades_summary["seconds"]
+    assert seconds["grades"] > seconds["grades_after_training"] >= 0.2
+    cli.finish(trainer, clock, {}, cli.RecipeArguments(), ModelConfig())
+    result = json.loads((tmp_path / "result.json").read_text())["seconds"]
+    assert result["total"] == clock.total + seconds["grades_after_training"]
+    assert sum(result.values()) == pytest.approx(2 * result["total"])  # the parts are the whole
+
+
+@pytest.mark.parametrize("length", [{"num_train_epochs": 1.5, "max_steps": -1}, {"max_steps": 40}])
+def test_evaluations_are_planned_by_the_epoch(tmp_path, text, length):
+    dataset, tokenizer = text
+    trainer = GradESTrainer(
+        model=model_for(tokenizer),
+        args=arguments(tmp_path, eval_strategy="epoch", per_device_train_batch_size=16, **length),
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"],
+        processing_class=tokenizer,
+        grades=never(),
+    )
+    trainer.train()
+    assert trainer._validation.planned == trainer._validation.run == (2 if "num_train_epochs" in length else 3)
