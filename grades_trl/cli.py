@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def parse(
         argv.append("--help")
         argv.remove("--help_all")
     elif "--help" in argv or "-h" in argv:
-        own = {*RecipeArguments.__dataclass_fields__, *GradESConfig.__dataclass_fields__}
+        own = {field.name for field in (*fields(RecipeArguments), *fields(GradESConfig)) if field.init}
         _hide_rare_flags(parser, own | {*COMMON_FLAGS.split(), "help"})
     # TrlParser looks for the file in a word of its own.
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
