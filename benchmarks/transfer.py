@@ -172,8 +172,8 @@ def watch(data, seed, width, rank, dtype, optim, batch, schedule, lr) -> dict:
         for grades in (gains, changes):
             grades.step(step)
         readings.append(changes.readings)
-        whole = {"idle": gains.heldout.idle, "since_best": gains.heldout.loss - gains.heldout.best_loss}
-        live -= set(default.update(step, {n: x for n, x in gains.readings.items() if n in live}, **whole))
+        own = {n: x for n, x in gains.readings.items() if n in live}
+        live -= set(default.update(step, own, gains.heldout.idle, gains.heldout.since_best))
         if step % every == 0:
             curve[step], averages[step] = (
                 loss_of(model, {}, validation),

@@ -181,12 +181,12 @@ class RunClock(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        self._began = self._mark = self._now()
+        self._began = self._mark = now()
         self._running = True
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_evaluate or control.should_save:  # else the device need not be waited for
-            self._mark = self._now()
+            self._mark = now()
 
     on_epoch_end = on_step_end
 
@@ -205,18 +205,20 @@ class RunClock(TrainerCallback):
         self.saving += self._lap()
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.total, self._running = self._now() - self._began, False
+        self.total, self._running = now() - self._began, False
         self.peak_memory_mib = peak_memory_mib()
 
     def _lap(self) -> float:
         """Seconds since the last mark, which is set anew."""
-        before, self._mark = self._mark, self._now()
+        before, self._mark = self._mark, now()
         return self._mark - before
 
-    def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+
+def now() -> float:
+    """Seconds, when the device has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def device_name() -> str:

@@ -480,20 +480,18 @@ def _result(trainer: Any, clock: accounting.RunClock, results: dict[str, float])
     steps, total_steps = trainer.state.global_step, trainer.state.max_steps
     summary = trainer.grades_summary
     plain_reason = "schedule finished" if steps >= total_steps else "early stopping"
-    grades_seconds, after_training = (
-        (summary["seconds"][part] for part in ("grades", "grades_after_training")) if summary else (0.0, 0.0)
-    )
-    total = clock.total + after_training
+    of_grades = summary["seconds"] if summary else {"grades": 0.0, "grades_after_training": 0.0}
+    total = clock.total + of_grades["grades_after_training"]
     result = {
         "steps": steps,
         "total_steps": total_steps,
         "stop_reason": summary.get("stop_reason", plain_reason),
         "seconds": {  # the last four are the parts of the first
             "total": total,
-            "training": total - clock.validation - clock.saving - grades_seconds,
+            "training": total - clock.validation - clock.saving - of_grades["grades"],
             "validation": clock.validation,
             "saving": clock.saving,
-            "grades": grades_seconds,
+            "grades": of_grades["grades"],
         },
         "flops": steps / total_steps,  # as a fraction of a plain run of the whole schedule
         "validation": clock.history,

@@ -79,6 +79,7 @@ class PrefixCut:
             return False
         self.remove()
         self.blocks = blocks
+        cache = self._usable_cache()
         for path in blocks:
             stack, index = self._stacks[path]
             self.depths[base_path(stack)] = max(self.depths.get(base_path(stack), 0), index + 1)
@@ -88,15 +89,14 @@ class PrefixCut:
             self._before[path] = {name: vars(block)[name] for name in TOUCHED if name in vars(block)}
             last = index + 1 == self.depths[base_path(stack)]
             feeds_a_live_block = last and f"{stack}.{index + 1}" in self._stacks
-            _run_without_grad(
-                block, feeds_a_live_block, self._cache_for(path), last and self._towers[path] == "language"
-            )
+            _run_without_grad(block, feeds_a_live_block, cache, last and self._towers[path] == "language")
         return True
 
-    def _cache_for(self, path: str) -> PrefixCache | None:
+    def _usable_cache(self) -> PrefixCache | None:
         """The cache stands for all cut blocks of a decoder, and for the encoders whose output goes nowhere else."""
         stacks = {self._stacks[path][0] for path in self.blocks if self._towers[path] == "language"}
-        return self.cache if len(stacks) == 1 and not draws_at_random(self._model) else None
+        usable = self.cache is not None and len(stacks) == 1 and not draws_at_random(self._model)
+        return self.cache if usable else None
 
     def _prefix(self, tower: str) -> set[str]:
         """The blocks of a tower that come before the first module that trains, in every pass that was seen.

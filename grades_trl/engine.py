@@ -195,9 +195,8 @@ class GradES:
         for experts in self._experts.values():
             experts.zero_gradients()
         self.readings = self._readings(step, grad_scale)
-        whole = {}
-        if self.heldout is not None:
-            whole = {"idle": self.heldout.idle, "since_best": self.heldout.loss - self.heldout.best_loss}
+        held = self.heldout
+        whole = {} if held is None else {"idle": held.idle, "since_best": held.since_best}
         converged = self.criterion.update(step, self.readings, **whole)
         events = self._freeze(step, [name for name in converged if name not in self.frozen])
         if events or self._stale_cut:

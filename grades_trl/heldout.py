@@ -77,6 +77,11 @@ class HeldoutGain:
         self.loss = math.inf
         self.readings = 0
 
+    @property
+    def since_best(self) -> float:
+        """By how much the loss of the last reading is above the lowest one."""
+        return self.loss - self.best_loss
+
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
 

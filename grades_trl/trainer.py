@@ -260,19 +260,17 @@ class GradESMixin(_SFTTrainer):
     def _end_training(self) -> None:
         for hook in self._token_hooks:
             hook.remove()
-        start = time.perf_counter()
+        start = accounting.now()
         if self.args.load_best_model_at_end:  # the user has chosen what is kept
             self.grades.close()
         else:
             self.grades.finish()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._finish_seconds = time.perf_counter() - start
-        self._clock.add(self._finish_seconds)
+        seconds = accounting.now() - start
+        self._clock.add(seconds)
         if self._heldout_weights() == "average":
             step, loss = self.grades.heldout.best_step, self.grades.heldout.best_loss
             tqdm.write(f"the model has the average of its weights up to step {step}: held-out loss {loss:.4f}")
-        self.grades_summary = self._summarize()
+        self.grades_summary = self._summarize(seconds)
         self.timeline.write_report(self.grades_summary)
         self._wandb_finish()
 
@@ -430,7 +428,7 @@ class GradESMixin(_SFTTrainer):
             return sets * self.state.num_train_epochs if self.state.num_train_epochs < sys.maxsize else 0
         return sets * int(steps // self.state.eval_steps)
 
-    def _summarize(self) -> dict[str, Any]:
+    def _summarize(self, after_training: float) -> dict[str, Any]:
         grades, clock, steps = self.grades, self._clock, self.state.global_step
         towers: dict[str, dict[str, int]] = {}
         for name, matrix in grades.matrices.items():
@@ -465,7 +463,7 @@ class GradESMixin(_SFTTrainer):
                 "training": clock.total,
                 "validation": self._validation.seconds,
                 "grades": overhead,
-                "grades_after_training": self._finish_seconds,
+                "grades_after_training": after_training,
             },
             "overhead": {
                 "ms_per_step": 1e3 * statistics.fmean(clock.overhead_seconds) if clock.overhead_seconds else None,

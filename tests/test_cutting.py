@@ -317,7 +317,7 @@ def test_what_the_loss_does_not_use_is_no_obstacle(tmp_path, full):
     """LLaVA-1.5 takes the output of the last but one layer of its vision tower: the last one gets no gradient."""
     dataset = vlm_demo.digit_pictures(train=64, test=8)
 
-    def build(**changes):
+    def build():
         model, processor = vlm_demo.tiny_llava()
         model.config.vision_feature_layer = -2
         if not full:
