@@ -31,7 +31,10 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from grades_trl import GradESConfig, GradESMixin, accounting, demo, kernels
+from grades_trl import GradESConfig, GradESMixin
+from grades_trl.criteria import kernels
+from grades_trl.recipe import builtin
+from grades_trl.report import timing as accounting
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 3  # the first step still runs backward for what is frozen in it
@@ -345,7 +348,7 @@ def main() -> None:
     shutil.rmtree(args.scratch, ignore_errors=True)
     disable_progress_bars()  # one after another for each model that is built
     logging.disable_progress_bar()
-    tokenizer = demo.tiny_qwen3()[1]
+    tokenizer = builtin.tiny_qwen3()[1]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, len(tokenizer), (512, args.length), generator=generator)
     data = Dataset.from_dict({"input_ids": ids.tolist()})

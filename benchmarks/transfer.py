@@ -21,8 +21,10 @@ from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from grades_trl import GradES, GradESConfig, accounting, demo
-from grades_trl.criterion import Criterion
+from grades_trl import GradES, GradESConfig
+from grades_trl.criteria.criterion import Criterion
+from grades_trl.recipe import builtin
+from grades_trl.report import timing as accounting
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, READINGS, HELD_OUT = 240, 20, 32
@@ -84,8 +86,8 @@ class Data:
     """Tokenized examples of the reverse task, and of the first one."""
 
     def __init__(self, examples: int):
-        self.tokenizer = demo.tiny_qwen3()[1]
-        rows = demo.dates(train=4000, test=300)
+        self.tokenizer = builtin.tiny_qwen3()[1]
+        rows = builtin.dates(train=4000, test=300)
         self.first = self._encode(rows["train"], reverse=False)
         self.train = self._encode(rows["train"].select(range(examples)), reverse=True)
         held = self._encode(rows["test"], reverse=True)
@@ -116,7 +118,7 @@ class Data:
 
 def first_model(data: Data, width: int, seed: int) -> Qwen3ForCausalLM:
     """A model that has learned the first task."""
-    config = demo.tiny_qwen3()[0].config.to_dict()
+    config = builtin.tiny_qwen3()[0].config.to_dict()
     config |= {"hidden_size": width, "intermediate_size": 2 * width, "head_dim": width // 4}
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(Qwen3Config(**config))

@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .config import GradESConfig
-from .engine import FreezeEvent, GradES
+from grades_trl.config import GradESConfig
+from grades_trl.engine import FreezeEvent, GradES
 
 if TYPE_CHECKING:
-    from .trainer import GradESMixin
+    from grades_trl.trainers.mixin import GradESMixin
 
     GradESTrainer: Any
 
@@ -16,7 +16,7 @@ __all__ = ["FreezeEvent", "GradES", "GradESConfig", "GradESMixin", "GradESTraine
 def __getattr__(name: str) -> Any:
     # Bound late: unsloth must be imported before transformers, and replaces trl.SFTTrainer.
     if name in ("GradESMixin", "GradESTrainer"):
-        from . import trainer
+        from grades_trl.trainers import mixin as trainer
 
         return getattr(trainer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import kernels, metrics
-from .config import GradESConfig
-from .criterion import Criterion, Replay
-from .cutting import PrefixCut
-from .freezing import FrozenExperts, freeze, freeze_parameter
-from .heldout import HeldoutGain
-from .matrices import WeightMatrix, blocks_of_matrices, find_matrices, towers_of_parameters
-from .metrics import Sample, sample
-from .unsloth_lora import skip_frozen_pairs
+from grades_trl.config import GradESConfig
+from grades_trl.criteria import kernels, metrics
+from grades_trl.criteria.criterion import Criterion, Replay
+from grades_trl.criteria.metrics import Sample, sample
+from grades_trl.freezing.freeze import FrozenExperts, freeze, freeze_parameter
+from grades_trl.freezing.frozen_prefix import PrefixCut
+from grades_trl.freezing.unsloth_lora import skip_frozen_pairs
+from grades_trl.heldout import HeldoutGain
+from grades_trl.model.matrices import WeightMatrix, blocks_of_matrices, find_matrices, towers_of_parameters
 
 FUSED_ON = "cuda"  # the devices that the kernels are for; tests in Triton's interpreter say "cpu"
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .matrices import WeightMatrix
+from grades_trl.model.matrices import WeightMatrix
 
 
 def gain(before: Sequence[Tensor], after: Sequence[Tensor], g: Sequence[Tensor], g_after: Sequence[Tensor]) -> Tensor:

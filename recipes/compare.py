@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from grades_trl.comparison import ARMS, Cell, draw, markdown, replayed, summarize
+from grades_trl.recipe.comparison import ARMS, Cell, draw, markdown, replayed, summarize
 
 RECIPES = Path(__file__).parent
 DEFAULT_ARMS = ["plain", "shortened", "early_stopping", "grades", "random", "paper"]

@@ -23,12 +23,13 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 from trl import ModelConfig, SFTTrainer
 
-import vlm.demo
-import vlm.generate
-from grades_trl import accounting, demo
-from grades_trl.cli import load_data, parse_scoring, scored_with, table
-from grades_trl.generate import answers, exact_match, show_samples
-from grades_trl.loading import find_gguf, load_model
+import vlm.builtin
+import vlm.generation
+from grades_trl.recipe import builtin
+from grades_trl.recipe.arguments import load_data, parse_scoring, scored_with, table
+from grades_trl.recipe.generation import answers, exact_match, show_samples
+from grades_trl.recipe.models import find_gguf, load_model
+from grades_trl.report import timing as accounting
 
 
 def main() -> None:
@@ -42,8 +43,8 @@ def main() -> None:
     vision = bool(seeing)
 
     # 2. The rows that the recipes score at the end of a run, not those that decided when it ended.
-    embedded: Any = {"dates": demo.dates, "docstrings": demo.docstrings}
-    embedded = {"digits": vlm.demo.digit_pictures} if vision else embedded
+    embedded: Any = {"dates": builtin.dates, "docstrings": builtin.docstrings}
+    embedded = {"digits": vlm.builtin.digit_pictures} if vision else embedded
     tests = load_data(recipe, training, embedded, vision=vision, test_only=True)
     test, asked = tests["test"], {}
     if recipe.generate and "prompt" in test.column_names:
@@ -51,7 +52,7 @@ def main() -> None:
     print(f"{len(test):,} examples to score, {len(asked.get('test', [])):,} to answer")
 
     # 3. One model after the other: TRL's evaluation, as during training; then greedy answers.
-    ask: Any = vlm.generate.answers if vision else answers
+    ask: Any = vlm.generation.answers if vision else answers
     scores: dict[str, dict[str, float]] = {}
     given: dict[str, dict[str, list[str]]] = {}
     for name in models:

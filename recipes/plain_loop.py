@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from grades_trl import GradES, GradESConfig
-from grades_trl.generate import exact_match
-from vlm.demo import digit_pictures, tiny_llava
-from vlm.generate import answers
+from grades_trl.recipe.generation import exact_match
+from vlm.builtin import digit_pictures, tiny_llava
+from vlm.generation import answers
 
 
 def main() -> None:

@@ -10,17 +10,18 @@ Without arguments: a tiny Qwen3 learns to write dates as ISO 8601, in about a mi
 
 from pathlib import Path
 
-from grades_trl.backend import BACKEND  # isort: skip  Unsloth, if it is used, must be imported before all else
+from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is used, must be imported before all else
 
 import torch
 import wandb
 from datasets import Dataset
 
-from grades_trl import GradESTrainer, demo
-from grades_trl.accounting import RunClock
-from grades_trl.cli import early_stopping, final_losses, finish, load_data, parse, report_cut_rows
-from grades_trl.generate import answers, exact_match, show_samples
-from grades_trl.loading import load_model, make_trainable
+from grades_trl import GradESTrainer
+from grades_trl.recipe import builtin
+from grades_trl.recipe.arguments import early_stopping, final_losses, finish, load_data, parse, report_cut_rows
+from grades_trl.recipe.generation import answers, exact_match, show_samples
+from grades_trl.recipe.models import load_model, make_trainable
+from grades_trl.report.timing import RunClock
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -30,7 +31,7 @@ def main() -> None:
 
     # 1. Data: prompts and responses. The loss is on the response alone. Of what is held out, one half decides
     #    during training (validation), the other is scored at the end alone (test).
-    dataset = load_data(recipe, training, {"dates": demo.dates, "docstrings": demo.docstrings})
+    dataset = load_data(recipe, training, {"dates": builtin.dates, "docstrings": builtin.docstrings})
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
     if recipe.max_train_samples is not None:
         train = train.select(range(min(recipe.max_train_samples, len(train))))
@@ -39,7 +40,7 @@ def main() -> None:
     # 2. Model: from the hub, a folder or a GGUF file; without a name, the tiny one that is built here.
     if model_args.model_name_or_path is None:
         torch.set_num_threads(1)  # faster than more, on matrices this small
-        model, tokenizer = demo.tiny_qwen3(seed=training.seed)
+        model, tokenizer = builtin.tiny_qwen3(seed=training.seed)
         model = make_trainable(model, model_args, seed=training.seed)
     else:
         model, tokenizer = load_model(

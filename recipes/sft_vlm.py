@@ -10,17 +10,17 @@ Without arguments: a tiny LLaVA learns to read handwritten numbers, in under two
 
 from pathlib import Path
 
-from grades_trl.backend import BACKEND  # isort: skip  Unsloth, if it is used, must be imported before all else
+from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is used, must be imported before all else
 
 import torch
 import wandb
 
-from grades_trl.accounting import RunClock
-from grades_trl.cli import early_stopping, final_losses, finish, load_data, parse
-from grades_trl.generate import exact_match, show_samples
-from grades_trl.loading import load_model, make_trainable
-from vlm import GradESVLMTrainer, demo
-from vlm.generate import answers
+from grades_trl.recipe.arguments import early_stopping, final_losses, finish, load_data, parse
+from grades_trl.recipe.generation import exact_match, show_samples
+from grades_trl.recipe.models import load_model, make_trainable
+from grades_trl.report.timing import RunClock
+from vlm import GradESVLMTrainer, builtin
+from vlm.generation import answers
 from vlm.samples import save_samples
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -31,7 +31,7 @@ def main() -> None:
 
     # 1. Data: pictures with prompts and responses. The loss is on the response alone. Of what is held out, one
     #    half decides during training (validation), the other is scored at the end alone (test).
-    dataset = load_data(recipe, training, {"digits": demo.digit_pictures}, vision=True)
+    dataset = load_data(recipe, training, {"digits": builtin.digit_pictures}, vision=True)
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
     if recipe.max_train_samples is not None:
         train = train.select(range(min(recipe.max_train_samples, len(train))))
@@ -40,7 +40,7 @@ def main() -> None:
     # 2. Model: from the hub or a folder; without a name, the tiny one that is built here.
     if model_args.model_name_or_path is None:
         torch.set_num_threads(1)  # faster than more, on matrices this small
-        model, processor = demo.tiny_llava(seed=training.seed)
+        model, processor = builtin.tiny_llava(seed=training.seed)
         model = make_trainable(model, model_args, recipe.train_towers, training.seed)
     else:
         model, processor = load_model(

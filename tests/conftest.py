@@ -17,10 +17,10 @@ datasets.disable_progress_bars()
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Path of the embedded text model and its tokenizer, saved as a hub repository is laid out."""
-    from grades_trl import demo
+    from grades_trl.recipe import builtin
 
     folder = tmp_path_factory.mktemp("model")
-    model, tokenizer = demo.tiny_qwen3()
+    model, tokenizer = builtin.tiny_qwen3()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

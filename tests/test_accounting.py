@@ -6,14 +6,15 @@ import pytest
 from datasets import Dataset
 from trl import SFTConfig
 
-from grades_trl import GradESTrainer, demo
-from grades_trl.accounting import RunClock
+from grades_trl import GradESTrainer
+from grades_trl.recipe import builtin
+from grades_trl.report.timing import RunClock
 
 
 def test_run_clock_splits_a_run_into_training_validation_and_saving(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    model, tokenizer = demo.tiny_qwen3()
+    model, tokenizer = builtin.tiny_qwen3()
     rows = Dataset.from_dict({"prompt": ["1 May 1998 "] * 8, "completion": ["1998-05-01"] * 8})
     clock = RunClock()
     trainer = GradESTrainer(

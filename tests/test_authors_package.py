@@ -5,14 +5,15 @@ from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from grades_trl import GradESConfig, GradESMixin, demo
-from models import qwen3
+from grades_trl import GradESConfig, GradESMixin
+from grades_trl.recipe import builtin
+from helpers import qwen3
 
 
 @pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "lora"])
 def test_weight_change_equals_the_authors_values(tmp_path, peft):
-    tokenizer = demo.tiny_qwen3()[1]
-    dataset = demo.dates(train=64, test=2)["train"]
+    tokenizer = builtin.tiny_qwen3()[1]
+    dataset = builtin.dates(train=64, test=2)["train"]
     arguments = SFTConfig(
         output_dir=str(tmp_path),
         max_steps=8,

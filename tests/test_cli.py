@@ -9,9 +9,10 @@ import pytest
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from grades_trl import cli, demo
-from grades_trl.backend import BACKENDS
-from grades_trl.cli import RecipeArguments, early_stopping, parse, parse_scoring
+from grades_trl.recipe import arguments as cli
+from grades_trl.recipe import builtin
+from grades_trl.recipe.arguments import RecipeArguments, early_stopping, parse, parse_scoring
+from grades_trl.recipe.backend import BACKENDS
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo_text.yaml"
 
@@ -47,7 +48,7 @@ def test_early_stopping_needs_validation():
 def test_evaluate_does_without_unsloth():
     """cli.py writes the backends out, since backend.py imports Unsloth where it can."""
     assert RecipeArguments.__dataclass_fields__["backend"].metadata["choices"] == list(BACKENDS)
-    code = "import sys, grades_trl.cli; sys.exit('grades_trl.backend' in sys.modules)"
+    code = "import sys, grades_trl.recipe.arguments; sys.exit('grades_trl.recipe.backend' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -114,7 +115,7 @@ def test_a_config_file_may_be_given_in_one_word(tmp_path):
 
 def test_what_max_length_cuts_is_said(tmp_path, capsys):
     """Two prompts are longer than that, the response of a third ends beyond it, a fourth example is whole."""
-    model, tokenizer = demo.tiny_qwen3()
+    model, tokenizer = builtin.tiny_qwen3()
     lengths = [(100, 4), (60, 4), (10, 60), (10, 4)]
     rows = Dataset.from_list([{"prompt": "1" * prompt, "completion": "2" * response} for prompt, response in lengths])
     short = rows.select([3, 3])

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from grades_trl import data
-from grades_trl.cli import parse
-from grades_trl.comparison import draw, markdown, replayed, summarize
+from grades_trl.recipe import data
+from grades_trl.recipe.arguments import parse
+from grades_trl.recipe.comparison import draw, markdown, replayed, summarize
 
 ROOT = Path(__file__).parents[1]
 

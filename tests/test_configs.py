@@ -7,10 +7,10 @@ import pytest
 import torch
 import transformers as T
 
-from grades_trl.cli import parse
-from grades_trl.loading import make_trainable
-from grades_trl.matrices import find_matrices
-from models import SMALL
+from grades_trl.model.matrices import find_matrices
+from grades_trl.recipe.arguments import parse
+from grades_trl.recipe.models import make_trainable
+from helpers import SMALL
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from grades_trl.config import GradESConfig
-from grades_trl.criterion import Criterion, Replay
+from grades_trl.criteria.criterion import Criterion, Replay
 
 
 def freeze_step(readings, total_steps=20, tower="language", **config):

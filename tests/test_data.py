@@ -20,8 +20,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from grades_trl import data
-from grades_trl.data import DataError, check, load, response_only
+from grades_trl.recipe import data
+from grades_trl.recipe.data import DataError, check, load, response_only
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>"

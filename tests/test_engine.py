@@ -12,8 +12,9 @@ import torch
 from test_kernels import DEVICE, INTERPRETED, check, triton_environment
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grades_trl import GradES, GradESConfig, engine, kernels, metrics
-from models import Toy, qwen3, qwen3_moe
+from grades_trl import GradES, GradESConfig, engine
+from grades_trl.criteria import kernels, metrics
+from helpers import Toy, qwen3, qwen3_moe
 
 ONE = "layers.0.proj"
 

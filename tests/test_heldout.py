@@ -11,8 +11,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from grades_trl import GradES, GradESConfig, GradESTrainer
 from grades_trl.heldout import HeldoutGain, gain
-from grades_trl.trainer import heldout_plan
-from models import Toy, qwen3, qwen3_moe
+from grades_trl.trainers.mixin import heldout_plan
+from helpers import Toy, qwen3, qwen3_moe
 
 
 def test_the_trapezoid_is_exact_for_a_quadratic_loss():

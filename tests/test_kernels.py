@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grades_trl import kernels, metrics
+from grades_trl.criteria import kernels, metrics
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -51,7 +51,7 @@ def test_compiles_outside_the_interpreter_for_gpus_and_moves_16_bytes_at_a_time(
     code = """
 import re, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
-from grades_trl import kernels
+from grades_trl.criteria import kernels
 
 pointers = dict(table="*i64", geometry="*i64", owners="*i32", partial="*fp32")
 names = ("DTYPE", "VECTOR", "CHUNK", "BLOCK")

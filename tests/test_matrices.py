@@ -6,8 +6,14 @@ import transformers as T
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from grades_trl.matrices import describe, find_matrices, linear_layers, towers_of_parameters, untracked_parameters
-from models import SMALL, Toy, llava, qwen3, qwen3_moe
+from grades_trl.model.matrices import (
+    describe,
+    find_matrices,
+    linear_layers,
+    towers_of_parameters,
+    untracked_parameters,
+)
+from helpers import SMALL, Toy, llava, qwen3, qwen3_moe
 
 VISION = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
 LLAMA_ROLES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from grades_trl import metrics
-from grades_trl.metrics import MIN_ELEMENTS, l1_distances, l1_norms, sample
+from grades_trl.criteria import metrics
+from grades_trl.criteria.metrics import MIN_ELEMENTS, l1_distances, l1_norms, sample
 
 
 def test_closed_forms():

@@ -10,24 +10,26 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from grades_trl import GradES, GradESConfig, GradESMixin, GradESTrainer, cli, demo
-from grades_trl.accounting import RunClock
-from models import llava, qwen3
+from grades_trl import GradES, GradESConfig, GradESMixin, GradESTrainer
+from grades_trl.recipe import arguments as cli
+from grades_trl.recipe import builtin
+from grades_trl.report.timing import RunClock
+from helpers import llava, qwen3
 from vlm import GradESVLMTrainer
-from vlm import demo as vlm_demo
+from vlm import builtin as vlm_builtin
 
 LORA = LoraConfig(r=4, target_modules="all-linear")
 
 
 @pytest.fixture(scope="module")
 def text():
-    dataset = demo.dates(train=256, test=8, seed=0)
-    return dataset, demo.tiny_qwen3()[1]
+    dataset = builtin.dates(train=256, test=8, seed=0)
+    return dataset, builtin.tiny_qwen3()[1]
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    return vlm_demo.digit_pictures(train=64, test=8, seed=0)
+    return vlm_builtin.digit_pictures(train=64, test=8, seed=0)
 
 
 def arguments(tmp_path, **changes):
@@ -94,7 +96,7 @@ def test_text_run_equals_sft_trainer_bit_for_bit(tmp_path, text, lora, grades):
 def test_vlm_run_equals_sft_trainer_bit_for_bit(tmp_path, pictures, grades):
     runs = []
     for cls, extra in ((SFTTrainer, {}), (GradESVLMTrainer, {"grades": grades})):
-        model, processor = vlm_demo.tiny_llava()
+        model, processor = vlm_builtin.tiny_llava()
         trainer = cls(
             model=model,
             args=arguments(tmp_path, max_steps=4, max_length=None),
@@ -277,7 +279,7 @@ def test_a_vision_language_run_resumes_and_finds_its_best_checkpoint(tmp_path, p
     """Transformers saves LLaVA under other names than its modules have, and its Trainer loads nothing of that."""
 
     def trainer(name, **changes):
-        model, processor = vlm_demo.tiny_llava()
+        model, processor = vlm_builtin.tiny_llava()
         settings = {
             "max_length": None,
             "max_steps": 6,
@@ -349,7 +351,7 @@ def test_qlora_on_the_cpu_freezes_pairs(tmp_path, text):
 
 
 def test_vlm_freezes_in_both_towers_at_their_own_tau(tmp_path, pictures):
-    model, processor = vlm_demo.tiny_llava()
+    model, processor = vlm_builtin.tiny_llava()
     trainer = GradESVLMTrainer(
         model=model,
         args=arguments(tmp_path, max_steps=6, max_length=None),
@@ -365,11 +367,11 @@ def test_vlm_freezes_in_both_towers_at_their_own_tau(tmp_path, pictures):
 
 
 def test_vlm_errors_come_before_training(tmp_path, pictures):
-    model, processor = vlm_demo.tiny_llava()
+    model, processor = vlm_builtin.tiny_llava()
     common = {"model": model, "args": arguments(tmp_path, max_length=None), "train_dataset": pictures["train"]}
     with pytest.raises(ValueError, match="the model trains a vision tower"):
         GradESVLMTrainer(**common, processing_class=processor, grades=GradESConfig(tau={"language": 1.0}))
-    text = demo.dates(train=8, test=2)["train"]
+    text = builtin.dates(train=8, test=2)["train"]
     with pytest.raises(ValueError, match="trained with its processor"):
         GradESVLMTrainer(
             model=llava(), args=arguments(tmp_path), train_dataset=text, processing_class=processor.tokenizer

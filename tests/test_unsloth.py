@@ -5,17 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-from grades_trl import demo
+from grades_trl.recipe import builtin
 
 ROOT = Path(__file__).parents[1]
 
 SCRIPT = """
 import sys
-from grades_trl.backend import choose
+from grades_trl.recipe.backend import choose
 assert choose("unsloth") == "unsloth"
 import trl
 from unsloth import FastLanguageModel
-from grades_trl import GradESConfig, GradESTrainer, demo
+from grades_trl import GradESConfig, GradESTrainer
+from grades_trl.recipe import builtin
 
 model, tokenizer = FastLanguageModel.from_pretrained(sys.argv[1], max_seq_length=128, load_in_4bit=False)
 model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=4, target_modules=["q_proj", "v_proj", "up_proj"])
@@ -23,7 +24,7 @@ assert GradESTrainer.__mro__[2] is trl.SFTTrainer and trl.SFTTrainer._unsloth_cp
 trainer = GradESTrainer(
     model=model,
     args=trl.SFTConfig(sys.argv[2], max_steps=20, per_device_train_batch_size=8, learning_rate=2e-3, report_to=[]),
-    train_dataset=demo.dates(train=256, test=2)["train"],
+    train_dataset=builtin.dates(train=256, test=2)["train"],
     processing_class=tokenizer,
     grades=GradESConfig(alpha=0.3, auto_ratio=1.0),
 )
@@ -50,7 +51,7 @@ def test_text_lora_freezes_on_unsloth_s_own_trainer(folder, tmp_path):
 
 
 def test_the_recipe_with_backend_unsloth(folder, tmp_path):
-    rows = [{"messages": p + c} for p, c in (r.values() for r in demo.dates(train=64, test=2)["train"])]
+    rows = [{"messages": p + c} for p, c in (r.values() for r in builtin.dates(train=64, test=2)["train"])]
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     flags = "--use_peft --lora_r 4 --max_steps 12 --learning_rate 0 --interval 2 --report_to none"
     flags += (
@@ -81,7 +82,7 @@ except ImportError as error:
 
 
 def test_backend_errors(tmp_path):
-    done = run("-c", "import trl\nfrom grades_trl.backend import choose\nchoose('unsloth')", cwd=tmp_path)
+    done = run("-c", "import trl\nfrom grades_trl.recipe.backend import choose\nchoose('unsloth')", cwd=tmp_path)
     assert "trl was imported before Unsloth" in done.stderr
     done = run(ROOT / "recipes" / "sft_text.py", "--backend", "fast", cwd=tmp_path)
     assert "backend is 'fast'; expected one of auto, unsloth, transformers" in done.stderr

@@ -27,10 +27,11 @@ assert apply_unsloth_gradient_checkpointing("unsloth", 2048, torch.float32) == "
 assert torch.utils.checkpoint.CheckpointFunction is zoo.UnslothCheckpointFunction
 assert torch.utils.checkpoint.checkpoint is transformers.modeling_utils.checkpoint is zoo.unsloth_checkpoint
 
-from test_cutting import IDS, backward, blocks, bottom_up, config_for, lora, trajectory
-from grades_trl import GradESConfig, GradESTrainer, demo
-from grades_trl.cutting import PrefixCut
-from models import qwen3
+from test_frozen_prefix import IDS, backward, blocks, bottom_up, config_for, lora, trajectory
+from grades_trl import GradESConfig, GradESTrainer
+from grades_trl.recipe import builtin
+from grades_trl.freezing.frozen_prefix import PrefixCut
+from helpers import qwen3
 from peft import LoraConfig
 
 class Stream:
@@ -110,8 +111,8 @@ print("GRADIENTS EQUAL")
 
 RUNS = """
 offload()
-tokenizer = demo.tiny_qwen3()[1]
-dataset = demo.dates(train=128, test=8)
+tokenizer = builtin.tiny_qwen3()[1]
+dataset = builtin.dates(train=128, test=8)
 for full in (False, True):
     runs = []
     for cut in (True, False):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from grades_trl.unsloth_lora import skip_frozen_pairs
+from grades_trl.freezing.unsloth_lora import skip_frozen_pairs
 
 TRITON = Path(sys.prefix) / "triton"  # not in site-packages, where it makes other libraries look for a GPU
 
@@ -22,7 +22,7 @@ from unsloth.kernels import fast_lora as kernels
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
-from grades_trl.unsloth_lora import skip_frozen_pairs
+from grades_trl.freezing.unsloth_lora import skip_frozen_pairs
 
 UNSLOTH = kernels.LoRA_MLP, kernels.LoRA_QKV, kernels.LoRA_W
 ROLES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

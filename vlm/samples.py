@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 from matplotlib.figure import Figure
 
-from grades_trl.generate import text_of
+from grades_trl.recipe.generation import text_of
 
 
 def save_samples(dataset: Dataset, before: list[str], after: list[str], path: str | Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import ProcessorMixin
 
 from grades_trl.config import GradESConfig
-from grades_trl.trainer import GradESMixin, on_sft_trainer
+from grades_trl.trainers.mixin import GradESMixin, on_sft_trainer
 
 
 class GradESVLMMixin(GradESMixin):

@@ -123,7 +123,7 @@ def test_an_adapter_beside_its_base(run, tmp_path, folder, bits):
 
 
 def test_plain_text_and_models_of_two_kinds(run, tmp_path, folder):
-    from vlm.demo import tiny_llava
+    from vlm.builtin import tiny_llava
 
     rows = [json.dumps({"body": f"{i} and {i + 1}"}) for i in range(12)]
     (tmp_path / "texts.jsonl").write_text("\n".join(rows))

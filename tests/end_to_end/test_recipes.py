@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlm import demo as vlm_demo
+from vlm import builtin as vlm_builtin
 from wandb_reader import read_run
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def test_text_demo(tmp_path):
     assert scored == summary["results"]["final/test_loss"] != summary["results"]["final/validation_loss"]
 
 
-def test_vlm_demo(tmp_path):
+def test_vlm_builtin(tmp_path):
     """The default metric, and nothing learned: no reading is a new best, so all is frozen at the third."""
     flags = ["--max_steps", 40, "--eval_steps", 40, "--generate", 10, "--samples", 2, "--max_train_samples", 640]
     printed = succeeded(run("sft_vlm.py", *flags, "--learning_rate", 0, "--interval", 5, cwd=tmp_path))
@@ -156,7 +156,7 @@ def test_vlm_on_a_users_own_picture_folder(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     rows = []
-    for i, example in enumerate(vlm_demo.digit_pictures(train=24, test=2)["train"]):
+    for i, example in enumerate(vlm_builtin.digit_pictures(train=24, test=2)["train"]):
         example["images"][0].save(folder / f"{i}.png")
         rows.append({"file_name": f"{i}.png", "messages": example["prompt"] + example["completion"]})
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))

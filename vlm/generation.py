@@ -7,9 +7,8 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from grades_trl.generate import greedily, prompt_text
-
-from .demo import blank as blank_pictures
+from grades_trl.recipe.generation import greedily, prompt_text
+from vlm.builtin import blank as blank_pictures
 
 
 def answers(

@@ -14,24 +14,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grades_trl import demo
+from grades_trl.recipe import builtin
 
 STDLIB = sysconfig.get_paths()["stdlib"]
 
 
 @pytest.fixture(scope="module")
 def splits():
-    return demo.dates(train=2_000, test=300)
+    return builtin.dates(train=2_000, test=300)
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return demo.tiny_qwen3()
+    return builtin.tiny_qwen3()
 
 
 @pytest.fixture(scope="module")
 def described():
-    return demo.docstrings()
+    return builtin.docstrings()
 
 
 def question(example):
@@ -49,12 +49,12 @@ def days_of(split):
 # Dates
 
 
-@pytest.mark.parametrize("form", demo.FORMATS, ids=" ".join)
+@pytest.mark.parametrize("form", builtin.FORMATS, ids=" ".join)
 def test_every_form_carries_its_day_and_year(form):
     day = date(1999, 12, 31)
     for _ in range(400):
         day += timedelta(days=11)
-        text = demo.write_date(day, form)
+        text = builtin.write_date(day, form)
         numbers = re.findall(r"\d+", text)
         if form[2] == "joined":
             assert numbers == [day.strftime("%Y%m%d")]
@@ -85,9 +85,9 @@ def test_english_and_digits_agree_with_strptime(form, pattern):
     day = date(1800, 1, 1)
     for _ in range(300):
         day += timedelta(days=367)
-        if day > demo.LAST_DAY:
+        if day > builtin.LAST_DAY:
             break
-        text = demo.write_date(day, form)
+        text = builtin.write_date(day, form)
         assert datetime.strptime(text, pattern).date() == day
         if "%A" in pattern:
             assert text.startswith(day.strftime("%A") + ", ")
@@ -117,24 +117,24 @@ def test_english_and_digits_agree_with_strptime(form, pattern):
     ],
 )
 def test_known_dates(iso, form, text):
-    assert demo.write_date(date.fromisoformat(iso), form) == text
+    assert builtin.write_date(date.fromisoformat(iso), form) == text
 
 
 def test_a_text_never_means_two_days():
     means = {}
     for number in range(date(1999, 1, 1).toordinal(), date(2001, 1, 1).toordinal()):
         day = date.fromordinal(number)
-        for form in demo.FORMATS:
-            assert means.setdefault(demo.write_date(day, form), day) == day
+        for form in builtin.FORMATS:
+            assert means.setdefault(builtin.write_date(day, form), day) == day
 
 
 def test_names_are_complete_and_mean_one_month_in_all_languages():
-    for table, count in ((demo.MONTHS, 12), (demo.SHORT_MONTHS, 12), (demo.WEEKDAYS, 7)):
-        assert set(table) == set(demo.LANGUAGES)
+    for table, count in ((builtin.MONTHS, 12), (builtin.SHORT_MONTHS, 12), (builtin.WEEKDAYS, 7)):
+        assert set(table) == set(builtin.LANGUAGES)
         for names in table.values():
             assert len(names.split()) == len(set(names.split())) == count
     month_of = {}
-    for table in (demo.MONTHS, demo.SHORT_MONTHS):
+    for table in (builtin.MONTHS, builtin.SHORT_MONTHS):
         for names in table.values():
             for month, name in enumerate(names.split(), 1):
                 assert month_of.setdefault(name.lower(), month) == month
@@ -147,7 +147,7 @@ def test_answers_are_the_iso_form_of_the_text(splits):
             assert [message["role"] for message in example["prompt"] + example["completion"]] == ["user", "assistant"]
             day = date.fromisoformat(answer(example))
             assert answer(example) == f"{day.year:04}-{day.month:02}-{day.day:02}"
-            assert any(demo.write_date(day, form) == question(example) for form in demo.FORMATS)
+            assert any(builtin.write_date(day, form) == question(example) for form in builtin.FORMATS)
 
 
 def test_no_day_is_in_two_splits_or_twice(splits):
@@ -157,9 +157,9 @@ def test_no_day_is_in_two_splits_or_twice(splits):
 
 
 def test_held_out_formats_are_new_but_their_parts_are_not(splits):
-    trained = [form for form in demo.FORMATS if form not in demo.HELD_OUT_FORMATS]
-    assert len(demo.FORMATS) == 77 and len(set(demo.HELD_OUT_FORMATS)) == 13 and len(trained) == 64
-    for held_out in demo.HELD_OUT_FORMATS:
+    trained = [form for form in builtin.FORMATS if form not in builtin.HELD_OUT_FORMATS]
+    assert len(builtin.FORMATS) == 77 and len(set(builtin.HELD_OUT_FORMATS)) == 13 and len(trained) == 64
+    for held_out in builtin.HELD_OUT_FORMATS:
         for one, other in combinations(range(3), 2):
             if held_out[0] == "digits" and 2 in (one, other) and 0 not in (one, other):
                 continue  # only digits have dots; their order and their separator are trained, not together
@@ -167,7 +167,11 @@ def test_held_out_formats_are_new_but_their_parts_are_not(splits):
 
     def forms(split):
         return [
-            {form for form in demo.FORMATS if demo.write_date(date.fromisoformat(answer(e)), form) == question(e)}
+            {
+                form
+                for form in builtin.FORMATS
+                if builtin.write_date(date.fromisoformat(answer(e)), form) == question(e)
+            }
             for e in split
         ]
 
@@ -175,22 +179,22 @@ def test_held_out_formats_are_new_but_their_parts_are_not(splits):
         assert all(found & set(trained) for found in forms(splits[name]))
     unseen = forms(splits["test_formats"])
     assert all(found and not found & set(trained) for found in unseen)
-    assert set().union(*unseen) == set(demo.HELD_OUT_FORMATS)
+    assert set().union(*unseen) == set(builtin.HELD_OUT_FORMATS)
     # Every trained format does occur in training (27 times or so each; none by chance has odds under 1e-11).
     assert set(trained) <= set().union(*forms(splits["train"]))
 
 
 def test_dates_depend_on_the_seed_alone(splits):
-    again = demo.dates(train=50, test=300)
+    again = builtin.dates(train=50, test=300)
     assert again["test"][:] == splits["test"][:] and again["test_formats"][:] == splits["test_formats"][:]
     assert again["train"][:] == splits["train"][:50]
-    other = demo.dates(train=50, test=300, seed=1)
+    other = builtin.dates(train=50, test=300, seed=1)
     assert len(days_of(other["test"]) & days_of(again["test"])) < 30
 
 
 def test_dates_refuses_more_than_there_are():
     with pytest.raises(ValueError, match="109573 days"):
-        demo.dates(train=109_573, test=1)
+        builtin.dates(train=109_573, test=1)
 
 
 # Model and tokenizer
@@ -200,7 +204,7 @@ def test_digits_and_words_are_single_tokens(tiny):
     _, tokenizer = tiny
     for text in ("1998-03-03", "19980303", "2031"):
         assert tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) == list(text)
-    for table in (demo.MONTHS, demo.SHORT_MONTHS, demo.WEEKDAYS):
+    for table in (builtin.MONTHS, builtin.SHORT_MONTHS, builtin.WEEKDAYS):
         for word in " ".join(table.values()).split():
             assert len(tokenizer(word)["input_ids"]) == 1, word
 
@@ -241,14 +245,14 @@ def test_tiny_qwen3_size_tokens_and_seed(tiny):
         assert holder.eos_token_id == tokenizer.eos_token_id and holder.pad_token_id == tokenizer.pad_token_id
 
     state = torch.get_rng_state()
-    again, other = demo.tiny_qwen3()[0].state_dict(), demo.tiny_qwen3(seed=1)[0].state_dict()
+    again, other = builtin.tiny_qwen3()[0].state_dict(), builtin.tiny_qwen3(seed=1)[0].state_dict()
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
     assert not torch.equal(other["model.layers.0.mlp.up_proj.weight"], again["model.layers.0.mlp.up_proj.weight"])
 
 
 def test_tokenizer_is_trained_the_same_every_time(tiny):
-    assert demo.tiny_qwen3(seed=1)[1].get_vocab() == tiny[1].get_vocab()
+    assert builtin.tiny_qwen3(seed=1)[1].get_vocab() == tiny[1].get_vocab()
 
 
 def test_saved_and_loaded_again(tiny, tmp_path):
@@ -294,12 +298,12 @@ def test_no_docstring_is_left_in_the_source(described):
 
 
 def test_docstrings_are_split_by_file(described):
-    file_of = {text: file for file, pairs in demo._described_functions(STDLIB).items() for text, _ in pairs}
+    file_of = {text: file for file, pairs in builtin._described_functions(STDLIB).items() for text, _ in pairs}
     train = {file_of[source(example)] for example in described["train"]}
     test = [file_of[source(example)] for example in described["test"]]
     assert not train & set(test)
     assert max(test.count(file) for file in set(test)) <= 30
-    assert not any(folder in file.split("/") for file in file_of.values() for folder in demo.SKIPPED_FOLDERS)
+    assert not any(folder in file.split("/") for file in file_of.values() for folder in builtin.SKIPPED_FOLDERS)
     assert len({question(example) for split in described.values() for example in split}) == sum(
         len(split) for split in described.values()
     )
@@ -310,7 +314,7 @@ def test_summaries_are_the_ones_python_sees(described):
         documented = [inspect.getdoc(value) for _, value in inspect.getmembers(module, inspect.isfunction)]
         for _, cls in inspect.getmembers(module, inspect.isclass):
             documented += [inspect.getdoc(value) for _, value in inspect.getmembers(cls)]
-        summaries = [summary for _, summary in demo._described_functions(STDLIB)[f"{module.__name__}.py"]]
+        summaries = [summary for _, summary in builtin._described_functions(STDLIB)[f"{module.__name__}.py"]]
         first_lines = {text.split("\n")[0] for text in documented if text}
         assert len(summaries) >= 2 and len(set(summaries) & first_lines) >= len(summaries) / 2
 
@@ -322,10 +326,10 @@ def test_docstrings_depend_on_the_seed_alone(monkeypatch, tmp_path):
             for j in range(3)
         ]
         (tmp_path / f"module{i}.py").write_text("\n".join(code))
-    monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    first = demo.docstrings(test=30)
-    demo._described_functions.cache_clear()
-    again, other = demo.docstrings(test=30), demo.docstrings(seed=1, test=30)
+    monkeypatch.setattr(builtin.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    first = builtin.docstrings(test=30)
+    builtin._described_functions.cache_clear()
+    again, other = builtin.docstrings(test=30), builtin.docstrings(seed=1, test=30)
     assert again["train"][:] == first["train"][:] and again["test"][:] == first["test"][:]
     assert other["test"][:] != first["test"][:]
 
@@ -335,9 +339,9 @@ def test_docstrings_say_when_there_are_too_few(monkeypatch, tmp_path):
     (tmp_path / "one.py").write_text(code)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "two.py").write_text(code.replace("double", "twice"))  # a skipped folder
-    monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(builtin.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(RuntimeError, match="found 1 described functions"):
-        demo.docstrings(test=1)
+        builtin.docstrings(test=1)
 
 
 @pytest.mark.parametrize(
@@ -360,4 +364,4 @@ def test_docstrings_say_when_there_are_too_few(monkeypatch, tmp_path):
 def test_without_docstring(code, expected):
     wrapped = f"class A:\n{code}" if code.startswith(" ") else code
     node = next(n for n in ast.walk(ast.parse(wrapped)) if isinstance(n, ast.FunctionDef))
-    assert demo._without_docstring(wrapped.split("\n"), node) == expected
+    assert builtin._without_docstring(wrapped.split("\n"), node) == expected

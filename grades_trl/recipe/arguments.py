@@ -20,8 +20,9 @@ from transformers import EarlyStoppingCallback, HfArgumentParser
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from . import accounting, data
-from .config import TOWERS, GradESConfig
+from grades_trl.config import TOWERS, GradESConfig
+from grades_trl.recipe import data
+from grades_trl.report import timing as accounting
 
 # What a validation loss must fall by to count as better: that of the early stopping the paper compares with.
 EARLY_STOPPING_THRESHOLD = 0.0005

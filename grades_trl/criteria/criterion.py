@@ -18,7 +18,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from .config import GradESConfig
+from grades_trl.config import GradESConfig
 
 # Fewer readings than this are no level: a matrix that was hardly seen in the grace period (a tower without images, an
 # expert without tokens) goes on collecting after it.

@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from .engine import FreezeEvent
-from .matrices import WeightMatrix
+from grades_trl.engine import FreezeEvent
+from grades_trl.model.matrices import WeightMatrix
 
 MAX_ROWS = 2000  # steps of history kept per matrix; when full, every other one goes and the stride doubles
 MAX_EVENTS_ON_PAGE = 2000

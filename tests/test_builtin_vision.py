@@ -12,10 +12,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from grades_trl.generate import exact_match
-from vlm import demo
-from vlm.demo import blank, digit_pictures, split_scans, tiny_llava
-from vlm.generate import answers
+from grades_trl.recipe.generation import exact_match
+from vlm import builtin
+from vlm.builtin import blank, digit_pictures, split_scans, tiny_llava
+from vlm.generation import answers
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def test_scans_are_split_without_overlap():
 
 def test_pictures_are_made_of_their_own_split_and_labelled_right(monkeypatch):
     seen = []
-    white = Image.new("L", demo.PICTURE_SIZE, "white")
-    monkeypatch.setattr(demo, "_draw", lambda scans, rng: seen.append(scans) or white)
+    white = Image.new("L", builtin.PICTURE_SIZE, "white")
+    monkeypatch.setattr(builtin, "_draw", lambda scans, rng: seen.append(scans) or white)
     pictures = digit_pictures(train=40, test=20, seed=5)
     digits = load_digits()
     index = {scan.tobytes(): i for i, scan in enumerate(digits.images)}
@@ -60,7 +60,7 @@ def test_pictures_are_made_of_their_own_split_and_labelled_right(monkeypatch):
 def test_rows_are_in_trl_format_and_show_as_many_digits_as_they_say(data):
     row = data["test"][0]
     assert set(row) == {"images", "prompt", "completion"}
-    assert [picture.size for picture in row["images"]] == [demo.PICTURE_SIZE]
+    assert [picture.size for picture in row["images"]] == [builtin.PICTURE_SIZE]
     assert row["prompt"] == [{"role": "user", "content": "Read the number."}]
     assert [message["role"] for message in row["completion"]] == ["assistant"]
     assert {len(number) for number in numbers(data["train"])} == {2, 3, 4}
@@ -68,7 +68,7 @@ def test_rows_are_in_trl_format_and_show_as_many_digits_as_they_say(data):
     # Digits stand in cells from the left: ink in as many cells as the number is long, and none after it.
     for row, number in zip(data["test"], numbers(data["test"]), strict=True):
         picture = np.asarray(row["images"][0], dtype=float)
-        cells = picture.reshape(32, 4, demo.CELL_WIDTH).min(axis=(0, 2))
+        cells = picture.reshape(32, 4, builtin.CELL_WIDTH).min(axis=(0, 2))
         assert (cells < picture.max() - 50).tolist() == [i < len(number) for i in range(4)]
 
 

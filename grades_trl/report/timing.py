@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .matrices import WeightMatrix
+from grades_trl.model.matrices import WeightMatrix
 
 # Steps before the first freeze that a baseline needs, and first steps that are warm-up (allocator, caches, tuning).
 MIN_BASELINE_STEPS = 5

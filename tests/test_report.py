@@ -12,10 +12,10 @@ import torch
 from matplotlib.image import imread
 from torch import nn
 
-from grades_trl import timeline as module
 from grades_trl.engine import FreezeEvent
-from grades_trl.matrices import WeightMatrix
-from grades_trl.timeline import Timeline
+from grades_trl.model.matrices import WeightMatrix
+from grades_trl.report import history as module
+from grades_trl.report.history import Timeline
 
 SUMMARY = {
     "model": "toy",

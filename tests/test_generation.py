@@ -4,10 +4,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from grades_trl.demo import dates, tiny_qwen3
-from grades_trl.generate import answers, exact_match, prompt_text
-from vlm.demo import digit_pictures, tiny_llava
-from vlm.generate import answers as vlm_answers
+from grades_trl.recipe.builtin import dates, tiny_qwen3
+from grades_trl.recipe.generation import answers, exact_match, prompt_text
+from vlm.builtin import digit_pictures, tiny_llava
+from vlm.generation import answers as vlm_answers
 
 
 @pytest.fixture(scope="module")

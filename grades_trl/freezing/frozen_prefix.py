@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .caching import PrefixCache, draws_at_random
-from .matrices import base_path, find_blocks, find_heads, towers_of_modules
+from grades_trl.freezing.activation_cache import PrefixCache, draws_at_random
+from grades_trl.model.matrices import base_path, find_blocks, find_heads, towers_of_modules
 
 TOUCHED = ("forward", "gradient_checkpointing")
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_cutting import CountMatmuls, bottom_up, config_for
+from test_frozen_prefix import CountMatmuls, bottom_up, config_for
 
-from grades_trl import GradESConfig, GradESTrainer, demo
-from grades_trl.caching import PrefixCache
-from grades_trl.cutting import PrefixCut
-from models import llava, qwen3
+from grades_trl import GradESConfig, GradESTrainer
+from grades_trl.freezing.activation_cache import PrefixCache
+from grades_trl.freezing.frozen_prefix import PrefixCut
+from grades_trl.recipe import builtin
+from helpers import llava, qwen3
 
 MIB = 2**20
 
@@ -62,8 +63,8 @@ def test_padding_does_not_matter():
 
 
 def test_whole_runs_with_and_without_the_cache_are_equal(tmp_path):
-    tokenizer = demo.tiny_qwen3()[1]
-    dataset = demo.dates(train=32, test=8)
+    tokenizer = builtin.tiny_qwen3()[1]
+    dataset = builtin.dates(train=32, test=8)
     runs = []
     for mib in (0, 16):
         trainer = bottom_up(GradESTrainer, most=2)(
@@ -118,8 +119,8 @@ def test_nothing_is_cached_where_the_key_would_not_tell():
 
 @pytest.mark.parametrize("noise", [None, 5.0])
 def test_neftune_switches_it_off(tmp_path, capsys, noise):
-    tokenizer = demo.tiny_qwen3()[1]
-    dataset = demo.dates(train=32, test=8)
+    tokenizer = builtin.tiny_qwen3()[1]
+    dataset = builtin.dates(train=32, test=8)
     trainer = bottom_up(GradESTrainer, most=2)(
         model=qwen3(num_hidden_layers=4, vocab_size=len(tokenizer), bos_token_id=None),
         args=config_for(tmp_path, None, num_train_epochs=4, save_strategy="no", neftune_noise_alpha=noise),

@@ -10,12 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from grades_trl import GradES, GradESConfig, GradESTrainer, demo
-from grades_trl.cli import account
-from grades_trl.cutting import PrefixCut
-from models import llava, qwen3
+from grades_trl import GradES, GradESConfig, GradESTrainer
+from grades_trl.freezing.frozen_prefix import PrefixCut
+from grades_trl.recipe import builtin
+from grades_trl.recipe.arguments import account
+from helpers import llava, qwen3
 from vlm import GradESVLMTrainer
-from vlm import demo as vlm_demo
+from vlm import builtin as vlm_builtin
 
 MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 CHECKPOINTING = pytest.mark.parametrize("reentrant", [None, False, True], ids=["none", "non_reentrant", "reentrant"])
@@ -253,8 +254,8 @@ def bottom_up(trainer, most=99):
 @CHECKPOINTING
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_whole_text_runs_with_and_without_the_cut_are_equal(tmp_path, monkeypatch, reentrant, full):
-    tokenizer = demo.tiny_qwen3()[1]
-    dataset = demo.dates(train=128, test=8)
+    tokenizer = builtin.tiny_qwen3()[1]
+    dataset = builtin.dates(train=128, test=8)
     grades = GradESConfig(freeze_norms=True, freeze_embeddings=True)
     runs = []
     for cut in (True, False):
@@ -287,10 +288,10 @@ def test_whole_text_runs_with_and_without_the_cut_are_equal(tmp_path, monkeypatc
 
 @CHECKPOINTING
 def test_whole_vlm_runs_with_and_without_the_cut_are_equal(tmp_path, monkeypatch, reentrant):
-    dataset = vlm_demo.digit_pictures(train=64, test=8)
+    dataset = vlm_builtin.digit_pictures(train=64, test=8)
     runs = []
     for cut in (True, False):
-        model, processor = vlm_demo.tiny_llava()
+        model, processor = vlm_builtin.tiny_llava()
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(r=4, target_modules=r".*layers\.\d+\..*(proj|fc1|fc2)"))
         runs.append(
@@ -315,10 +316,10 @@ def test_whole_vlm_runs_with_and_without_the_cut_are_equal(tmp_path, monkeypatch
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_what_the_loss_does_not_use_is_no_obstacle(tmp_path, full):
     """LLaVA-1.5 takes the output of the last but one layer of its vision tower: the last one gets no gradient."""
-    dataset = vlm_demo.digit_pictures(train=64, test=8)
+    dataset = vlm_builtin.digit_pictures(train=64, test=8)
 
     def build():
-        model, processor = vlm_demo.tiny_llava()
+        model, processor = vlm_builtin.tiny_llava()
         model.config.vision_feature_layer = -2
         if not full:
             torch.manual_seed(0)
@@ -353,7 +354,7 @@ def test_what_the_loss_does_not_use_is_no_obstacle(tmp_path, full):
 
 def test_towers_without_data_do_not_keep_a_run_from_ending(tmp_path):
     """A vision-language model on text alone: its vision tower is not even called."""
-    model, processor = vlm_demo.tiny_llava()
+    model, processor = vlm_builtin.tiny_llava()
     rows = Dataset.from_list([{"text": f"{i} {i + 1}"} for i in range(64)])
     model = get_peft_model(model, LoraConfig(r=4, target_modules=r".*layers\.\d+\..*(proj|fc1|fc2)"))
     trainer = bottom_up(GradESTrainer)(
@@ -370,8 +371,8 @@ def test_towers_without_data_do_not_keep_a_run_from_ending(tmp_path):
 
 def test_a_head_that_is_trained_whole_comes_after_the_cut(tmp_path):
     """PEFT's `modules_to_save` wraps it; TRL's chunked loss calls neither."""
-    tokenizer = demo.tiny_qwen3()[1]
-    dataset = demo.dates(train=64, test=8)
+    tokenizer = builtin.tiny_qwen3()[1]
+    dataset = builtin.dates(train=64, test=8)
     trainer = bottom_up(GradESTrainer)(
         model=qwen3(num_hidden_layers=4, vocab_size=len(tokenizer), bos_token_id=None),
         args=config_for(tmp_path, None, max_steps=9, save_strategy="no", loss_type="chunked_nll"),
@@ -386,8 +387,8 @@ def test_a_head_that_is_trained_whole_comes_after_the_cut(tmp_path):
 
 
 def test_a_run_resumed_beyond_a_cut_is_the_same_run(tmp_path):
-    tokenizer = demo.tiny_qwen3()[1]
-    dataset = demo.dates(train=128, test=8)
+    tokenizer = builtin.tiny_qwen3()[1]
+    dataset = builtin.dates(train=128, test=8)
 
     def build(**changes):
         return bottom_up(GradESTrainer)(

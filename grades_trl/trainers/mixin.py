@@ -27,12 +27,12 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from . import accounting
-from .caching import draws_at_random
-from .config import GradESConfig
-from .engine import FreezeEvent, GradES
-from .matrices import blocks_of_matrices, describe, find_matrices, untracked_parameters
-from .timeline import Timeline
+from grades_trl.config import GradESConfig
+from grades_trl.engine import FreezeEvent, GradES
+from grades_trl.freezing.activation_cache import draws_at_random
+from grades_trl.model.matrices import blocks_of_matrices, describe, find_matrices, untracked_parameters
+from grades_trl.report import timing as accounting
+from grades_trl.report.history import Timeline
 
 STATE_JSON, STATE_TENSORS = "grades_state.json", "grades_state.safetensors"
 # Freeze events come in clusters; W&B gets a new picture when that much more of the model has frozen.

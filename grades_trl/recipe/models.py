@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, set_seed
 from trl import ModelConfig, get_quantization_config
 
-from .config import TOWERS
-from .matrices import linear_layers, towers_of_parameters
+from grades_trl.config import TOWERS
+from grades_trl.model.matrices import linear_layers, towers_of_parameters
 
 
 def load_model(

@@ -49,7 +49,7 @@ def choose(name: str) -> str:
         if not installed:
             raise ImportError('--backend unsloth, but Unsloth is not installed: pip install -e ".[unsloth]"')
         if "trl" in sys.modules and "unsloth" not in sys.modules:
-            raise ImportError("trl was imported before Unsloth: import grades_trl.backend first in your script.")
+            raise ImportError("trl was imported before Unsloth: import unsloth first in your script.")
         import unsloth  # noqa: F401
     return name
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from trl import ModelConfig
 
-from grades_trl.loading import find_gguf, load_model, make_trainable
-from grades_trl.matrices import find_matrices
-from models import SMALL, llava, qwen3
-from vlm import demo as vlm_demo
+from grades_trl.model.matrices import find_matrices
+from grades_trl.recipe.models import find_gguf, load_model, make_trainable
+from helpers import SMALL, llava, qwen3
+from vlm import builtin as vlm_builtin
 
 
 def trained(model):
@@ -56,7 +56,7 @@ def test_four_bits_on_a_cpu(folder):
 
 
 def test_a_vision_language_model_and_its_processor(tmp_path):
-    model, processor = vlm_demo.tiny_llava()
+    model, processor = vlm_builtin.tiny_llava()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     arguments = ModelConfig(model_name_or_path=str(tmp_path))

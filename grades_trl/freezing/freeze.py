@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .matrices import WeightMatrix
+from grades_trl.model.matrices import WeightMatrix
 
 
 def freeze(matrix: WeightMatrix, optimizer: Any = None) -> None:
