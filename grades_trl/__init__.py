@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from grades_trl.config import GradESConfig
-from grades_trl.engine import FreezeEvent, GradES
+from grades_trl.engine import GradES
+from grades_trl.events import FreezeEvent
 
 if TYPE_CHECKING:
     from grades_trl.trainers.mixin import GradESMixin

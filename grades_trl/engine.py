@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from grades_trl.config import GradESConfig
 from grades_trl.criteria import kernels, metrics
 from grades_trl.criteria.criterion import Criterion, Replay
 from grades_trl.criteria.metrics import Sample, sample
+from grades_trl.events import FreezeEvent
 from grades_trl.freezing.freeze import FrozenExperts, freeze, freeze_parameter
 from grades_trl.freezing.frozen_prefix import PrefixCut
 from grades_trl.freezing.unsloth_lora import skip_frozen_pairs
@@ -47,29 +47,6 @@ def _cosines(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale
     rows = iter(torch.cat([part.to(parts[0].device) for part in parts]).tolist())
     found = {i: next(rows) for group in devices.values() for i in group}
     return [found[i] for i in range(len(tensors))]
-
-
-@dataclass(frozen=True)
-class FreezeEvent:
-    """One matrix frozen. `step` counts optimizer steps from 1; its update is the first one not applied.
-
-    Attributes:
-        step (`int`), matrix (`str`), layer (`int`), role (`str`), tower (`str`): when and which.
-        value (`float`), tau (`float`): what was compared, and the threshold it was below.
-        params (`int`): its trainable elements.
-        frozen (`int`), total (`int`): matrices frozen so far, this one included, and tracked in all.
-    """
-
-    step: int
-    matrix: str
-    layer: int
-    role: str
-    tower: str
-    value: float
-    tau: float
-    params: int
-    frozen: int
-    total: int
 
 
 class GradES:
@@ -361,6 +338,7 @@ class GradES:
                     params=matrix.params,
                     frozen=len(self.frozen),
                     total=len(self.matrices),
+                    reason="schedule" if self.config.replay else f"{self.config.metric} below tau",
                 )
             )
         return events

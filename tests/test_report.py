@@ -12,7 +12,7 @@ import torch
 from matplotlib.image import imread
 from torch import nn
 
-from grades_trl.engine import FreezeEvent
+from grades_trl.events import FreezeEvent
 from grades_trl.model.matrices import WeightMatrix
 from grades_trl.report import history as module
 from grades_trl.report.history import Timeline
@@ -54,7 +54,8 @@ def toy_matrices(layers=3, roles=("q_proj", "down_proj")):
 
 def freeze(matrices, name, step, value=0.01, tau=0.02, frozen=1):
     m = matrices[name]
-    return FreezeEvent(step, name, m.layer, m.role, m.tower, value, tau, m.params, frozen, len(matrices))
+    of = (frozen, len(matrices))
+    return FreezeEvent(step, name, m.layer, m.role, m.tower, value, tau, m.params, *of, "agreement below tau")
 
 
 def make(tmp_path, matrices, **kwargs):
@@ -84,9 +85,9 @@ def test_events_are_on_disk_as_they_happen(tmp_path):
     timeline.record(12, [second], {})
     assert (tmp_path / "events.jsonl").read_text() == (
         '{"step": 11, "matrix": "layers.0.q_proj", "layer": 0, "role": "q_proj", "tower": "language", '
-        '"value": 0.01, "tau": 0.02, "params": 32, "frozen": 1, "total": 6}\n'
+        '"value": 0.01, "tau": 0.02, "params": 32, "frozen": 1, "total": 6, "reason": "agreement below tau"}\n'
         '{"step": 12, "matrix": "layers.1.down_proj", "layer": 1, "role": "down_proj", "tower": "language", '
-        '"value": 0.01, "tau": 0.02, "params": 32, "frozen": 2, "total": 6}\n'
+        '"value": 0.01, "tau": 0.02, "params": 32, "frozen": 2, "total": 6, "reason": "agreement below tau"}\n'
     )
 
 

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from grades_trl.engine import FreezeEvent
+from grades_trl.events import FreezeEvent
 from grades_trl.model.matrices import WeightMatrix
 
 MAX_ROWS = 2000  # steps of history kept per matrix; when full, every other one goes and the stride doubles

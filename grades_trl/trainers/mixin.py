@@ -28,7 +28,8 @@ from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from grades_trl.config import GradESConfig
-from grades_trl.engine import FreezeEvent, GradES
+from grades_trl.engine import GradES
+from grades_trl.events import FreezeEvent
 from grades_trl.freezing.activation_cache import draws_at_random
 from grades_trl.model.matrices import blocks_of_matrices, describe, find_matrices, untracked_parameters
 from grades_trl.report import timing as accounting

@@ -1,0 +1,38 @@
+"""The record of one freeze: what the engine returns, what the report writes, and what a schedule reads back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FreezeEvent:
+    """
+    One weight matrix was frozen.
+
+    Attributes:
+        step (`int`): optimizer step, counted from 1. The update of this step is the first one that was not applied.
+        matrix (`str`): name of the matrix, as in `GradES.matrices`.
+        layer (`int`): index of its layer; -1 outside the layers (projectors).
+        role (`str`): what it is in its layer, e.g. `"q_proj"`.
+        tower (`str`): `"language"`, `"vision"`, `"audio"` or `"projector"`.
+        value (`float` or `None`): the metric value that was compared with `tau`. `None` if nothing was measured, as
+            in a schedule.
+        tau (`float` or `None`): the threshold that the value was below. `None` if there was none.
+        params (`int`): number of trainable elements of the matrix.
+        frozen (`int`): number of matrices frozen so far, this one included.
+        total (`int`): number of matrices that are tracked.
+        reason (`str`): why it was frozen, e.g. `"grad_change below tau"` or `"schedule"`.
+    """
+
+    step: int
+    matrix: str
+    layer: int
+    role: str
+    tower: str
+    value: float | None
+    tau: float | None
+    params: int
+    frozen: int
+    total: int
+    reason: str
