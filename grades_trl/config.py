@@ -1,208 +1,296 @@
-"""GradESConfig: every knob of the method, one dataclass."""
+"""`GradESConfig`: the three answers of the method (which matrices freeze, when the run ends, which weights are kept)
+and their settings."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-METRICS = ("grad_change", "grad_norm", "weight_change", "agreement", "heldout_gain")
-TOWERS = ("language", "vision", "audio", "projector")
+from grades_trl.criteria import CRITERIA
+from grades_trl.model.matrices import TOWERS
+from grades_trl.stopping import STOPPING_RULES
+
+KEEP = ("auto", "last", "best_average")
+
+# Settings that only some criteria or stopping rules have. `None` means the default of the one in use.
+CRITERION_SETTINGS = ("tau", "auto_ratio", "alpha", "patience", "measure_every", "sample_fraction", "schedule")
+HELDOUT_SETTINGS = ("heldout_every", "heldout_patience", "heldout_grace", "heldout_cost", "heldout_samples")
 
 
 @dataclass
 class GradESConfig:
     """
-    When a weight matrix counts as converged. A dataclass beside `SFTConfig`, so that `TrlParser` reads both.
+    Which weight matrices freeze, when the run ends and which weights are kept. A dataclass beside `SFTConfig`, so that
+    `TrlParser` reads both.
 
-    The defaults are the paper's method (arXiv 2509.01842 v3, algorithm 1) with thresholds that set themselves. To
-    replay a published setting give its number: `--metric weight_change --tau 1.804456 --alpha 0.55`.
+    The default freezes each matrix by the paper's metric (arXiv 2509.01842 v3, algorithm 1) with thresholds that set
+    themselves. Where held-out rows are given, it also ends the run by their loss and keeps the better of the last
+    weights and their best average. A published setting is replayed with its number and without the rest:
+    `GradESConfig(metric="weight_change", tau=1.804456, sample_fraction=1.0, stopping="all_frozen")`.
 
     Parameters:
         metric (`str`, *optional*, defaults to `"grad_change"`):
-            What is read from each matrix. A sum over its elements: `"grad_change"`, `sum |g_t - g_{t-1}|` (paper,
-            Eq. 1); `"grad_norm"`, `sum |g_t|` (paper v1, and Eq. 3 for LoRA); `"weight_change"`, `sum |W_t - W_{t-1}|`
-            (what the authors' package `grades` 1.0.6 measures; the published thresholds are on this scale).
-            `"agreement"`: the cosine of g_t and g_{t-1}, -1 to 1, without units. `"heldout_gain"`: the held-out loss,
-            in nats, that the updates of the matrix have bought since the last reading (see `heldout.py`); it needs
-            held-out examples, and in the end the model gets the average of its weights that was best on them.
-            Gradients are those of the whole optimizer step, before clipping.
+            Which matrices freeze, and when. `"grad_change"`: `sum |g_t - g_{t-1}|` of a matrix is below tau (paper,
+            Eq. 1). `"grad_norm"`: `sum |g_t|` is (paper v1, and Eq. 3 for LoRA). `"weight_change"`:
+            `sum |W_t - W_{t-1}|` is (the authors' package `grades` 1.0.6; the published thresholds are on this
+            scale). `"schedule"`: at the steps of `schedule`. `"none"`: none freezes. Gradients are those of the whole
+            optimizer step, before clipping.
         tau (`float`, `dict[str, float]` or `"auto"`, *optional*, defaults to `"auto"`):
-            A matrix whose reading is below it has converged. A number; a number per tower, as
-            `{"vision": 0.3, "language": 6.0}` (JSON on the command line); or `"auto"`: `auto_ratio` times the median
-            of the matrix's own readings during the grace period; for `heldout_gain` it is 0.
+            Threshold of the first three metrics, in their unit: a matrix whose value is below it has converged. A
+            number; a number per tower, as `{"vision": 0.3, "language": 6.0}` (JSON on the command line); or `"auto"`:
+            `auto_ratio` times the median of the matrix's own values during the grace period.
         auto_ratio (`float`, *optional*, defaults to `0.5`):
-            Used by `tau="auto"` alone: the fraction of its level in the grace period that a matrix must fall below.
-        alpha (`float`, *optional*):
-            Grace period as a fraction of all optimizer steps; nothing freezes while `step <= ceil(alpha * total)`. By
-            default 0.55, as in the paper; 0.1 for `heldout_gain`.
-        patience (`int`, *optional*):
-            Consecutive readings below tau that a matrix needs to freeze. By default 1, as in the paper; 2 for
-            `heldout_gain`.
-        interval (`int`, *optional*):
-            Read every that many steps. By default 1; for `heldout_gain`, what `heldout_cost` allows. A reading of the
-            other metrics always compares two neighbouring steps, so tau keeps its meaning.
+            With `tau="auto"`: the fraction of its level in the grace period that a matrix must fall below.
+        alpha (`float`, *optional*, defaults to `0.55`):
+            Grace period of the first three metrics, as a fraction of all optimizer steps: nothing freezes while
+            `step <= ceil(alpha * total_steps)`.
+        patience (`int`, *optional*, defaults to `1`):
+            Consecutive values below tau that freeze a matrix. 1 is the paper's.
+        measure_every (`int`, *optional*, defaults to `1`):
+            Measure every N optimizer steps. A measurement still compares two neighbouring steps, so tau keeps its
+            meaning.
+        sample_fraction (`float`, *optional*, defaults to `1 / 64`):
+            Fraction of each large matrix that is measured and kept for comparison. The estimate is unbiased, with an
+            error of 0.6 % for a matrix of 16M elements and 2 % for small ones (`criteria/metrics.py`). 1 measures all
+            elements, as the paper does.
+        schedule (`str` or `dict[str, int]`, *optional*):
+            For `metric="schedule"`: when each matrix freezes. The path of another run's `events.jsonl`, or a mapping
+            from a matrix, a pattern of names (`"*.layers.[0-4].*"`) or a tower to the step whose update is the first
+            one not applied: `{"vision": 1}` trains no vision matrix at all.
+        stopping (`str`, *optional*, defaults to `"auto"`):
+            When the run ends. `"all_frozen"`: when every tracked matrix is frozen (paper). `"heldout_loss"`: also when
+            the held-out loss of the averaged weights has stopped improving. `"end_of_schedule"`: not before.
+            `"auto"`: `"heldout_loss"` where there are held-out rows (`eval_dataset`), else `"all_frozen"`.
+        keep (`str`, *optional*, defaults to `"auto"`):
+            Which weights the model has in the end. `"last"`; `"best_average"`: the running average of the weights with
+            the lowest held-out loss, if that is below the loss of the last ones. `"auto"`: `"best_average"` where
+            the held-out loss is measured, else `"last"`.
+        heldout_every (`int`, *optional*):
+            Average the weights, and measure their held-out loss, every N optimizer steps. By default what
+            `heldout_cost` allows, at most 20 times; `ceil(total_steps / 20)` without a Trainer.
+        heldout_patience (`int`, *optional*, defaults to `2`):
+            Measurements without a new lowest held-out loss that end the run.
+        heldout_grace (`float`, *optional*, defaults to `0.1`):
+            Fraction of all optimizer steps before the first measurement of the held-out loss.
         heldout_cost (`float`, *optional*, defaults to `0.02`):
-            Used by `heldout_gain` alone: held-out examples per training example, at most, in 20 readings. It sets how
-            many examples a reading takes, from 16 to `heldout_samples`. Where it does not pay for the four readings
-            that it takes to end a run (below about 3,200 training examples), nothing is read and nothing freezes.
+            What all measurements of the held-out loss may cost, as a fraction of the training FLOPs. Short runs may
+            use 64 forward passes of a row, up to 5 %; below that (426 training examples) nothing is measured.
         heldout_samples (`int`, *optional*, defaults to `128`):
-            Used by `heldout_gain` alone: held-out examples per reading, at most; always the same ones.
-        replay (`str`, *optional*):
-            Path of another run's `events.jsonl`: freeze the same matrices at the same steps; readings are taken, and
-            decide nothing.
-        sample (`float`, *optional*, defaults to `1 / 64`):
-            Fraction of each large matrix that is read and kept for comparison; a matrix that is hardly larger than the
-            smallest sample (16,384 elements) is read as a whole. Unbiased, with an error of 0.6 % for a matrix of 16M
-            elements and 2 % for small ones (see `metrics.py`). 1 reads everything, as the paper does.
+            Held-out rows per measurement, at most; always the same ones.
         track_projector (`bool`, *optional*, defaults to `False`):
-            Also watch and freeze the linear layers between two towers (mergers, projectors). The paper does not.
-        cache_prefix (`int`, *optional*, defaults to `0`):
-            MiB of CPU memory that keep the output of the frozen leading layers for each sample, so that they are not
-            computed again in later epochs (see `caching.py`). It should hold rows x tokens x hidden size x 2 or 4
-            bytes; 0 is off.
+            Also track the linear layers between two towers (mergers, projectors). The paper does not.
         freeze_norms (`bool`, *optional*, defaults to `False`):
-            Freeze the norms and biases of a block with the last of its matrices. Off, because the paper trains them to
-            the end; but as long as one of them trains, backward has to reach that block (see `cutting.py`).
+            Freeze the norms and biases of a layer with the last of its matrices. The paper trains them to the end;
+            then backward cannot skip the layer.
         freeze_embeddings (`bool`, *optional*, defaults to `False`):
-            Freeze what feeds the first block (token, patch and position embeddings, and with them a tied output head)
-            when all matrices of that block are frozen. Off for the same reason, with the same price. LoRA trains
-            neither norms nor embeddings and needs neither flag.
+            Freeze the embeddings of a tower, and a tied output head, with the last matrix of its first layer. Full
+            fine-tuning skips the backward pass of frozen leading layers only with both of these flags.
+        activation_cache_mib (`int`, *optional*, defaults to `0`):
+            MiB of CPU memory for the outputs of the frozen leading layers, so that later epochs do not compute them
+            again. It should hold rows x tokens x hidden size x 2 or 4 bytes; 0 is off.
 
     Raises:
-        ValueError: a value out of range, with the range.
+        ValueError: a value out of range, or a setting that the chosen metric or stopping rule does not have.
     """
 
     _argument_group_name = "GradES"
 
     metric: str = field(
         default="grad_change",
-        metadata={"help": "What is read from each matrix at each step.", "choices": list(METRICS)},
+        metadata={"help": "Which matrices freeze: grad_change and grad_norm are the paper's.", "choices": [*CRITERIA]},
     )
-    tau: dict | str | None = field(
-        default="auto",
+    tau: str | None = field(
+        default=None,
         metadata={
-            "help": "A matrix whose reading is below tau has converged: a number, a JSON object with one per tower "
-            'such as \'{"vision": 0.3, "language": 6.0}\', or "auto".'
+            "help": "A matrix whose value is below tau has converged: a number, a JSON object with one per tower "
+            'such as \'{"vision": 0.3, "language": 6.0}\', or "auto" (default).'
         },
     )
-    auto_ratio: float = field(
-        default=0.5,
-        metadata={"help": "With tau=auto: fraction of its own level in the grace period a matrix must fall below."},
+    auto_ratio: float | None = field(
+        default=None, metadata={"help": "With tau=auto: fraction of its own level to fall below (default: 0.5)."}
     )
     alpha: float | None = field(
-        default=None,
-        metadata={"help": "Grace period, a fraction of all steps; 0.55, 0.1 for heldout_gain."},
+        default=None, metadata={"help": "Grace period, a fraction of all steps (default: 0.55)."}
     )
     patience: int | None = field(
+        default=None, metadata={"help": "Consecutive values below tau that freeze a matrix (default: 1)."}
+    )
+    measure_every: int | None = field(default=None, metadata={"help": "Measure every N steps (default: 1)."})
+    sample_fraction: float | None = field(
+        default=None, metadata={"help": "Fraction of each large matrix that is measured (default: 1/64; paper: 1)."}
+    )
+    schedule: str | None = field(
         default=None,
-        metadata={"help": "Consecutive readings below tau to freeze; 1, and 2 for heldout_gain."},
-    )
-    interval: int | None = field(
-        default=None,
-        metadata={"help": "Read every that many steps; 1, and what heldout_cost allows."},
-    )
-    heldout_cost: float = field(
-        default=0.02, metadata={"help": "heldout_gain: held-out examples per training example, at most."}
-    )
-    heldout_samples: int = field(
-        default=128, metadata={"help": "heldout_gain: held-out examples per reading, at most."}
-    )
-    replay: str | None = field(
-        default=None,
-        metadata={"help": "An events.jsonl: freeze what that run froze, when it did."},
-    )
-    sample: float = field(
-        default=1 / 64,
-        metadata={"help": "Fraction of each large matrix that is read; 1 reads all, as the paper does."},
-    )
-    track_projector: bool = field(
-        default=False,
-        metadata={"help": "Also watch the linear layers between two towers (mergers, projectors)."},
-    )
-    cache_prefix: int = field(
-        default=0,
         metadata={
-            "help": "MiB of CPU memory for the outputs of frozen leading layers, read in later epochs; 0 is off."
+            "help": "With metric=schedule: the events.jsonl of another run, or a JSON object from matrix, pattern or "
+            "tower to step."
         },
     )
+    stopping: str = field(
+        default="auto",
+        metadata={
+            "help": "When the run ends; auto: by the held-out loss where there are held-out rows.",
+            "choices": ["auto", *STOPPING_RULES],
+        },
+    )
+    keep: str = field(
+        default="auto",
+        metadata={"help": "Which weights are kept; auto: the best average where it is measured.", "choices": [*KEEP]},
+    )
+    heldout_every: int | None = field(
+        default=None, metadata={"help": "Measure the held-out loss every N steps (default: what the cost allows)."}
+    )
+    heldout_patience: int | None = field(
+        default=None, metadata={"help": "Held-out measurements without improvement that end the run (default: 2)."}
+    )
+    heldout_grace: float | None = field(
+        default=None, metadata={"help": "Fraction of all steps before the first held-out measurement (default: 0.1)."}
+    )
+    heldout_cost: float | None = field(
+        default=None, metadata={"help": "Held-out measurements, at most, of the training FLOPs (default: 0.02)."}
+    )
+    heldout_samples: int | None = field(
+        default=None, metadata={"help": "Held-out rows per measurement, at most (default: 128)."}
+    )
+    track_projector: bool = field(
+        default=False, metadata={"help": "Also track the linear layers between two towers (mergers, projectors)."}
+    )
     freeze_norms: bool = field(
-        default=False,
-        metadata={"help": "Freeze a block's norms and biases with the last of its matrices, so backward can skip it."},
+        default=False, metadata={"help": "Freeze a layer's norms and biases with the last of its matrices."}
     )
     freeze_embeddings: bool = field(
-        default=False,
-        metadata={"help": "Freeze the embeddings (and a tied head) when all matrices of the first block are frozen."},
+        default=False, metadata={"help": "Freeze the embeddings with the last matrix of the first layer."}
+    )
+    activation_cache_mib: int = field(
+        default=0,
+        metadata={"help": "MiB of CPU memory for outputs of frozen leading layers, for later epochs; 0 is off."},
     )
 
-    def __post_init__(self):
-        if self.metric not in METRICS:
-            raise ValueError(f"metric is {self.metric!r}; expected one of {', '.join(METRICS)}.")
-        alpha, patience = (0.1, 2) if self.metric == "heldout_gain" else (0.55, 1)
-        self.alpha = alpha if self.alpha is None else self.alpha
-        self.patience = patience if self.patience is None else self.patience
-        # A sum of absolute values is never below 0; a cosine or a gain can be.
-        self.tau = _parse_tau(self.tau, lowest=-math.inf if self.metric in METRICS[3:] else 0.0)
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is {self.alpha}; expected a fraction of the training steps from 0 to 1.")
-        if self.tau == "auto" and self.alpha == 0 and self.metric != "heldout_gain":
-            raise ValueError(
-                'tau is "auto" and alpha is 0: the level of a matrix is taken in the grace period. Set alpha.'
-            )
-        if self.patience < 1 or (self.interval is not None and self.interval < 1):
-            raise ValueError(f"patience is {self.patience} and interval {self.interval}; expected 1 or more of each.")
-        if not 0 < self.heldout_cost <= 1:
-            raise ValueError(f"heldout_cost is {self.heldout_cost}; expected a fraction above 0 and at most 1.")
-        if self.heldout_samples < 1:
-            raise ValueError(f"heldout_samples is {self.heldout_samples}; expected 1 or more examples.")
-        if not 0 < self.sample <= 1:
-            raise ValueError(f"sample is {self.sample}; expected a fraction of a matrix, above 0 and at most 1.")
-        if self.cache_prefix < 0:
-            raise ValueError(f"cache_prefix is {self.cache_prefix}; expected MiB of memory, or 0 for none.")
-        if self.replay is not None and not Path(self.replay).is_file():
-            raise ValueError(f"replay is {self.replay!r}; expected the events.jsonl of another run, which is no file.")
-        if self.auto_ratio <= 0:
-            raise ValueError(f"auto_ratio is {self.auto_ratio}; expected a number above 0.")
-
-    def tau_of(self, tower: str) -> float | None:
-        """The threshold of a tower; `None` if every matrix finds its own (`tau="auto"`)."""
-        if self.tau == "auto":
-            return 0.0 if self.metric == "heldout_gain" else None
-        if isinstance(self.tau, dict):
-            if tower not in self.tau:
+    def __post_init__(self) -> None:
+        _expect(self.metric in CRITERIA, "metric", self.metric, f"one of {', '.join(CRITERIA)}")
+        rules = ("auto", *STOPPING_RULES)
+        _expect(self.stopping in rules, "stopping", self.stopping, f"one of {', '.join(rules)}")
+        _expect(self.keep in KEEP, "keep", self.keep, f"one of {', '.join(KEEP)}")
+        self.tau = _parse_tau(self.tau)
+        self.schedule = _parse_schedule(self.schedule)
+        for name in CRITERION_SETTINGS:
+            if getattr(self, name) is not None and name not in CRITERIA[self.metric].defaults:
+                having = [metric for metric, criterion in CRITERIA.items() if name in criterion.defaults]
                 raise ValueError(
-                    f"tau gives thresholds for {', '.join(self.tau)}, but the model trains a {tower} tower: add "
-                    f'"{tower}" to tau, or give one number for all.'
+                    f"{name} is {getattr(self, name)!r}, but metric {self.metric!r} has no {name}; it is a setting of "
+                    f"{', '.join(having)}. Remove it, or choose one of these."
                 )
-            return float(self.tau[tower])
-        return float(self.tau)  # type: ignore[arg-type]  # the annotation is what HfArgumentParser can read
+        if not self.may_measure_heldout_loss:
+            for name in HELDOUT_SETTINGS:
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r}, but with stopping {self.stopping!r} and keep "
+                        f"{self.keep!r} no held-out loss is measured. Remove it, or set stopping to 'heldout_loss'."
+                    )
+        if self.metric == "schedule" and self.schedule is None:
+            raise ValueError(
+                'metric is "schedule", which needs schedule: the events.jsonl of another run, or a mapping from '
+                'matrix, pattern or tower to step, as in {"vision": 1}.'
+            )
 
-    def grace_steps(self, total_steps: int) -> int:
-        """`ceil(alpha * total_steps)`; the rounding guards against .55 * 100 being 55.00000000000001."""
-        assert self.alpha is not None  # since __post_init__
-        return math.ceil(round(self.alpha * total_steps, 9))
+        def check(name: str, expected: str, lowest: float, highest: float = math.inf, above: bool = False) -> None:
+            value = getattr(self, name)
+            if value is not None:
+                number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+                inside = number and lowest <= value <= highest and not (above and value == lowest)
+                _expect(bool(inside), name, value, expected)
+
+        check("auto_ratio", "a number above 0", 0, above=True)
+        check("alpha", "a fraction of the training steps from 0 to 1", 0, 1)
+        check("patience", "1 or more consecutive measurements", 1)
+        check("measure_every", "1 or more steps", 1)
+        check("sample_fraction", "a fraction of a matrix above 0 and at most 1", 0, 1, above=True)
+        check("heldout_every", "1 or more steps", 1)
+        check("heldout_patience", "1 or more measurements", 1)
+        check("heldout_grace", "a fraction of the training steps from 0 to 1", 0, 1)
+        check("heldout_cost", "a fraction of the training FLOPs above 0 and at most 1", 0, 1, above=True)
+        check("heldout_samples", "1 or more rows", 1)
+        check("activation_cache_mib", "MiB of memory, or 0 for none", 0)
+        if self.alpha == 0 and self.tau in (None, "auto") and "tau" in CRITERIA[self.metric].defaults:
+            raise ValueError(
+                'alpha is 0 and tau is "auto": the level of a matrix is measured in the grace period. Give alpha, or '
+                "a number for tau."
+            )
+
+    @property
+    def may_measure_heldout_loss(self) -> bool:
+        """Whether the held-out loss is measured if there are held-out rows."""
+        return self.stopping in ("auto", "heldout_loss") or self.keep == "best_average"
+
+    @property
+    def needs_heldout_rows(self) -> bool:
+        """Whether held-out rows must be given."""
+        return self.stopping == "heldout_loss" or self.keep == "best_average"
+
+    def criterion_settings(self) -> dict[str, Any]:
+        """The settings of the chosen metric, defaults filled in."""
+        return self._with_defaults(CRITERIA[self.metric].defaults)
+
+    def heldout_settings(self) -> dict[str, Any]:
+        """`every`, `patience`, `grace`, `cost` and `samples` of the held-out loss, defaults filled in."""
+        settings = self._with_defaults({f"heldout_{k}": v for k, v in STOPPING_RULES["heldout_loss"].defaults.items()})
+        return {name.removeprefix("heldout_"): value for name, value in settings.items()}
+
+    def _with_defaults(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        given = {name: getattr(self, name) for name in defaults}
+        return {name: default if given[name] is None else given[name] for name, default in defaults.items()}
 
 
-def _parse_tau(tau: Any, lowest: float) -> Any:
+def _expect(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; expected {expected}.")
+
+
+def _from_json(value: Any) -> Any:
+    """A value from the command line, where everything is text."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value
+
+
+def _parse_tau(given: Any) -> Any:
     """A number, a dict of towers or "auto", also from the text of a command line."""
-    given = tau
-    if isinstance(tau, str) and tau != "auto":
-        try:
-            tau = json.loads(tau)
-        except json.JSONDecodeError:
-            tau = None
+    tau = _from_json(given)
 
     def is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= lowest
+        # A sum of absolute values is never below 0.
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
-    if tau == "auto" or is_number(tau):
+    if tau is None or tau == "auto" or is_number(tau):
         return tau
-    if isinstance(tau, dict) and tau and set(tau) <= set(TOWERS) and all(is_number(value) for value in tau.values()):
+    if isinstance(tau, dict) and tau and set(tau) <= set(TOWERS) and all(map(is_number, tau.values())):
         return {tower: float(value) for tower, value in tau.items()}
-    at_least = "" if lowest == -math.inf else " of at least 0"
     raise ValueError(
-        f'tau is {given!r}; expected a number{at_least}, "auto", or an object with a number for some of '
+        f'tau is {given!r}; expected a number of at least 0, "auto", or an object with a number for some of '
         f'{", ".join(TOWERS)}, as in {{"vision": 0.3, "language": 6.0}}.'
     )
+
+
+def _parse_schedule(given: Any) -> Any:
+    """A path, or a dict from names to steps, also from the text of a command line."""
+    schedule = _from_json(given)
+    if schedule is None:
+        return None
+    if isinstance(schedule, str | Path):
+        _expect(Path(schedule).is_file(), "schedule", str(given), "the events.jsonl of another run; there is no file")
+        return str(schedule)
+    steps_are_whole = isinstance(schedule, dict) and all(
+        isinstance(step, int) and not isinstance(step, bool) and step >= 1 for step in schedule.values()
+    )
+    _expect(
+        steps_are_whole,
+        "schedule",
+        given,
+        'a file, or an object from matrix, pattern or tower to a step of at least 1, as in {"vision": 1}',
+    )
+    return schedule

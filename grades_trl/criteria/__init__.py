@@ -1,0 +1,18 @@
+"""Which weight matrices have converged: one criterion per file. A new one is a file here, a line below and a test."""
+
+from .base import Converged, Criterion
+from .grad_change import GradChange
+from .grad_norm import GradNorm
+from .none import NoFreezing
+from .schedule import Schedule
+from .weight_change import WeightChange
+
+__all__ = ["CRITERIA", "Converged", "Criterion"]
+
+CRITERIA: dict[str, type[Criterion]] = {
+    "grad_change": GradChange,
+    "grad_norm": GradNorm,
+    "weight_change": WeightChange,
+    "schedule": Schedule,
+    "none": NoFreezing,
+}

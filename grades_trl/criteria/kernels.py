@@ -1,4 +1,4 @@
-"""`metrics.read` on a GPU: one fused pass over memory, and two or three Triton launches, for all tensors together.
+"""`metrics.l1_sums` on a GPU: one fused pass over memory, and two or three Triton launches, for all tensors together.
 
 A tensor is cut into chunks, one program reads one chunk, and finds its tensor through a table of addresses. Each chunk
 leaves one partial sum and a second launch adds those up in a fixed order: the numbers do not depend on timing, nor on
@@ -28,7 +28,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def available() -> bool:
-    """Whether `read` works here: with Triton, on a GPU of compute capability 8.0 or later (Ampere).
+    """Whether `l1_sums` works here: with Triton, on a GPU of compute capability 8.0 or later (Ampere).
 
     `TRITON_INTERPRET=1` makes it work on tensors of the CPU, slowly, for tests.
     """
@@ -39,7 +39,7 @@ def available() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def read(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale: float = 1.0) -> Tensor:
+def l1_sums(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale: float = 1.0) -> Tensor:
     """`sum |x / scale|` and `sum |x / scale - p|` of each tensor x, in one pass. Nothing waits for the device.
 
     Args:
@@ -56,9 +56,9 @@ def read(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale: fl
         ValueError: a tensor has another device, dtype, shape or layout than described, or Triton is missing.
     """
     if triton is None:
-        raise ValueError("kernels.read needs Triton, which comes with torch for CUDA: ask kernels.available() first.")
+        raise ValueError("kernels.l1_sums needs Triton, which comes with torch for CUDA: ask kernels.available() first.")
     if not tensors:
-        raise ValueError("kernels.read got no tensors.")
+        raise ValueError("kernels.l1_sums got no tensors.")
     device = tensors[0].device
     addresses: list[int] = []
     forms = []

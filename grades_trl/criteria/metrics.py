@@ -85,7 +85,7 @@ def l1_distances(tensors: Sequence[Tensor], previous: Sequence[Tensor]) -> Tenso
     return torch.stack(torch._foreach_norm(differences, 1))
 
 
-def read(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale: float = 1.0) -> Tensor:
+def l1_sums(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale: float = 1.0) -> Tensor:
     """`sum |x / scale|` and `sum |x / scale - p|` of each tensor x, all on one device. Nothing waits for the device.
 
     Args:
@@ -105,25 +105,3 @@ def read(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale: fl
     found = iter(l1_distances(*zip(*pairs, strict=True)))
     missing = norms.new_full((), math.nan)
     return torch.stack([norms, torch.stack([missing if p is None else next(found) for p in previous])], dim=1)
-
-
-def cosines(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale: float = 1.0) -> Tensor:
-    """The norm of each tensor x, and the cosine between x and p. Nothing waits for the device.
-
-    Two independent minibatches agree only in their signal, so the cosine of the gradients of neighbouring steps tells
-    signal from noise, without units. By `<x, p> = (|x|^2 + |p|^2 - |x - p|^2) / 2`: multi-tensor norms are enough.
-
-    Args:
-        tensors (`Sequence[Tensor]`): n tensors of any shape and dtype, all on one device.
-        previous (`Sequence[Tensor | None]`): p, of the shape of its tensor. The cosine is NaN where there is none.
-        scale (`float`, *optional*, defaults to `1.0`): what the tensors, but not p, are still multiplied by.
-
-    Returns:
-        `Tensor`: float32 of shape `(n, 2)`: `|x / scale|`, and the cosine.
-    """
-    current = [x.float() / scale for x in tensors]
-    past = [x.new_full(x.shape, math.nan) if p is None else p.float() for x, p in zip(current, previous, strict=True)]
-    a, b, d = (
-        torch.stack(torch._foreach_norm(group, 2)) for group in (current, past, torch._foreach_sub(current, past))
-    )
-    return torch.stack([a, (a * a + b * b - d * d) / (2 * a * b)], dim=1)

@@ -165,6 +165,11 @@ class PrefixCut:
         if self.cache is not None:
             self.cache.clear()
 
+    def forget_outputs(self) -> None:
+        """Empties the cache: the weights that its outputs come from have changed."""
+        if self.cache is not None:
+            self.cache.clear()
+
     def close(self) -> None:
         """Leaves the model as it was found."""
         self.remove()

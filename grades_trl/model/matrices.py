@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grades_trl.config import TOWERS
+TOWERS = ("language", "vision", "audio", "projector")
 
 # Qwen3-VL keeps a list of mergers (deepstack) beside its vision blocks: they connect towers, they are not a stack.
 CONNECTORS = ("merger", "projector", "connector")

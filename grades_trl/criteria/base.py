@@ -1,0 +1,68 @@
+"""What a criterion is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from grades_trl.model.matrices import WeightMatrix
+
+
+@dataclass(frozen=True)
+class Converged:
+    """A matrix that has converged: by which value, below which threshold, and why in words. A scheduled freeze has
+    neither value nor threshold."""
+
+    name: str
+    reason: str
+    value: float | None = None
+    tau: float | None = None
+
+
+class Criterion(ABC):
+    """
+    Decides which matrices have converged. Knows the model and its gradients, no optimizer, trainer or report.
+
+    Args:
+        matrices (`dict[str, WeightMatrix]`): what is tracked.
+        total_steps (`int`): optimizer steps of the whole schedule, T in the paper.
+        **settings: those named in `defaults`.
+
+    Attributes:
+        defaults (`dict`): the settings of `GradESConfig` that this criterion has, and their defaults.
+        grace_steps (`int`): optimizer steps in which nothing may freeze.
+        values (`dict[str, float]`): matrix -> what was measured in the last `update`.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    grace_steps: int = 0
+
+    def __init__(self, matrices: dict[str, WeightMatrix], total_steps: int, **settings: Any):
+        self.matrices = matrices
+        self.values: dict[str, float] = {}
+
+    @abstractmethod
+    def update(self, step: int, live: Collection[str], grad_scale: float) -> list[Converged]:
+        """Measures the matrices that still train and returns those that have converged now.
+
+        Called after the backward pass of every optimizer step, before clipping and the update.
+
+        Args:
+            step (`int`): optimizer step, counted from 1.
+            live (`Collection[str]`): names of the matrices that are not frozen.
+            grad_scale (`float`): the loss scale that gradients are still multiplied by.
+        """
+
+    def forget(self, name: str) -> None:
+        """Releases what is kept about a matrix, which has frozen."""
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that a resumed run needs: JSON-able values, and tensors."""
+        return {}, {}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` gave."""

@@ -1,0 +1,65 @@
+"""`metric="schedule"`: matrices freeze at given steps. Replaying a run, bottom-up, random, a tower from the start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from grades_trl.model.matrices import WeightMatrix
+
+from .base import Converged, Criterion
+
+
+class Schedule(Criterion):
+    """
+    Freezes each matrix at its step. Measures nothing.
+
+    Args:
+        schedule (`str` or `dict[str, int]`): the `events.jsonl` of another run; or a mapping from the name of a
+            matrix, a pattern of names, or a tower to a step. Where several entries fit a matrix, the last one counts.
+
+    Raises:
+        ValueError: an entry fits no matrix of the model, or the file is no list of freeze events.
+    """
+
+    defaults = {"schedule": None}  # noqa: RUF012
+
+    def __init__(self, matrices: dict[str, WeightMatrix], total_steps: int, *, schedule: str | dict[str, int]):
+        super().__init__(matrices, total_steps)
+        entries = schedule if isinstance(schedule, dict) else read_events(Path(schedule))
+        self.steps: dict[str, int] = {}  # matrix -> step
+        for entry, step in entries.items():
+            fitting = [
+                name for name, matrix in matrices.items() if entry in (name, matrix.tower) or fnmatchcase(name, entry)
+            ]
+            if not fitting:
+                raise ValueError(
+                    f"The schedule freezes {entry!r}, which is no matrix, tower or pattern of matrices that this model "
+                    f"trains; it trains {len(matrices)}, {next(iter(matrices))} among them."
+                )
+            self.steps |= dict.fromkeys(fitting, step)
+
+    def update(self, step: int, live: Collection[str], grad_scale: float) -> list[Converged]:
+        # A step that was missed (a run that starts late) counts, too.
+        return [Converged(name, "schedule") for name in live if self.steps.get(name, step + 1) <= step]
+
+
+def read_events(path: Path) -> dict[str, int]:
+    """Matrix -> step, from the `events.jsonl` of a run.
+
+    Raises:
+        ValueError: a line is no freeze event; it is named.
+    """
+    steps: dict[str, int] = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            event: Any = json.loads(line)
+            steps[event["matrix"]] = int(event["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f'{path}, line {number}: expected a freeze event, {{"matrix": ..., "step": ...}}, found {line[:80]!r}.'
+            ) from error
+    return steps

@@ -1,0 +1,9 @@
+"""`stopping="end_of_schedule"`: the run ends when its schedule does."""
+
+from .base import StoppingRule
+
+
+class EndOfSchedule(StoppingRule):
+    """Trains on what is not tracked (norms, embeddings) when all matrices are frozen."""
+
+    ends_when_all_frozen = False

@@ -1,0 +1,123 @@
+"""The running average of the weights, the best one so far, and putting it back.
+
+The k-th update counts k times (polynomial-decay averaging with eta 1, Shamir & Zhang 2013, arXiv 1212.1824): early
+weights fade, and there is no horizon to choose. The weights themselves move with the noise of minibatches and the
+learning rate; their average does not. Where a run overfits, its held-out loss is below that of the best of the
+weights it is made of (figures in `dev/LOG.md`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """
+    Averages all parameters that train when it is made, also those that freeze later.
+
+    The average is float32 in CPU memory. The best one has the dtype of the weights, which is what it becomes; it is the
+    average itself until the average moves on. So there are at most 8 bytes per trained parameter on the host: two
+    float32 buffers for float32 weights; for 16-bit ones the average, the best one, and the weights while the average
+    takes their place in the model.
+
+    Args:
+        model (`nn.Module`): what trains.
+
+    Attributes:
+        updates (`int`): how often the average was updated.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._average: dict[str, Tensor] = {}
+        self._best: dict[str, Tensor] = {}
+        self.updates = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """CPU memory that this takes at most, in bytes."""
+        return 8 * sum(p.numel() for p in self._parameters.values())
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the weights as they are into the average."""
+        self.updates += 1
+        share = 2 / (self.updates + 1)
+        shared = self._best_is_average
+        for name, parameter in self._parameters.items():
+            weight = parameter.detach().to("cpu", torch.float32)
+            if name not in self._average:
+                self._average[name] = weight.clone()
+            elif shared:  # the best one keeps the buffer
+                self._average[name] = torch.lerp(self._average[name], weight, share)
+                self._best[name] = self._best[name].to(parameter.dtype)
+            else:
+                self._average[name].lerp_(weight, share)
+
+    @property
+    def _best_is_average(self) -> bool:
+        return any(self._best.get(name) is average for name, average in self._average.items())
+
+    @property
+    def has_best(self) -> bool:
+        """Whether an average has been marked as the best one."""
+        return bool(self._best)
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """The model has its average inside, and its weights again, bit for bit, afterwards, whatever happens."""
+        weights: dict[str, Tensor] = {}
+        try:
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    weights[name] = parameter.detach().to("cpu", copy=True)
+                    parameter.copy_(self._average[name])
+                    if parameter.dtype == torch.float32:  # they change places: no third buffer
+                        weights[name] = self._average[name].copy_(weights[name])
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    parameter = self._parameters[name]
+                    if weight is self._average[name]:
+                        average = parameter.detach().to("cpu", copy=True)
+                        parameter.copy_(weight)
+                        weight.copy_(average)
+                    else:
+                        parameter.copy_(weight)
+
+    def mark_best(self) -> None:
+        """The average as it is now is the best one."""
+        self._best = dict(self._average)
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Gives the model its best average."""
+        for name, best in self._best.items():
+            self._parameters[name].copy_(best)
+
+    def release(self) -> None:
+        """Frees all buffers."""
+        self._average, self._best = {}, {}
+
+    def state_dict(self) -> tuple[dict[str, int | bool], dict[str, Tensor]]:
+        """JSON-able values, and tensors: 4 bytes per trained parameter, and as much again as the weights have where
+        the best average is an earlier one."""
+        tensors = {f"average/{name}": t for name, t in self._average.items()}
+        if not self._best_is_average:  # one tensor cannot be written twice
+            tensors |= {f"best/{name}": t for name, t in self._best.items()}
+        return {"updates": self.updates, "best_is_average": self._best_is_average}, tensors
+
+    def load_state_dict(self, state: dict[str, int | bool], tensors: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` gave."""
+        self.updates = int(state["updates"])
+        self._average, self._best = (
+            {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
+            for kind in ("average/", "best/")
+        )
+        if state["best_is_average"]:
+            self.mark_best()
