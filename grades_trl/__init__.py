@@ -17,7 +17,7 @@ __all__ = ["FreezeEvent", "GradES", "GradESConfig", "GradESMixin", "GradESTraine
 def __getattr__(name: str) -> Any:
     # Bound late: unsloth must be imported before transformers, and replaces trl.SFTTrainer.
     if name in ("GradESMixin", "GradESTrainer"):
-        from grades_trl.trainers import mixin as trainer
+        from grades_trl.trainers import mixin
 
-        return getattr(trainer, name)
+        return getattr(mixin, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

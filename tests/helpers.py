@@ -1,8 +1,12 @@
-"""Toy models of the tests, all built from configs."""
+"""Toy models of the tests, all built from configs, and what tests of trainers share."""
 
 import torch
 import transformers as T
+from peft import LoraConfig
 from torch import nn
+from trl import SFTConfig
+
+from grades_trl import GradESConfig
 
 SMALL = {
     "vocab_size": 64,
@@ -47,3 +51,45 @@ def llava(**changes) -> T.LlavaForConditionalGeneration:
         **({"vision_feature_layer": -1} | changes),
     )
     return T.LlavaForConditionalGeneration(config)
+
+
+LORA = LoraConfig(r=4, target_modules="all-linear")
+
+
+def never(**changes) -> GradESConfig:
+    """Measures in every step and freezes nothing."""
+    return GradESConfig(**({"tau": 0.0, "alpha": 0.0} | changes))
+
+
+def arguments(output_dir, **changes) -> SFTConfig:
+    defaults = {
+        "output_dir": str(output_dir),
+        "max_steps": 12,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.1,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return SFTConfig(**(defaults | changes))
+
+
+def model_for(tokenizer, **changes) -> T.Qwen3ForCausalLM:
+    return qwen3(vocab_size=len(tokenizer), bos_token_id=None, **changes)
+
+
+def losses(trainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

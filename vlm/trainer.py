@@ -7,7 +7,8 @@ from typing import Any
 from transformers import ProcessorMixin
 
 from grades_trl.config import GradESConfig
-from grades_trl.trainers.mixin import GradESMixin, on_sft_trainer
+from grades_trl.trainers.binding import on_sft_trainer
+from grades_trl.trainers.mixin import GradESMixin
 
 
 class GradESVLMMixin(GradESMixin):

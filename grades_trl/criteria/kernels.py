@@ -56,7 +56,9 @@ def l1_sums(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale:
         ValueError: a tensor has another device, dtype, shape or layout than described, or Triton is missing.
     """
     if triton is None:
-        raise ValueError("kernels.l1_sums needs Triton, which comes with torch for CUDA: ask kernels.available() first.")
+        raise ValueError(
+            "kernels.l1_sums needs Triton, which comes with torch for CUDA: ask kernels.available() first."
+        )
     if not tensors:
         raise ValueError("kernels.l1_sums got no tensors.")
     device = tensors[0].device

@@ -70,6 +70,10 @@ class PrefixCut:
 
         return hook
 
+    @property
+    def skipped_layers(self):
+        return self.depths
+
     def update(self) -> bool:
         """Moves the cut to where the frozen prefix ends now, and says whether it moved. Call it between two passes."""
         blocks: set[str] = set()

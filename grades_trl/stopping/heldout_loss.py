@@ -98,7 +98,7 @@ def plan(settings: dict[str, Any], total_steps: int, rows_per_step: int, availab
     """
     training_rows = total_steps * rows_per_step
     budget = settings["cost"] * training_rows / FORWARD_SHARE  # in forward passes of a row
-    if MIN_FORWARD_PASSES * FORWARD_SHARE <= MAX_SHORT_RUN_COST * training_rows:
+    if MAX_SHORT_RUN_COST * training_rows >= MIN_FORWARD_PASSES * FORWARD_SHARE:
         budget = max(budget, MIN_FORWARD_PASSES)
     most = min(settings["samples"], available)
 

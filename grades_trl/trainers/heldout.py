@@ -1,0 +1,186 @@
+"""The held-out loss of a trainer: which rows, and what their loss is."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+IGNORED = -100  # label of a token that is not learned
+
+
+class HeldoutRows:
+    """
+    Always the same held-out rows, and their loss at the weights that the model has. Forward passes only.
+
+    For language models it is the mean negative log-likelihood per learned token (nats), whatever the training loss is;
+    it does not depend on how rows are batched. For other models it is the trainer's own loss, averaged over the rows.
+    The model is in evaluation mode meanwhile, without dropout and noise, and random states, logged metrics and
+    gradients are afterwards what they were.
+
+    Args:
+        trainer (`Trainer`): with `eval_dataset`; of several sets the first one is taken.
+        count (`int`): rows to draw. Rows without a learned token are left out.
+
+    Attributes:
+        rows (`list[int]`): indices into the dataset.
+
+    Raises:
+        ValueError: the rows are streamed or there are none, none of them has a learned token, or the trainer computes
+            no loss of them (it generates).
+    """
+
+    def __init__(self, trainer: Any, count: int):
+        self._trainer = trainer
+        dataset = heldout_dataset(trainer)
+        if isinstance(dataset, Dataset):
+            dataset = trainer._remove_unused_columns(dataset, "evaluation")  # as for the collator in training
+        self._dataset = dataset
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+        self.rows: list[int] = []
+        with nothing_random_moves():
+            for row in order:
+                if self._is_learned(row):
+                    self.rows.append(row)
+                if len(self.rows) == count:
+                    break
+        if not self.rows:
+            raise ValueError(
+                f"None of the {len(dataset)} rows of eval_dataset has a token to learn: every label is masked. Is "
+                "max_length too short for the prompts, or the response empty?"
+            )
+        self._has_been_finite = False
+
+    def _is_learned(self, row: int) -> bool:
+        batch = self._trainer.data_collator([self._dataset[row]])
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"{type(self._trainer).__name__} computes no loss of its eval_dataset as it is (it generates first), "
+                'so there is no held-out loss to measure: set stopping="all_frozen" and keep="last".'
+            )
+        labels = batch.get("labels")
+        return not _are_tokens(labels) or bool((labels != IGNORED).any())
+
+    def __call__(self) -> float:
+        """The mean loss of the rows now.
+
+        Raises:
+            ValueError: the loss of a row was not finite in the first measurement, although that of others was.
+        """
+        model = self._trainer.model
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            with torch.no_grad(), nothing_random_moves(), self._no_metrics_logged():
+                loss = self._loss_of(self.rows)
+                if not math.isfinite(loss) and not self._has_been_finite:
+                    self._blame_a_row()
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        self._has_been_finite = self._has_been_finite or math.isfinite(loss)
+        return loss
+
+    def _loss_of(self, rows: list[int]) -> float:
+        size = self._trainer._train_batch_size  # smaller than its argument after auto_find_batch_size
+        total: Any = 0.0
+        weight: Any = 0
+        for start in range(0, len(rows), size):
+            batch = self._trainer.data_collator([self._dataset[row] for row in rows[start : start + size]])
+            inputs = self._trainer._prepare_inputs(copy.copy(batch))
+            with self._trainer.compute_loss_context_manager():
+                loss, count = self._sum_and_count(inputs, len(rows[start : start + size]))
+            total, weight = total + loss, weight + count
+        return float(total / weight)
+
+    def _sum_and_count(self, inputs: dict[str, Any], rows: int) -> tuple[Tensor, Any]:
+        """The sum of the losses of a batch, and of how many tokens or rows it is."""
+        trainer, labels = self._trainer, inputs.get("labels")
+        if not _are_tokens(labels):
+            return trainer.compute_loss(trainer.model, inputs).detach().float() * rows, rows
+        config = trainer.model.config
+        learned = labels != IGNORED
+        count = (learned if config.is_encoder_decoder else learned[:, 1:]).sum()
+        inputs = {**inputs, "use_cache": False}
+        if getattr(trainer, "aux_loss_enabled", False):  # TRL adds the routers' loss unless told not to
+            inputs["output_router_logits"] = False
+        if trainer.args.use_liger_kernel:
+            inputs["skip_logits"] = True
+        if trainer.model_accepts_loss_kwargs:  # the sum over tokens, divided by 1
+            return trainer.model(**inputs, num_items_in_batch=1)["loss"].float(), count
+        return trainer.model(**inputs)["loss"].float() * count, count
+
+    def _blame_a_row(self) -> None:
+        losses = {row: self._loss_of([row]) for row in self.rows}
+        bad = [row for row, loss in losses.items() if not math.isfinite(loss)]
+        if bad and len(bad) < len(losses):  # of all rows it is the model, not the rows
+            raise ValueError(
+                f"The loss of row {bad[0]} of eval_dataset is {losses[bad[0]]}, that of {len(losses) - len(bad)} "
+                "others is a number: look at that row, or leave it out."
+            )
+
+    @contextmanager
+    def _no_metrics_logged(self) -> Iterator[None]:
+        """TRL's trainers collect metrics in `compute_loss`, for the next log."""
+        logged = {
+            key: getattr(self._trainer, key)
+            for key in ("_metrics", "_total_train_tokens")
+            if hasattr(self._trainer, key)
+        }
+        if "_metrics" in logged:
+            self._trainer._metrics = {mode: defaultdict(list) for mode in logged["_metrics"]}
+        try:
+            yield
+        finally:
+            vars(self._trainer).update(logged)
+
+
+def heldout_dataset(trainer: Any) -> Any:
+    """The rows that the held-out loss is measured on: `eval_dataset`, of several the first.
+
+    Raises:
+        ValueError: there are no rows, or they are streamed.
+    """
+    dataset = trainer.eval_dataset
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()))
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "The held-out loss is measured on the same rows each time, and eval_dataset is streamed: pass a dataset of "
+            'known length (64 rows are enough), or set stopping="all_frozen" and keep="last".'
+        )
+    if len(dataset) == 0:
+        raise ValueError("The held-out loss is measured on eval_dataset, which has no rows.")
+    return dataset
+
+
+def _are_tokens(labels: Any) -> bool:
+    """Whether labels are those of a language model: one per token of each row."""
+    return isinstance(labels, Tensor) and labels.ndim == 2
+
+
+@contextmanager
+def nothing_random_moves() -> Iterator[None]:
+    """Puts all random states back: Python's, NumPy's, and torch's of every device."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)

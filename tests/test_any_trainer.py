@@ -1,0 +1,164 @@
+"""The mixin on trainers other than SFTTrainer, and what grades=None leaves of a trainer."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import Qwen3ForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTTrainer,
+)
+
+from grades_trl import GradESConfig, GradESMixin, GradESTrainer
+from grades_trl.recipe import builtin
+from helpers import LORA, arguments, model_for, qwen3
+
+COMMON = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+PAIRS = {"prompt": ["1 May 1998 "] * 16, "chosen": ["1998-05-01"] * 16, "rejected": ["1998-05-02"] * 16}
+LABELLED = {"prompt": ["1 May 1998 "] * 16, "completion": ["1998-05-01"] * 16, "label": [True, False] * 8}
+
+
+class Collator:
+    """Rows of token ids and labels for a plain Trainer."""
+
+    def __call__(self, rows):
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return builtin.tiny_qwen3()[1]
+
+
+def reward_model(tokenizer):
+    config = model_for(tokenizer).config
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    torch.manual_seed(0)
+    return Qwen3ForSequenceClassification(config)
+
+
+def build(kind, tokenizer, folder, grades, lora):
+    """A trainer of that kind with the mixin, on rows of its own format."""
+    if kind == "plain":
+        model = qwen3()
+        rows = Dataset.from_dict({"input_ids": torch.randint(3, 60, (16, 8)).tolist()})
+        base, args, own = Trainer, TrainingArguments(str(folder), **COMMON), {"data_collator": Collator()}
+    else:
+        base, config, data = {
+            "dpo": (DPOTrainer, DPOConfig, PAIRS),
+            "kto": (KTOTrainer, KTOConfig, LABELLED),
+            "reward": (RewardTrainer, RewardConfig, PAIRS),
+        }[kind]
+        model = reward_model(tokenizer) if kind == "reward" else model_for(tokenizer)
+        rows = Dataset.from_dict(data)
+        args, own = config(str(folder), **COMMON), {"processing_class": tokenizer}
+        if kind != "reward" and not lora:
+            own["ref_model"] = model_for(tokenizer)
+    mixed = type("Mixed", (GradESMixin, base), {})
+    model = get_peft_model(model, LORA) if lora else model
+    return mixed(model=model, args=args, train_dataset=rows, eval_dataset=rows, grades=grades, **own)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["plain", "dpo", "kto", "reward"])
+def test_a_trainer_freezes_in_the_middle_and_measures_its_heldout_loss(tmp_path, tokenizer, kind, lora):
+    schedule = {"*.layers.0.*": 3}
+    grades = GradESConfig(metric="schedule", schedule=schedule, heldout_every=2, heldout_cost=1.0, keep="last")
+    trainer = build(kind, tokenizer, tmp_path, grades, lora)
+    frozen_at = {}
+
+    def note(step):
+        for name, matrix in trainer.tracked.items():
+            if matrix.layer == 0:
+                frozen_at.setdefault(step, {})[name] = [p.detach().clone() for p in matrix.parameters]
+
+    class Notes(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            note(state.global_step + 1)
+
+    trainer.add_callback(Notes())
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert set(trainer.grades.frozen.values()) == {3}
+    assert len(trainer.grades.frozen) == 7
+    for name, values in frozen_at[3].items():
+        now = trainer.tracked[name].parameters
+        assert all(torch.equal(old, new) for old, new in zip(values, now, strict=True))
+    first = next(iter(frozen_at[1]))
+    assert any(not torch.equal(a, b) for a, b in zip(frozen_at[1][first], frozen_at[3][first], strict=True))
+    assert trainer.grades.heldout.measurements == 3
+    assert trainer.grades.heldout.loss > 0
+
+
+def test_a_trainer_that_generates_has_no_heldout_loss(tmp_path, tokenizer):
+    mixed = type("Mixed", (GradESMixin, GRPOTrainer), {})
+    args = GRPOConfig(str(tmp_path), **(COMMON | {"num_generations": 2, "max_completion_length": 4}))
+    rows = Dataset.from_dict({"prompt": ["1 May 1998 "] * 16})
+    trainer = mixed(
+        model=model_for(tokenizer),
+        reward_funcs=lambda completions, **kwargs: [float(len(text)) for text in completions],
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+        grades=GradESConfig(heldout_cost=1.0, heldout_every=2, stopping="heldout_loss"),
+    )
+    with pytest.raises(ValueError, match='computes no loss of its eval_dataset .* set stopping="all_frozen"'):
+        trainer.train()
+
+
+@pytest.fixture
+def text(tokenizer):
+    return builtin.dates(train=32, test=8)["train"], tokenizer
+
+
+def sft(cls, text, folder, **extra):
+    rows, tokenizer = text
+    return cls(
+        model=model_for(tokenizer), args=arguments(folder), train_dataset=rows, processing_class=tokenizer, **extra
+    )
+
+
+def test_without_grades_the_trainer_is_tagged_and_described_like_its_base(tmp_path, text):
+    stock, off = sft(SFTTrainer, text, tmp_path), sft(GradESTrainer, text, tmp_path, grades=None)
+    assert off.model.model_tags == stock.model.model_tags
+    assert (off._name, off._tag_names, off._paper) == (stock._name, stock._tag_names, stock._paper)
+    assert len(off.callback_handler.callbacks) == len(stock.callback_handler.callbacks)
+
+
+def test_with_grades_tags_and_name_extend_those_of_the_base_and_the_card_cites_the_paper(tmp_path, text):
+    class Mine(GradESMixin, SFTTrainer):
+        _tag_names = ["trl", "mine"]  # noqa: RUF012
+        _name = "Mine"
+
+    trainer = sft(Mine, text, tmp_path)
+    assert {"trl", "mine", "grades"} <= set(trainer.model.model_tags)
+    trainer.create_model_card(model_name="x")
+    card = (tmp_path / "README.md").read_text()
+    assert "Mine with GradES" in card
+    assert "2509.01842" in card
+
+
+@pytest.mark.parametrize("grades", [{"tau": 1}, True])
+def test_what_is_no_config_is_refused_before_the_data_is_touched(tmp_path, grades):
+    with pytest.raises(TypeError, match="expected a GradESConfig, or None"):
+        GradESTrainer("no such model", arguments(tmp_path), grades=grades)
