@@ -1,275 +1,451 @@
-"""What a run cost and what freezing saved: FLOPs predicted from the shapes, seconds as measured."""
+"""The one clock of a run, with GradES or without: where its seconds go, and what freezing saved of them."""
 
 from __future__ import annotations
 
-import platform
+import itertools
+import math
 import statistics
 import time
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
-from grades_trl.model.matrices import WeightMatrix
+from grades_trl.report.environment import peak_memory_mib
 
-# Steps before the first freeze that a baseline needs, and first steps that are warm-up (allocator, caches, tuning).
-MIN_BASELINE_STEPS = 5
+# The first steps after a start or a resume are warm-up (allocator, caches, compilation) and are no baseline.
 WARM_UP_STEPS = 3
-# Step times are summed as medians over windows of that many steps, so that one stall does not pass for a cost.
-WINDOW = 25
+# Steps that a median needs at least, before the first freeze and after the last one.
+MIN_STEPS = 5
+# Recent steps, and steps before the first freeze, that are kept.
+WINDOW, BASELINE_WINDOW = 25, 100
+# A ratio of two medians is reported if twice its standard error is at most this fraction of it.
+TOLERANCE = 0.1
+# Steps are correlated (busy machine, rows sorted by length), so errors come from the medians of that many blocks.
+BLOCKS = 5
 
 
-def step_flops(
-    matrices: Iterable[WeightMatrix],
-    frozen: Collection[str] = (),
-    tokens: dict[str, float] | None = None,
-    checkpointing: bool = False,
-    cut: Collection[str] = (),
-) -> float:
-    """Matmul FLOPs of one training step in the tracked layers, forward and backward.
+@dataclass(frozen=True)
+class Seconds:
+    """Where the seconds of a run went. The last four add up to `total`."""
 
-    A layer of N = out x in weights costs 2N per token for each of: forward, its recomputation under gradient
-    checkpointing, the gradient of its input, the gradient of its weight. LoRA factors of P elements add 2P to the
-    first three, and the fourth is 2P alone. Attention scores, norms, embeddings and the output head are not counted.
+    total: float
+    training: float
+    validation: float
+    saving: float
+    grades: float
 
-    Args:
-        matrices (`Iterable[WeightMatrix]`): the tracked matrices.
-        frozen (`Collection[str]`, *optional*): their weight gradient is not computed.
-        tokens (`dict[str, float]`, *optional*): tower -> tokens per step; 1 everywhere if not given. Experts are
-            counted as if every token went through them.
-        checkpointing (`bool`, *optional*, defaults to `False`): the forward pass is run again in backward.
-        cut (`Collection[str]`, *optional*): matrices in blocks that backward does not enter at all.
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One validation set evaluated during training.
+
+    Attributes:
+        step (`int`): optimizer step after which it was evaluated.
+        seconds (`float`): since training began, at its end.
+        eval_loss (`float` or `None`): its loss, if the trainer computed one.
+        dataset (`str` or `None`): its key in a dict of validation sets.
     """
-    total = 0.0
-    for matrix in matrices:
-        rows, columns = matrix.shape
-        factors = matrix.params if matrix.lora else 0
-        through = 2 * (rows * columns + factors)
-        update = 2 * (factors or rows * columns)
-        cost = through
-        if matrix.name not in cut:
-            cost += through * (2 if checkpointing else 1)
-            cost += 0 if matrix.name in frozen else update
-        total += cost * (tokens.get(matrix.tower, 0.0) if tokens else 1.0)
-    return total
+
+    step: int
+    seconds: float
+    eval_loss: float | None
+    dataset: str | None = None
 
 
 @dataclass
-class Validation:
-    """Evaluations of a run: how many the whole schedule has, how many were run, and their seconds."""
+class _State:
+    """All that a resumed clock needs. JSON-able by `asdict`, of bounded size but for the evaluations."""
 
-    planned: int = 0
-    run: int = 0
-    seconds: float = 0.0
-
-    @property
-    def mean_seconds(self) -> float:
-        return self.seconds / self.run if self.run else 0.0
-
-
-class StepClock:
-    """Seconds of every optimizer step, data loading included, validation, saving and pictures left out."""
-
-    def __init__(self):
-        self.step_seconds: list[float] = []
-        self.overhead_seconds: list[float] = []
-        self.first_freeze: int | None = None  # index into step_seconds
-        self._mark = time.perf_counter()
-
-    def start(self) -> None:
-        self._mark = time.perf_counter()
-
-    def exclude(self, seconds: float) -> None:
-        """Seconds that were spent on something else since the last step ended."""
-        self._mark += seconds
-
-    def step(self, overhead: float, froze: bool) -> None:
-        """Closes a step. `overhead`: seconds of it that GradES took itself."""
-        now = time.perf_counter()
-        self.step_seconds.append(now - self._mark)
-        self.overhead_seconds.append(overhead)
-        if froze and self.first_freeze is None:
-            self.first_freeze = len(self.step_seconds) - 1
-        self._mark = now
-
-    def add(self, overhead: float) -> None:
-        """Seconds that GradES took after the last step."""
-        self.step_seconds[-1] += overhead
-        self.overhead_seconds[-1] += overhead
-
-    @property
-    def total(self) -> float:
-        return sum(self.step_seconds)
-
-    def plain_step(self) -> float | None:
-        """Median seconds of a step before anything froze, less GradES's own; `None` without enough steps."""
-        end = len(self.step_seconds) if self.first_freeze is None else self.first_freeze
-        if end < WARM_UP_STEPS + MIN_BASELINE_STEPS:
-            return None
-        steps, overheads = self.step_seconds[WARM_UP_STEPS:end], self.overhead_seconds[WARM_UP_STEPS:end]
-        return statistics.median(s - o for s, o in zip(steps, overheads, strict=True))
-
-    def recent_step(self) -> float:
-        """Median seconds of the last steps."""
-        return statistics.median(self.step_seconds[-WINDOW:])
-
-    def typical_total(self) -> float:
-        """Seconds of all steps, each window of steps counted at its median, and of all that GradES took itself."""
-        rest = [s - o for s, o in zip(self.step_seconds, self.overhead_seconds, strict=True)]
-        windows = [rest[i : i + WINDOW] for i in range(0, len(rest), WINDOW)]
-        return sum(statistics.median(window) * len(window) for window in windows) + sum(self.overhead_seconds)
-
-
-def speedup(clock: StepClock, total_steps: int, validation: Validation) -> dict[str, Any]:
-    """The speed-up in its three parts, each with its seconds; never one merged number without them.
-
-    Returns:
-        `dict`: `cheaper_steps` (the steps that were run, against plain steps), `steps_not_run`, `validation_not_run`;
-        `against_same_length` (a plain run of as many steps) and `against_full_schedule` (a plain run of all steps, its
-        validation included). A value is `None` where nothing was measured to tell it.
-    """
-    steps, plain = len(clock.step_seconds), clock.plain_step()
-    missing = max(0, validation.planned - validation.run)
-    parts: dict[str, Any] = {
-        "cheaper_steps": {"ratio": None, "seconds_saved": None},
-        "steps_not_run": {
-            "ratio": total_steps / steps if steps else None,
-            "steps": total_steps - steps,
-            "seconds_saved": None,
-        },
-        "validation_not_run": {"evaluations": missing, "seconds_saved": missing * validation.mean_seconds},
-        "against_same_length": None,
-        "against_full_schedule": None,
-    }
-    if plain is None:
-        return parts
-    run = clock.typical_total()
-    parts["cheaper_steps"] = {"ratio": plain * steps / run, "seconds_saved": plain * steps - run}
-    parts["steps_not_run"]["seconds_saved"] = plain * (total_steps - steps)
-    parts["against_same_length"] = plain * steps / run
-    full = plain * total_steps + validation.mean_seconds * validation.planned
-    parts["against_full_schedule"] = full / (run + validation.seconds)
-    return parts
+    steps: int = 0
+    total: float = 0.0
+    validation: float = 0.0
+    saving: float = 0.0
+    grades: float = 0.0
+    step: float = 0.0  # of the running step so far
+    step_overhead: float = 0.0  # of it, GradES
+    typical: float = 0.0  # of the closed windows, each counted at its median, without GradES
+    window: list[float] = field(default_factory=list)  # the open one
+    baseline: list[float] = field(default_factory=list)  # the last steps before the first freeze, without GradES
+    recent: list[float] = field(default_factory=list)  # the last steps, none of them from before the last freeze
+    overheads: list[float] = field(default_factory=list)  # of GradES, in the last steps
+    last_step: int = 0
+    last_freeze: int | None = None
+    planned_evaluations: int | None = 0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    peak_memory_mib: float | None = None
 
 
 class RunClock(TrainerCallback):
     """
-    Where the seconds of one `train()` go, with GradES or without: to be passed in the trainer's `callbacks`.
+    Measures one `train()`. Pass it in the trainer's `callbacks`; it works with GradES and without.
 
-    It runs from the first step to the last, the best checkpoint of early stopping loaded; what is drawn and reported
-    afterwards is not in it. A resumed run is timed from where it resumes.
+    It runs from the first step to the last. Loading the best checkpoint of early stopping belongs to training;
+    evaluation, generation and reports afterwards do not. Validation and saving are measured with the device
+    synchronised. A step lasts from the end of the one before to its own end, without validation and saving in between.
+
+    ```python
+    clock = RunClock()
+    trainer = SFTTrainer(..., callbacks=[clock])
+    trainer.train()
+    clock.seconds
+    ```
 
     Attributes:
-        total (`float`): seconds of the whole.
-        validation (`float`): of them in `evaluate()`.
-        saving (`float`): of them in writing checkpoints.
-        history (`list[dict]`): one entry per validation: `step`, `seconds` since training began, `eval_loss`.
-        peak_memory_mib (`float` or `None`): at the end of training, see [`peak_memory_mib`].
+        data_ended (`bool`): the run ended since there were no more rows: a streamed dataset had been read, or one was
+            shorter than it said.
     """
 
-    def __init__(self):
-        self.total = self.validation = self.saving = 0.0
-        self.history: list[dict[str, float]] = []
-        self.peak_memory_mib: float | None = None
-        self._began = self._mark = 0.0
-        self._running = False
+    def __init__(self) -> None:
+        self._state = _State()
+        self._mark = 0.0  # everything up to here is accounted for
+        self._device = torch.device("cpu")
+        self._running = self._resumed = self._in_overhead = False
+        self._warm_up = WARM_UP_STEPS
+        self._epoch_steps = 0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.data_ended = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self._began = self._mark = now()
-        self._running = True
+    # ---- the moments of a run ----
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if not self._resumed:
+            self._state = _State(planned_evaluations=plan_evaluations(args, state, train_dataloader))
+        elif args.eval_on_start and self._state.planned_evaluations is not None:
+            repeated = state.global_step in {entry["step"] for entry in self._state.evaluations}
+            self._state.planned_evaluations += not repeated
+        self._resumed, self._running, self.data_ended = False, True, False
+        self._warm_up = WARM_UP_STEPS
+        self._device = args.device
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._mark = self._now()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._epoch_steps = 0
 
     def on_step_end(self, args, state, control, **kwargs):
-        if control.should_evaluate or control.should_save:  # else the device need not be waited for
-            self._mark = now()
+        now = self._state
+        now.step += self._advance(_something_follows(control))
+        for begin, end in self._events:
+            end.synchronize()  # a later transfer of the same step has waited for it in most cases
+            self._add(begin.elapsed_time(end) / 1e3)
+        self._events.clear()
+        seconds, overhead = now.step, now.step_overhead
+        now.step = now.step_overhead = 0.0
+        now.steps += 1
+        self._epoch_steps += 1
 
-    on_epoch_end = on_step_end
+        now.window.append(seconds - overhead)
+        if len(now.window) == WINDOW:
+            now.typical += WINDOW * statistics.median(now.window)
+            now.window = []
+        now.overheads = [*now.overheads, overhead][-WINDOW:]
+        if now.last_freeze is None and self._warm_up == 0:
+            now.baseline = [*now.baseline, seconds - overhead][-BASELINE_WINDOW:]
+        self._warm_up = max(0, self._warm_up - 1)
+        now.last_step = state.global_step
+        alike = WINDOW if now.last_freeze in (None, now.last_step) else now.last_step - now.last_freeze
+        now.recent = [*now.recent, seconds][-min(WINDOW, alike) :]
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._state.step += self._advance(_something_follows(control))
+        # The Trainer itself ends a run when an epoch had no batch. Callbacks end it after a step or an evaluation.
+        self.data_ended = self._epoch_steps == 0 and control.should_training_stop
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:  # of training; the next thing is validation or saving, if they are due
-            self.on_step_end(args, state, control)
+        if self._running and "loss" in (logs or {}):  # of training; validation and saving come next, if they are due
+            self._state.step += self._advance(_something_follows(control))
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not self._running:
             return
-        self.validation += self._lap()
-        seconds = self._mark - self._began
-        self.history.append({"step": state.global_step, "seconds": seconds, "eval_loss": metrics.get("eval_loss")})
+        self._state.validation += self._advance(synchronise=True)
+        prefix = next((key for key in metrics if key.endswith("_runtime")), "eval_runtime").removesuffix("_runtime")
+        entry = Evaluation(
+            state.global_step,
+            self._state.total,
+            metrics.get(f"{prefix}_loss"),
+            prefix.removeprefix("eval_") if prefix.startswith("eval_") else None,
+        )
+        self._state.evaluations.append(asdict(entry))
 
     def on_save(self, args, state, control, **kwargs):
-        self.saving += self._lap()
+        if self._running:
+            self._state.saving += self._advance(synchronise=True)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.total, self._running = now() - self._began, False
-        self.peak_memory_mib = peak_memory_mib()
+        self._state.step += self._advance(synchronise=True)
+        self.data_ended = self.data_ended or not control.should_training_stop
+        self._state.peak_memory_mib = self.peak_memory_mib
+        self._running = False
 
-    def _lap(self) -> float:
-        """Seconds since the last mark, which is set anew."""
-        before, self._mark = self._mark, now()
-        return self._mark - before
+    # ---- what GradES itself takes ----
+
+    @contextmanager
+    def overhead(self) -> Iterator[None]:
+        """
+        Measures the work inside as GradES's own, on the device that it runs on and without waiting for that device.
+
+        During a step, it is part of the step. Between the last step and the end of training, and after that, it is
+        added to the total. One inside another counts once.
+        """
+        if self._in_overhead:
+            yield
+            return
+        self._in_overhead = True
+        try:
+            if self._running and self._device.type == "cuda":
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                yield
+                end.record()
+                self._events.append((begin, end))
+            else:
+                start = time.perf_counter() if self._running else self._now()
+                yield
+                self.add_overhead((time.perf_counter() if self._running else self._now()) - start)
+        finally:
+            self._in_overhead = False
+
+    def add_overhead(self, seconds: float) -> None:
+        """Counts `seconds`, which have just passed, as GradES's own."""
+        if self._running:
+            self._state.step += self._advance()
+        else:
+            self._state.total += seconds
+        self._add(seconds)
+
+    def note_freeze(self, step: int) -> None:
+        """Says that what a step costs changes after the running step `step`: something froze, or backward skips other
+        layers. The steps before the first such one are the baseline."""
+        self._state.last_freeze = step
+
+    # ---- what it tells ----
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps measured."""
+        return self._state.steps
+
+    @property
+    def seconds(self) -> Seconds:
+        """Where they went, up to now or to the end of training."""
+        if self._running:
+            self._state.step += self._advance()
+        now = self._state
+        training = now.total - now.validation - now.saving - now.grades
+        return Seconds(now.total, training, now.validation, now.saving, now.grades)
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """Validation sets evaluated so far, in order."""
+        return [Evaluation(**entry) for entry in self._state.evaluations]
+
+    @property
+    def evaluations_run(self) -> int:
+        """How often validation was run; all validation sets of one moment count as one."""
+        return len({entry["step"] for entry in self._state.evaluations})
+
+    @property
+    def planned_evaluations(self) -> int | None:
+        """How often the whole schedule runs validation, see [`plan_evaluations`]."""
+        return self._state.planned_evaluations
+
+    @property
+    def peak_memory_mib(self) -> float | None:
+        """MiB at most, see [`environment.peak_memory_mib`]; after training, up to its end."""
+        peaks = [self._state.peak_memory_mib]
+        if self._running:
+            peaks.append(peak_memory_mib(self._device))
+        return max((peak for peak in peaks if peak is not None), default=None)
+
+    def baseline_step_seconds(self) -> float | None:
+        """Median seconds of a step before anything froze, without GradES's own; `None` without enough steps, or if
+        they vary too much to say."""
+        baseline = self._state.baseline
+        return statistics.median(baseline) if _is_measurable(baseline) else None
+
+    def recent_step_seconds(self) -> float | None:
+        """Median seconds of the last steps, none of them from before the last freeze; `None` before the first step."""
+        return statistics.median(self._state.recent) if self._state.recent else None
+
+    def recent_overhead_seconds(self) -> float | None:
+        """Mean seconds that GradES took in each of the last steps; `None` before the first step."""
+        return statistics.fmean(self._state.overheads) if self._state.overheads else None
+
+    def step_speedup(self) -> float | None:
+        """Seconds of a step before anything froze, over those of a step since the last freeze, GradES's own included;
+        `None` without enough steps, or if they vary too much to say."""
+        now = self._state
+        just_froze = now.last_freeze is not None and now.last_freeze >= now.last_step
+        if just_froze or not _is_measurable(now.baseline, now.recent):
+            return None
+        return statistics.median(now.baseline) / statistics.median(now.recent)
+
+    def typical_seconds(self) -> float:
+        """Seconds of all steps, each window of them counted at its median so that one stall does not pass for a cost,
+        and of all that GradES took."""
+        now = self._state
+        rest = len(now.window) * statistics.median(now.window) if now.window else 0.0
+        return now.typical + rest + now.grades
+
+    # ---- resuming ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able. What is going on right now, such as writing the checkpoint, is not in it."""
+        return asdict(self._state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where the clock of a checkpoint was. May come before `on_train_begin` or after."""
+        self._state = _State(**state)
+        self._resumed = not self._running
+
+    # ---- inside ----
+
+    def _now(self) -> float:
+        """Seconds, when the device has done all that it was given."""
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def _advance(self, synchronise: bool = False) -> float:
+        """Seconds since the last call, which are added to the total."""
+        now = self._now() if synchronise else time.perf_counter()
+        passed, self._mark = now - self._mark, now
+        self._state.total += passed
+        return passed
+
+    def _add(self, seconds: float) -> None:
+        self._state.grades += seconds
+        if self._running:
+            self._state.step_overhead += seconds
 
 
-def now() -> float:
-    """Seconds, when the device has done all that it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def _something_follows(control: Any) -> bool:
+    """Whether validation or saving come next: before them, the device must have finished."""
+    return control.should_evaluate or control.should_save
 
 
-def device_name() -> str:
-    """The accelerator, or the processor with the number of threads torch uses."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    if platform.system() == "Linux":
-        with open("/proc/cpuinfo") as cpuinfo:
-            name = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), name)
-    return f"CPU, {name}, {torch.get_num_threads()} threads"
+def _is_measurable(*samples: Sequence[float]) -> bool:
+    """Whether the ratio of the medians of the samples is known well enough to be reported, see `TOLERANCE`."""
+    if any(len(sample) < MIN_STEPS for sample in samples):
+        return False
+    return 2 * math.hypot(*map(_relative_error, samples)) <= TOLERANCE
 
 
-def peak_memory_mib() -> float:
-    """MiB: allocated on the CUDA device at most, else resident memory of this process at most."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the libraries that results depend on."""
-    libraries = ("grades-trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
-    return {"python": platform.python_version(), **{library: version(library) for library in libraries}}
+def _relative_error(sample: Sequence[float]) -> float:
+    """Standard error of a median over that median, from the medians of consecutive blocks."""
+    size = len(sample) // BLOCKS
+    ends = [len(sample) - size * (BLOCKS - i) for i in range(BLOCKS + 1)]
+    medians = [statistics.median(sample[start:end]) for start, end in itertools.pairwise(ends)]
+    middle = statistics.median(sample)
+    return statistics.stdev(medians) / math.sqrt(BLOCKS) / middle if middle > 0 else math.inf
 
 
-def count_tokens(model: nn.Module, tower_paths: dict[str, str], counts: dict[str, list[int]]) -> list[Any]:
-    """Hooks that note the tokens which enter the first block of each tower, one entry per forward pass.
+def plan_evaluations(args: Any, state: Any, train_dataloader: Any = None) -> int | None:
+    """
+    How often the Trainer runs validation in the whole schedule; all validation sets of one moment count as one.
 
     Args:
-        model (`nn.Module`): holds the blocks.
-        tower_paths (`dict[str, str]`): tower -> path of its first block.
-        counts (`dict[str, list[int]]`): filled by the hooks.
+        args (`TrainingArguments`): eval_strategy, eval_on_start, eval_delay, gradient_accumulation_steps.
+        state (`TrainerState`): at the beginning of training: max_steps, eval_steps, num_train_epochs.
+        train_dataloader (`DataLoader`, *optional*): needed for validation by epoch.
 
     Returns:
-        `list`: the hooks' handles, to be removed when enough was seen.
+        `int` or `None`: `None` for validation by epoch of a streamed dataset, whose length is not known.
     """
-    modules = dict(model.named_modules())
+    at_start, delay, steps = int(args.eval_on_start), args.eval_delay, state.max_steps
+    if args.eval_strategy == "no":
+        return at_start
+    if args.eval_strategy == "steps":
+        every = int(state.eval_steps)
+        before_delay = (math.ceil(delay) - 1) // every if delay > 0 else 0
+        regular = max(0, steps // every - before_delay)
+        return at_start + regular + (steps % every != 0 and delay <= steps)
+    if train_dataloader is None or not has_length(train_dataloader):
+        return None
+    batches, accumulation = len(train_dataloader), args.gradient_accumulation_steps
+    per_epoch = max(1, math.ceil(batches / accumulation))
+    whole, rest = divmod(steps, per_epoch)
+    ends = [*range(1, whole + 1), *([whole + min(1.0, rest * accumulation / batches)] if rest else [])]
+    return at_start + sum(delay <= end for end in ends)
 
-    def note(tower: str):
-        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden = next(
-                x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point()
-            )
-            counts.setdefault(tower, []).append(hidden.numel() // hidden.shape[-1])
 
-        return hook
+@dataclass(frozen=True)
+class Saving:
+    """What one part of the speed-up comes to; `None` where it could not be measured.
 
-    return [
-        modules[path].register_forward_pre_hook(note(tower), with_kwargs=True) for tower, path in tower_paths.items()
-    ]
+    Attributes:
+        ratio (`float` or `None`): baseline over this run.
+        seconds_saved (`float` or `None`): negative if GradES cost more than it saved.
+    """
+
+    ratio: float | None = None
+    seconds_saved: float | None = None
+
+
+@dataclass(frozen=True)
+class StepsNotRun(Saving):
+    """`steps` (`int` or `None`): optimizer steps of the schedule that were not run."""
+
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class ValidationNotRun:
+    """`evaluations` (`int` or `None`): validations of the schedule that were not run; `seconds_saved` as above."""
+
+    evaluations: int | None = None
+    seconds_saved: float | None = None
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """The speed-up in its three parts; never one merged number without them.
+
+    Attributes:
+        cheaper_steps (`Saving`): the steps that were run, against as many baseline steps.
+        steps_not_run (`StepsNotRun`), validation_not_run (`ValidationNotRun`): what the schedule had left.
+        against_same_length (`float` or `None`): against a baseline of as many steps.
+        against_full_schedule (`float` or `None`): against a baseline of all steps, both with their validation.
+    """
+
+    cheaper_steps: Saving = Saving()
+    steps_not_run: StepsNotRun = StepsNotRun()
+    validation_not_run: ValidationNotRun = ValidationNotRun()
+    against_same_length: float | None = None
+    against_full_schedule: float | None = None
+
+
+def speedup(clock: RunClock, total_steps: int) -> Speedup:
+    """The speed-up of a run over a baseline of `total_steps`, from the baseline steps that it began with itself.
+
+    Args:
+        clock (`RunClock`): of the run, which has ended.
+        total_steps (`int`): optimizer steps that the baseline runs.
+    """
+    steps, validation = clock.steps, clock.seconds.validation
+    not_run = total_steps - steps
+    each = validation / clock.evaluations_run if clock.evaluations_run else None
+    planned = clock.planned_evaluations
+    missing = None if planned is None else max(0, planned - clock.evaluations_run)
+    saved = None if missing is None or (missing and each is None) else missing * (each or 0.0)
+    ratio = total_steps / steps if steps else None
+    validation_not_run = ValidationNotRun(missing, saved)
+    baseline = clock.baseline_step_seconds()
+    if baseline is None:
+        return Speedup(steps_not_run=StepsNotRun(ratio, None, not_run), validation_not_run=validation_not_run)
+    run = clock.typical_seconds()
+    full = baseline * total_steps + validation + (saved or 0.0)
+    return Speedup(
+        cheaper_steps=Saving(baseline * steps / run, baseline * steps - run),
+        steps_not_run=StepsNotRun(ratio, baseline * not_run, not_run),
+        validation_not_run=validation_not_run,
+        against_same_length=baseline * steps / run,
+        against_full_schedule=full / (run + validation),
+    )

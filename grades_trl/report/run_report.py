@@ -1,0 +1,353 @@
+"""The report of one run with GradES: the one object that a trainer holds for all that people get to see."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from grades_trl.events import FreezeEvent
+from grades_trl.model.matrices import WeightMatrix
+from grades_trl.report import figure, page
+from grades_trl.report.environment import Environment
+from grades_trl.report.flops import TokenCounter, forward_flops, step_flops
+from grades_trl.report.history import RunHistory
+from grades_trl.report.strict_json import write_json
+from grades_trl.report.summary import (
+    DATA_ENDED,
+    Flops,
+    Heldout,
+    Outcome,
+    Overhead,
+    RunSummary,
+    SkippedLayers,
+    TowerCount,
+)
+from grades_trl.report.timing import RunClock, Speedup, speedup
+from grades_trl.report.tracking import Tracker
+
+# Freezes come in clusters: W&B gets a new figure when that much more of the model has frozen.
+FIGURE_EVERY = 0.05
+
+
+class RunReport:
+    """
+    Takes in what happens in a run and tells it: scalars while it trains, files and W&B at its end.
+
+    Args:
+        directory (`str` or `Path`): where the files go; made if missing.
+        matrices (`dict[str, WeightMatrix]`): the tracked matrices by name.
+        total_steps (`int`): optimizer steps in the full schedule.
+        metric (`str`): what is measured of the matrices.
+        settings (`dict[str, Any]`): of GradES; for the summary and W&B.
+        grace_steps (`int`): optimizer steps during which nothing may freeze.
+        environment (`Environment`): gathered before training.
+        clock (`RunClock`): among the callbacks of the trainer.
+        checkpointing (`bool`): whether gradient checkpointing is on.
+        resume_step (`int`, *optional*, defaults to `0`): the optimizer step that a checkpoint resumes after. Call
+            `load_state_dict` too.
+        tracker (`Tracker`, *optional*): the W&B run of the trainer. By default there is none.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        matrices: dict[str, WeightMatrix],
+        total_steps: int,
+        *,
+        metric: str,
+        settings: dict[str, Any],
+        grace_steps: int,
+        environment: Environment,
+        clock: RunClock,
+        checkpointing: bool,
+        resume_step: int = 0,
+        tracker: Tracker | None = None,
+    ):
+        self.directory = Path(directory)
+        self.clock = clock
+        self._history = RunHistory(directory, matrices, total_steps, metric, grace_steps, resume_step)
+        self._matrices = matrices
+        self._settings = settings
+        self._environment = environment
+        self._checkpointing = checkpointing
+        self._tracker = tracker or Tracker(())
+        self._tokens = TokenCounter()
+        self._frozen: list[str] = []  # in order
+        # Where the cost of a step changed: after that step, so many of `_frozen`, and the layers that backward skips.
+        self._states: list[dict[str, Any]] = []
+        self._unlogged: dict[str, float] = {}  # not every measurement is in a step that is logged
+        self._heldout_loss: float | None = None  # since the last log
+        self._heldout_measurements = 0
+        self._heldout_examples = 0  # of all measurements
+        self._share_in_figure = 0.0
+        self._in_wandb = False
+        self._tracker.log_settings(settings)
+
+    # ---- while it trains ----
+
+    def count_batch(self, inputs: dict[str, Any], model_config: Any) -> None:
+        """Adds the tokens of one training micro-batch, see [`TokenCounter`].
+
+        Args:
+            inputs (`dict`): what the collator made.
+            model_config: the config of the model; `None` for a plain module.
+        """
+        self._tokens.add(inputs, model_config)
+
+    def record(
+        self, step: int, events: list[FreezeEvent], values: dict[str, float], skipped_layers: dict[str, int]
+    ) -> None:
+        """
+        Takes in one optimizer step. Call it in the step, after the freezes and before the update.
+
+        It tells the clock about freezes, and counts the time of a figure for W&B as GradES's own.
+
+        Args:
+            step (`int`): optimizer step, counted from 1.
+            events (`list[FreezeEvent]`): what froze in this step.
+            values (`dict[str, float]`): the metric of each matrix that was measured in this step.
+            skipped_layers (`dict[str, int]`): path of a layer list -> number of its leading layers that backward skips
+                from the next step on.
+
+        Raises:
+            `KeyError`: an event or a value names an unknown matrix.
+        """
+        self._history.record(step, events, values)
+        self._unlogged |= values
+        self._frozen += [event.matrix for event in events]
+        if events or skipped_layers != self._skipped_layers:
+            self._states.append({"step": step, "frozen": len(self._frozen), "layers": dict(skipped_layers)})
+            self.clock.note_freeze(step)
+        share = len(self._frozen) / len(self._matrices)
+        if events and self._tracker.is_on and (share - self._share_in_figure >= FIGURE_EVERY or share == 1.0):
+            with self.clock.overhead():
+                self._share_in_figure = share
+                self._tracker.log_figure(figure.render(figure.draw(self._history)), step)
+
+    def record_heldout(self, step: int, loss: float, examples: int) -> None:
+        """Takes in one held-out measurement.
+
+        Args:
+            step (`int`): optimizer step.
+            loss (`float`): mean loss of the examples.
+            examples (`int`): how many there were. Each is counted as one forward pass.
+        """
+        self._heldout_loss = loss
+        self._heldout_measurements += 1
+        self._heldout_examples += examples
+
+    def logs(self) -> dict[str, float]:
+        """
+        The scalars of the run, for `trainer.log`. What cannot be told yet is left out.
+
+        Returns:
+            `dict[str, float]`: under `grades/`:
+
+            - `frozen_fraction`, `frozen_params_fraction`, `<tower>/frozen_fraction`: of the tracked matrices, of their
+              trained parameters, of those in a tower;
+            - `frozen_prefix_layers`: leading layers of the language tower in which every tracked matrix is frozen;
+            - `<tower>/backward_skipped_layers`: leading layers of a tower that backward skips;
+            - `<role>/metric` (language), `<tower>/<role>/metric` (other towers): mean of the last values of the
+              matrices that were measured since the last call;
+            - `heldout_loss`: the last one since the last call;
+            - `step_time`: seconds of a recent step; `overhead_ms`: of it, what GradES takes;
+            - `step_speedup`: measured, baseline step over recent step; `step_speedup_predicted`: from FLOPs.
+        """
+        matrices, frozen = self._matrices, set(self._frozen)
+        logs = {
+            "frozen_fraction": len(frozen) / len(matrices),
+            "frozen_params_fraction": sum(matrices[name].params for name in frozen) / self._tracked_parameters,
+            "frozen_prefix_layers": float(self._frozen_prefix_layers(frozen)),
+        }
+        tokens = self._tokens.per_batch()
+        baseline = self._flops(tokens)
+        if baseline > 0:  # not so if only the vision tower trains and no image has come yet
+            logs["step_speedup_predicted"] = baseline / self._flops(tokens, frozen, self._skipped_layers)
+        seconds, overhead = self.clock.recent_step_seconds(), self.clock.recent_overhead_seconds()
+        speedup = self.clock.step_speedup()
+        if seconds is not None and overhead is not None:
+            logs |= {"step_time": seconds, "overhead_ms": 1e3 * overhead}
+        if speedup is not None:
+            logs["step_speedup"] = speedup
+        for tower, count in self._towers(frozen).items():
+            stacks = {m.stack for m in matrices.values() if m.tower == tower}
+            skipped = sum(self._skipped_layers.get(stack, 0) for stack in stacks)
+            logs |= {
+                f"{tower}/frozen_fraction": count.frozen / count.matrices,
+                f"{tower}/backward_skipped_layers": float(skipped),
+            }
+        if self._heldout_loss is not None:
+            logs["heldout_loss"] = self._heldout_loss
+        by_role: dict[str, list[float]] = {}
+        for name, value in self._unlogged.items():
+            matrix = matrices[name]
+            prefix = "" if matrix.tower == "language" else f"{matrix.tower}/"
+            by_role.setdefault(f"{prefix}{matrix.role}/metric", []).append(value)
+        logs |= {key: statistics.fmean(values) for key, values in by_role.items()}
+        self._unlogged, self._heldout_loss = {}, None
+        return {f"grades/{key}": value for key, value in logs.items()}
+
+    def console_line(self, step: int, events: list[FreezeEvent]) -> str:
+        """What froze in a step, in one line."""
+        shown = ", ".join(f"{e.tower} {e.layer} {e.role}" for e in events[:3]) + (" ..." if len(events) > 3 else "")
+        return f"step {step}: froze {len(events)} ({shown}); {len(self._frozen)} of {len(self._matrices)} frozen"
+
+    # ---- its end ----
+
+    def summarize(self, outcome: Outcome) -> RunSummary:
+        """What came of the run. Call it when all that GradES does has been done and is on the clock.
+
+        Args:
+            outcome (`Outcome`): what only the trainer knows.
+        """
+        diverged = outcome.diverged_at is not None
+        # A schedule longer than the data is no saving.
+        schedule = outcome.steps if outcome.stop_reason == DATA_ENDED else self._history.total_steps
+        seconds, frozen = self.clock.seconds, set(outcome.frozen)
+        busy = seconds.training + seconds.grades
+        measured = outcome.steps > 0 and not diverged
+        return RunSummary(
+            environment=self._environment,
+            metric=self._history.metric,
+            settings=self._settings,
+            steps=outcome.steps,
+            total_steps=self._history.total_steps,
+            stop_reason=outcome.stop_reason,
+            diverged_at=outcome.diverged_at,
+            weights=outcome.weights,
+            tracked_matrices=len(self._matrices),
+            frozen=len(frozen),
+            without_gradient=outcome.without_gradient,
+            tracked_parameters=self._tracked_parameters,
+            untracked_parameters=outcome.untracked_parameters,
+            towers=self._towers(frozen),
+            skipped_layers=[SkippedLayers(s["step"], s["layers"]) for s in self._states if s["layers"]],
+            speedup=speedup(self.clock, schedule) if measured else Speedup(),
+            overhead=Overhead(
+                1e3 * seconds.grades / outcome.steps if measured else None,
+                seconds.grades / busy if measured and busy > 0 else None,
+            ),
+            seconds=seconds,
+            flops=self._flops_of_run(outcome.steps, schedule, diverged),
+            heldout=self._heldout(outcome),
+            peak_memory_mib=self.clock.peak_memory_mib,
+        )
+
+    def write(self, summary: RunSummary) -> None:
+        """Writes `history.parquet`, `summary.json`, `timeline.png` and `report.html`, and the same to W&B. Call it
+        again after something was added to the summary."""
+        self.flush()
+        write_json(self.directory / "summary.json", summary.to_json())
+        png = figure.render(figure.draw(self._history))
+        (self.directory / "timeline.png").write_bytes(png)
+        text = page.build(self._history, summary, png)
+        (self.directory / "report.html").write_text(text, encoding="utf-8")
+        if self._tracker.is_on and not self._in_wandb:
+            self._in_wandb = True
+            self._tracker.log_table(*self._history.table())
+            self._tracker.log_figure(png, self._history.step)
+        self._tracker.log_summary(summary.to_json())
+        self._tracker.log_report(self.directory)
+
+    def flush(self) -> None:
+        """Writes `history.parquet`: a run that is killed is resumed with its history."""
+        self._history.flush()
+
+    # ---- resuming ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able. The clock has a state of its own; freeze events and history are in their files."""
+        return {
+            "frozen": self._frozen,
+            "states": self._states,
+            "tokens": self._tokens.state_dict(),
+            "unlogged": self._unlogged,
+            "heldout_loss": self._heldout_loss,
+            "heldout_measurements": self._heldout_measurements,
+            "heldout_examples": self._heldout_examples,
+            "share_in_figure": self._share_in_figure,
+            "measurements": self._history.measurements,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where the report of a checkpoint was."""
+        self._frozen, self._states = list(state["frozen"]), list(state["states"])
+        self._tokens.load_state_dict(state["tokens"])
+        self._unlogged, self._heldout_loss = dict(state["unlogged"]), state["heldout_loss"]
+        self._heldout_measurements = state["heldout_measurements"]
+        self._heldout_examples = state["heldout_examples"]
+        self._share_in_figure = state["share_in_figure"]
+        self._history.measurements = state["measurements"]
+
+    # ---- inside ----
+
+    @property
+    def _skipped_layers(self) -> dict[str, int]:
+        return self._states[-1]["layers"] if self._states else {}
+
+    @property
+    def _tracked_parameters(self) -> int:
+        return sum(matrix.params for matrix in self._matrices.values())
+
+    def _towers(self, frozen: set[str]) -> dict[str, TowerCount]:
+        towers: dict[str, list[bool]] = {}
+        for name, matrix in self._matrices.items():
+            towers.setdefault(matrix.tower, []).append(name in frozen)
+        return {tower: TowerCount(len(members), sum(members)) for tower, members in towers.items()}
+
+    def _frozen_prefix_layers(self, frozen: set[str]) -> int:
+        language = [m for m in self._matrices.values() if m.tower == "language"]
+        live = [m.layer for m in language if m.name not in frozen]
+        return min(live) if live else len({m.layer for m in language})
+
+    def _flops(
+        self, tokens: dict[str, float] | None, frozen: Any = (), skipped_layers: dict[str, int] | None = None
+    ) -> float:
+        return step_flops(
+            self._matrices.values(),
+            frozen=frozen,
+            skipped_layers=skipped_layers,
+            tokens=tokens,
+            checkpointing=self._checkpointing,
+            experts_per_token=self._tokens.experts_per_token,
+        )
+
+    def _flops_of_run(self, steps: int, schedule: int, diverged: bool) -> Flops:
+        per_batch = self._tokens.per_batch()
+        tokens = None if per_batch is None else _times(per_batch, self._tokens.batches / max(1, steps))
+        baseline = self._flops(tokens)
+        run, start, cost = 0.0, 0, baseline
+        for state in self._states:  # each holds for the steps after the one in which it was reached
+            run += cost * (state["step"] - start)
+            start, cost = state["step"], self._flops(tokens, set(self._frozen[: state["frozen"]]), state["layers"])
+        run += cost * (steps - start)
+        if per_batch is not None and self._heldout_examples:
+            per_example = _times(per_batch, self._tokens.batches / self._tokens.examples)
+            run += self._heldout_examples * forward_flops(
+                self._matrices.values(), tokens=per_example, experts_per_token=self._tokens.experts_per_token
+            )
+        full = baseline * schedule
+        fraction = None if diverged or not full else run / full
+        if tokens is None:
+            return Flops(None, None, None, fraction)
+        return Flops(run, baseline * steps, full, fraction)
+
+    def _heldout(self, outcome: Outcome) -> Heldout | None:
+        if outcome.heldout_every is None and not self._heldout_measurements:
+            return None
+        seen = self._tokens.examples
+        finite = outcome.best_loss is not None and math.isfinite(outcome.best_loss)
+        return Heldout(
+            examples=outcome.heldout_examples,
+            every=outcome.heldout_every,
+            measurements=self._heldout_measurements,
+            examples_per_training_example=self._heldout_examples / seen if seen else None,
+            best_step=outcome.best_step if finite else None,
+            best_loss=outcome.best_loss if finite else None,
+        )
+
+
+def _times(tokens: dict[str, float], factor: float) -> dict[str, float]:
+    return {tower: factor * count for tower, count in tokens.items()}

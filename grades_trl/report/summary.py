@@ -1,0 +1,327 @@
+"""What came of a run, as typed objects: the files, the page, the console and W&B all read the same ones."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from grades_trl.model.matrices import WeightMatrix
+from grades_trl.report.environment import Environment
+from grades_trl.report.strict_json import jsonable
+from grades_trl.report.timing import Evaluation, RunClock, Seconds, Speedup
+
+FINISHED, DATA_ENDED, EARLY_STOPPING = "schedule finished", "data ended", "early stopping"
+
+
+@dataclass
+class Outcome:
+    """
+    How a run ended: the facts that only the trainer knows.
+
+    Attributes:
+        frozen (`dict[str, int]`): matrix -> optimizer step at which it was frozen.
+        stop_reason (`str`): see [`stop_reason`].
+        weights (`str`): what the model has now: `"last"`, `"best average"` or `"best checkpoint"`.
+        steps (`int`): optimizer steps that were run.
+        diverged_at (`int` or `None`): the step at which the loss was no longer finite.
+        without_gradient (`int`): tracked matrices that no gradient ever reached.
+        untracked_parameters (`int`): trained elements outside the tracked matrices.
+        heldout_examples (`int`): examples of one held-out measurement; 0 if there is none.
+        heldout_every (`int` or `None`): optimizer steps from one held-out measurement to the next.
+        best_step (`int` or `None`), best_loss (`float` or `None`): the held-out measurement with the lowest loss.
+    """
+
+    frozen: dict[str, int]
+    stop_reason: str
+    weights: str
+    steps: int
+    diverged_at: int | None = None
+    without_gradient: int = 0
+    untracked_parameters: int = 0
+    heldout_examples: int = 0
+    heldout_every: int | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class TowerCount:
+    """Tracked and frozen matrices of one tower."""
+
+    matrices: int
+    frozen: int
+
+
+@dataclass(frozen=True)
+class SkippedLayers:
+    """From optimizer step `step` on: path of a layer list -> number of its leading layers that backward skips."""
+
+    step: int
+    layers: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What GradES took: milliseconds per optimizer step, and as a fraction of training; `None` without steps."""
+
+    ms_per_step: float | None
+    fraction: float | None
+
+
+@dataclass(frozen=True)
+class Flops:
+    """
+    FLOPs in the tracked layers, see `flops.py`.
+
+    Attributes:
+        run (`float` or `None`): of the run, held-out measurements included. `None` if no tokens could be counted.
+        baseline_same_length (`float` or `None`), baseline_full_schedule (`float` or `None`): of a baseline.
+        fraction (`float` or `None`): of the baseline over the full schedule, also where tokens could not be counted.
+            `None` if the run diverged.
+    """
+
+    run: float | None
+    baseline_same_length: float | None
+    baseline_full_schedule: float | None
+    fraction: float | None
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """
+    The held-out measurements of a run.
+
+    Attributes:
+        examples (`int`): of one measurement.
+        every (`int` or `None`): optimizer steps from one to the next.
+        measurements (`int`): how many there were.
+        examples_per_training_example (`float` or `None`): their cost; each is a forward pass only.
+        best_step (`int` or `None`), best_loss (`float` or `None`): the one with the lowest loss.
+    """
+
+    examples: int
+    every: int | None
+    measurements: int
+    examples_per_training_example: float | None
+    best_step: int | None
+    best_loss: float | None
+
+
+@dataclass
+class RunSummary:
+    """
+    A run with GradES: `summary.json`.
+
+    Attributes:
+        environment (`Environment`): model, device, versions.
+        metric (`str`): what was measured of the matrices.
+        settings (`dict[str, Any]`): of GradES.
+        steps (`int`), total_steps (`int`): optimizer steps that were run, and of the schedule.
+        stop_reason (`str`), diverged_at (`int` or `None`), weights (`str`): as in [`Outcome`].
+        tracked_matrices (`int`), frozen (`int`), without_gradient (`int`): all tracked matrices, those of them that
+            were frozen, and those that no gradient ever reached.
+        tracked_parameters (`int`), untracked_parameters (`int`): trained elements inside and outside of them.
+        towers (`dict[str, TowerCount]`): tower -> its matrices.
+        skipped_layers (`list[SkippedLayers]`): in which layers backward was saved, in order of the steps.
+        speedup (`Speedup`), overhead (`Overhead`), seconds (`Seconds`): measured. Nothing is, if the run diverged.
+        flops (`Flops`): predicted.
+        heldout (`Heldout` or `None`): the held-out measurements, if there were any.
+        peak_memory_mib (`float` or `None`): of training.
+        results (`dict[str, float]`): the final scores, once they are known.
+    """
+
+    environment: Environment
+    metric: str
+    settings: dict[str, Any]
+    steps: int
+    total_steps: int
+    stop_reason: str
+    diverged_at: int | None
+    weights: str
+    tracked_matrices: int
+    frozen: int
+    without_gradient: int
+    tracked_parameters: int
+    untracked_parameters: int
+    towers: dict[str, TowerCount]
+    skipped_layers: list[SkippedLayers]
+    speedup: Speedup
+    overhead: Overhead
+    seconds: Seconds
+    flops: Flops
+    heldout: Heldout | None
+    peak_memory_mib: float | None
+    results: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON knows it: a number that is not finite is `None`."""
+        return jsonable(asdict(self))
+
+
+@dataclass
+class RunResult:
+    """
+    A run with GradES or without, for comparisons: `result.json`.
+
+    Attributes:
+        id (`str`): random, new with every run: tells a result from one that another process left in the same place.
+        steps (`int`), total_steps (`int`), stop_reason (`str`), diverged_at (`int` or `None`): how it ended.
+        seconds (`Seconds`): where they went.
+        flops (`float` or `None`): in the tracked layers, as a fraction of a baseline over the full schedule.
+        validation (`list[Evaluation]`): the validations during training.
+        results (`dict[str, float]`): the final scores.
+        peak_memory_mib (`float` or `None`): of training.
+        warmup_steps (`float`): of the learning rate, as the trainer was given it.
+        environment (`Environment`): model, device, versions.
+        argv (`list[str]`): the command line.
+        scored_with (`dict[str, Any]`): the settings that the scores depend on.
+        frozen (`int`): matrices frozen; 0 without GradES.
+        tracked (`list[dict[str, Any]]`): `matrix`, `layer`, `role`, `tower` and `params` of all tracked matrices, in
+            the keys of a freeze event; empty without GradES.
+    """
+
+    id: str
+    steps: int
+    total_steps: int
+    stop_reason: str
+    diverged_at: int | None
+    seconds: Seconds
+    flops: float | None
+    validation: list[Evaluation]
+    results: dict[str, float]
+    peak_memory_mib: float | None
+    warmup_steps: float
+    environment: Environment
+    argv: list[str]
+    scored_with: dict[str, Any]
+    frozen: int
+    tracked: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON knows it: a number that is not finite is `None`."""
+        return jsonable(asdict(self))
+
+
+def run_result(
+    summary: RunSummary | None,
+    clock: RunClock,
+    *,
+    steps: int,
+    total_steps: int,
+    environment: Environment,
+    scores: dict[str, float],
+    warmup_steps: float,
+    argv: Sequence[str],
+    scored_with: dict[str, Any],
+    matrices: Iterable[WeightMatrix] = (),
+    diverged_at: int | None = None,
+) -> RunResult:
+    """
+    What `result.json` holds. Where there is a summary, both say the same: its facts are taken from there.
+
+    Args:
+        summary (`RunSummary` or `None`): of a run with GradES.
+        clock (`RunClock`): of the run.
+        steps (`int`), total_steps (`int`): `state.global_step` and `state.max_steps` of the trainer.
+        environment (`Environment`): gathered before training.
+        scores (`dict[str, float]`): the final ones.
+        warmup_steps (`float`), argv (`Sequence[str]`), scored_with (`dict`): see [`RunResult`].
+        matrices (`Iterable[WeightMatrix]`, *optional*): the tracked ones.
+        diverged_at (`int`, *optional*): for a run without a summary, see [`Outcome`].
+    """
+    if summary is None:
+        reason = stop_reason(clock, steps, total_steps)
+        fraction = steps / (steps if reason == DATA_ENDED else total_steps) if steps else 0.0
+        ended = (steps, total_steps, reason, diverged_at, clock.seconds)
+        flops = None if diverged_at is not None else fraction
+    else:
+        ended = (summary.steps, summary.total_steps, summary.stop_reason, summary.diverged_at, summary.seconds)
+        flops = summary.flops.fraction
+    return RunResult(
+        uuid.uuid4().hex,
+        *ended,
+        flops=flops,
+        validation=clock.evaluations,
+        results=dict(scores),
+        peak_memory_mib=clock.peak_memory_mib if summary is None else summary.peak_memory_mib,
+        warmup_steps=warmup_steps,
+        environment=environment if summary is None else summary.environment,
+        argv=list(argv),
+        scored_with=dict(scored_with),
+        frozen=0 if summary is None else summary.frozen,
+        tracked=[
+            {"matrix": m.name, "layer": m.layer, "role": m.role, "tower": m.tower, "params": m.params}
+            for m in matrices
+        ],
+    )
+
+
+def stop_reason(clock: RunClock, steps: int, total_steps: int, grades: str | None = None) -> str:
+    """
+    Names the reason why a run ended.
+
+    Args:
+        clock (`RunClock`): of the run.
+        steps (`int`), total_steps (`int`): optimizer steps that were run, and of the schedule.
+        grades (`str`, *optional*): why GradES ended the run, if it did, e.g. `"all matrices frozen"`.
+
+    Returns:
+        `str`: `grades`, else `"schedule finished"`, `"data ended"` (a streamed dataset had no more rows) or
+        `"early stopping"` (a callback ended the run).
+    """
+    if grades is not None:
+        return grades
+    if steps >= total_steps:
+        return FINISHED
+    return DATA_ENDED if clock.data_ended else EARLY_STOPPING
+
+
+def format_summary(summary: RunSummary) -> str:
+    """A run in a few lines for the console, in ASCII. A part of the speed-up that could not be measured says so."""
+    speedup, seconds, heldout = summary.speedup, summary.seconds, summary.heldout
+    never = f" ({summary.without_gradient} never got a gradient)" if summary.without_gradient else ""
+    validations = speedup.validation_not_run.evaluations
+    memory = "not measured" if summary.peak_memory_mib is None else f"{summary.peak_memory_mib:,.0f} MiB"
+    lines = [
+        f"GradES: {summary.steps} of {summary.total_steps} steps, {summary.frozen} of {summary.tracked_matrices} "
+        f"matrices frozen{never}; {summary.stop_reason}"
+    ]
+    if summary.diverged_at is not None:
+        lines.append(f"  diverged at step {summary.diverged_at}: nothing about its speed means anything")
+    else:
+        lines += [
+            f"  cheaper steps          {_times(speedup.cheaper_steps.ratio)}{_saved(speedup.cheaper_steps)}",
+            f"  steps not run          {_times(speedup.steps_not_run.ratio)}{_saved(speedup.steps_not_run)}",
+            f"  validation not run     {'unknown' if validations is None else validations} evaluations"
+            f"{_saved(speedup.validation_not_run)}",
+            f"  against a baseline of the same length   {_times(speedup.against_same_length)}",
+            f"  against the full schedule               {_times(speedup.against_full_schedule)}",
+        ]
+    if heldout is not None:
+        cost = heldout.examples_per_training_example
+        lines.append(
+            f"  held-out measurements  {heldout.measurements} of {heldout.examples} examples"
+            + ("" if cost is None else f": {cost:.1%} of the training examples, forward only")
+        )
+    lines.append(f"  weights of the model   {_weights(summary)}")
+    lines.append(
+        f"  training {seconds.training:.1f} s, GradES {seconds.grades:.2f} s, validation {seconds.validation:.1f} s, "
+        f"saving {seconds.saving:.1f} s; peak memory {memory} on {summary.environment.device}"
+    )
+    return "\n".join(lines)
+
+
+def _times(ratio: float | None) -> str:
+    return "not measurable" if ratio is None else f"{ratio:.2f}x"
+
+
+def _saved(part: Any) -> str:
+    return "" if part.seconds_saved is None else f"  {part.seconds_saved:+.1f} s"
+
+
+def _weights(summary: RunSummary) -> str:
+    if summary.weights != "best average" or summary.heldout is None or summary.heldout.best_loss is None:
+        return summary.weights
+    return f"best average, of step {summary.heldout.best_step}: held-out loss {summary.heldout.best_loss:.4f}"

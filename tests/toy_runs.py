@@ -1,0 +1,60 @@
+"""Matrices, events and summaries of toy runs, for the tests of the report."""
+
+import torch
+from torch import nn
+
+from grades_trl.events import FreezeEvent
+from grades_trl.model.matrices import WeightMatrix
+from grades_trl.report.environment import Environment
+from grades_trl.report.summary import Flops, Heldout, Overhead, RunSummary, SkippedLayers, TowerCount
+from grades_trl.report.timing import Saving, Seconds, Speedup, StepsNotRun, ValidationNotRun
+
+ENVIRONMENT = Environment("toy", "CPU, toy", {"torch": "2.13"})
+
+
+def matrix(name, layer=0, role="q_proj", tower="language", stack="layers"):
+    """A matrix of 4 x 8."""
+    weight = nn.Parameter(torch.empty(4, 8, device="meta"))
+    return WeightMatrix(name, layer, role, tower, stack, (4, 8), (weight,))
+
+
+def toy_matrices(layers=3, roles=("q_proj", "down_proj")):
+    found = [matrix(f"layers.{layer}.{role}", layer, role) for layer in range(layers) for role in roles]
+    return {m.name: m for m in found}
+
+
+def freeze(matrices, name, step, value=0.01, tau=0.02, frozen=1):
+    m = matrices[name]
+    of = (frozen, len(matrices))
+    return FreezeEvent(step, name, m.layer, m.role, m.tower, value, tau, m.params, *of, "grad_change below tau")
+
+
+def summary(**changes):
+    """30 of 100 steps, of which nothing is missing."""
+    facts = {
+        "environment": ENVIRONMENT,
+        "metric": "grad_change",
+        "settings": {"tau": "auto", "alpha": 0.55, "towers": {"vision": 0.3}},
+        "steps": 30,
+        "total_steps": 100,
+        "stop_reason": "all matrices frozen",
+        "diverged_at": None,
+        "weights": "best average",
+        "tracked_matrices": 6,
+        "frozen": 6,
+        "without_gradient": 0,
+        "tracked_parameters": 192,
+        "untracked_parameters": 1234,
+        "towers": {"language": TowerCount(6, 3)},
+        "skipped_layers": [SkippedLayers(21, {"layers": 2})],
+        "speedup": Speedup(
+            Saving(1.03, None), StepsNotRun(2.4, 31.0, 588), ValidationNotRun(5, 4.0), None, against_full_schedule=2.5
+        ),
+        "overhead": Overhead(0.4, 0.01),
+        "seconds": Seconds(70.0, 50.1, 10.0, 8.0, 1.9),
+        "flops": Flops(1.5e15, 2e15, 5e15, 0.3),
+        "heldout": Heldout(64, 10, 7, 0.014, 25, 1.23456),
+        "peak_memory_mib": 812.0,
+        "results": {"final/test_loss": 1.5},
+    }
+    return RunSummary(**(facts | changes))
