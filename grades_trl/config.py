@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,7 @@ class GradESConfig:
             Fraction of all optimizer steps before the first measurement of the held-out loss.
         heldout_cost (`float`, *optional*, defaults to `0.02`):
             What all measurements of the held-out loss may cost, as a fraction of the training FLOPs. Short runs may
-            use 64 forward passes of a row, up to 5 %; below that (426 training examples) nothing is measured.
+            use 64 forward passes of a row, up to 5 %; with fewer than 427 training examples nothing is measured.
         heldout_samples (`int`, *optional*, defaults to `128`):
             Held-out rows per measurement, at most; always the same ones.
         track_projector (`bool`, *optional*, defaults to `False`):
@@ -197,24 +198,32 @@ class GradESConfig:
                 'matrix, pattern or tower to step, as in {"vision": 1}.'
             )
 
-        def check(name: str, expected: str, lowest: float, highest: float = math.inf, above: bool = False) -> None:
+        def check(
+            name: str,
+            expected: str,
+            lowest: float,
+            highest: float = math.inf,
+            above: bool = False,
+            whole: bool = False,
+        ) -> None:
             value = getattr(self, name)
             if value is not None:
-                number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+                is_of_kind = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+                number = is_of_kind and math.isfinite(value)
                 inside = number and lowest <= value <= highest and not (above and value == lowest)
                 _expect(bool(inside), name, value, expected)
 
         check("auto_ratio", "a number above 0", 0, above=True)
         check("alpha", "a fraction of the training steps from 0 to 1", 0, 1)
-        check("patience", "1 or more consecutive measurements", 1)
-        check("measure_every", "1 or more steps", 1)
+        check("patience", "a whole number of consecutive measurements, 1 or more", 1, whole=True)
+        check("measure_every", "a whole number of steps, 1 or more", 1, whole=True)
         check("sample_fraction", "a fraction of a matrix above 0 and at most 1", 0, 1, above=True)
-        check("heldout_every", "1 or more steps", 1)
-        check("heldout_patience", "1 or more measurements", 1)
+        check("heldout_every", "a whole number of steps, 1 or more", 1, whole=True)
+        check("heldout_patience", "a whole number of measurements, 1 or more", 1, whole=True)
         check("heldout_grace", "a fraction of the training steps from 0 to 1", 0, 1)
         check("heldout_cost", "a fraction of the training FLOPs above 0 and at most 1", 0, 1, above=True)
-        check("heldout_samples", "1 or more rows", 1)
-        check("activation_cache_mib", "MiB of memory, or 0 for none", 0)
+        check("heldout_samples", "a whole number of rows, 1 or more", 1, whole=True)
+        check("activation_cache_mib", "a whole number of MiB, or 0 for none", 0, whole=True)
         if self.alpha == 0 and self.tau in (None, "auto") and "tau" in CRITERIA[self.metric].defaults:
             raise ValueError(
                 'alpha is 0 and tau is "auto": the level of a matrix is measured in the grace period. Give alpha, or '
@@ -282,7 +291,7 @@ def _parse_schedule(given: Any) -> Any:
     if schedule is None:
         return None
     if isinstance(schedule, str | Path):
-        _expect(Path(schedule).is_file(), "schedule", str(given), "the events.jsonl of another run; there is no file")
+        _expect(os.path.isfile(schedule), "schedule", str(given), "the events.jsonl of another run; there is no file")
         return str(schedule)
     steps_are_whole = isinstance(schedule, dict) and all(
         isinstance(step, int) and not isinstance(step, bool) and step >= 1 for step in schedule.values()

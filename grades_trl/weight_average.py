@@ -80,15 +80,24 @@ class WeightAverage:
                         weights[name] = self._average[name].copy_(weights[name])
             yield
         finally:
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    parameter = self._parameters[name]
-                    if weight is self._average[name]:
-                        average = parameter.detach().to("cpu", copy=True)
-                        parameter.copy_(weight)
-                        weight.copy_(average)
-                    else:
-                        parameter.copy_(weight)
+            self._put_back(weights)
+
+    @torch.no_grad()
+    def _put_back(self, weights: dict[str, Tensor]) -> None:
+        try:
+            while weights:
+                name, weight = next(iter(weights.items()))
+                parameter = self._parameters[name]
+                if weight is self._average[name]:
+                    average = parameter.detach().to("cpu", copy=True)
+                    parameter.copy_(weight)
+                    weight.copy_(average)
+                else:
+                    parameter.copy_(weight)
+                del weights[name]
+        except KeyboardInterrupt:  # which arrives when a copy of gigabytes is done: not half of the weights
+            self._put_back(weights)
+            raise
 
     def mark_best(self) -> None:
         """The average as it is now is the best one."""
@@ -97,8 +106,12 @@ class WeightAverage:
     @torch.no_grad()
     def restore_best(self) -> None:
         """Gives the model its best average."""
-        for name, best in self._best.items():
-            self._parameters[name].copy_(best)
+        try:
+            for name, best in self._best.items():
+                self._parameters[name].copy_(best)
+        except KeyboardInterrupt:  # all of it, or none
+            self.restore_best()
+            raise
 
     def release(self) -> None:
         """Frees all buffers."""

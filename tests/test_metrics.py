@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from grades_trl.criteria import metrics
+from grades_trl.criteria import measurement, metrics
 from grades_trl.criteria.metrics import MIN_ELEMENTS, l1_distances, l1_norms, sample
 
 
@@ -23,7 +23,7 @@ def test_sums_are_exact_to_1e_5_in_every_dtype(dtype):
     assert abs(l1_norms([x])[0].double() - x.double().abs().sum()) / x.double().abs().sum() < 1e-5
 
 
-def test_readings_are_float32_on_one_axis():
+def test_sums_are_float32_on_one_axis():
     for values in (
         l1_norms([torch.ones(2, dtype=torch.bfloat16)] * 3),
         l1_distances([torch.ones(2)], [torch.ones(2)]),
@@ -60,13 +60,13 @@ def test_a_sample_holds_its_chunks_of_any_layout(dtype):
 
 def test_nothing_is_written():
     x, y = torch.tensor([[1.0, -2.0]]), torch.tensor([[-3.0, 4.0]])
-    metrics.read([x], [y], scale=2.0)
-    metrics.read([x], [y])
+    metrics.l1_sums([x], [y], scale=2.0)
+    metrics.l1_sums([x], [y])
     assert x.tolist() == [[1.0, -2.0]]
     assert y.tolist() == [[-3.0, 4.0]]
 
 
-def test_small_and_odd_tensors_are_read_as_a_whole():
+def test_small_and_odd_tensors_are_measured_as_a_whole():
     assert sample(torch.zeros(128, 256), 1 / 64, "w") is None
     assert sample(torch.zeros(1001, 1001), 1 / 64, "w") is None  # no equal chunks of 8 or more
     assert sample(torch.zeros(2048, 1024), 0.3, "w") is None
@@ -91,22 +91,24 @@ def test_estimates_are_unbiased_and_within_the_stated_error():
     assert abs(estimates.mean().item() / exact - 1) < 4 * predicted / 300**0.5
 
 
-def test_cosines_in_closed_form():
-    x, y = torch.tensor([3.0, 4.0]), torch.tensor([[2.0, 0.0]])
-    p, q = torch.tensor([4.0, 3.0]), torch.tensor([[-1.0, 0.0]])
-    found = metrics.cosines([x, y, x], [p, q, None])
-    assert found[:2].flatten().tolist() == pytest.approx([5.0, 24 / 25, 2.0, -1.0])
-    assert found[2, 0] == 5.0
-    assert found[2, 1].isnan()
+def test_sums_come_back_in_order_from_several_devices(monkeypatch):
+    groups = []
+
+    def l1_sums(tensors, previous, scale):
+        groups.append((tensors[0].device.type, len(tensors)))
+        pairs = zip(tensors, previous, strict=True)
+        return torch.tensor([[x.numel() / scale, -1.0 if p is None else p.numel()] for x, p in pairs])
+
+    monkeypatch.setattr(metrics, "l1_sums", l1_sums)
+    here, there = torch.zeros(2), torch.zeros(6, device="meta")
+    sums = measurement.l1_sums([there, here, here, there], [None, here, None, there], 2.0)
+    assert sums == [[3, -1], [1, 2], [1, -1], [3, 6]]
+    assert groups == [("meta", 2), ("cpu", 2)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cosines_have_no_unit_and_are_exact(dtype):
-    torch.manual_seed(0)
-    x, p = torch.randn(2, 64, 48).to(dtype)
-    p = p + 0.01 * x  # an agreement of a percent must not drown in rounding
-    expected = torch.nn.functional.cosine_similarity(x.double().flatten(), p.double().flatten(), dim=0).item()
-    for scale in (1.0, 128.0):
-        found = metrics.cosines([x * scale], [p], scale)[0, 1].item()
-        assert found == pytest.approx(expected, abs=1e-6)
-    assert metrics.cosines([x * 4], [p / 8])[0, 1].item() == pytest.approx(expected, abs=1e-4)
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [(0.0, False), (1e-30, True), (1.0, True), (float("inf"), False), (float("nan"), False)],
+)
+def test_what_counts_as_measured(norm, expected):
+    assert measurement.is_measured(norm) == expected

@@ -114,7 +114,7 @@ def l1_sums(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale:
 
 
 def expected_bytes(tensors: Sequence[Tensor], previous: Sequence[Tensor | None]) -> int:
-    """Bytes of memory that one `read` has to move: every tensor in, and what it is compared with."""
+    """Bytes of memory that one call of `l1_sums` has to move: every tensor, and what it is compared with."""
     return sum(x.numel() * x.element_size() * (1 if p is None else 2) for x, p in zip(tensors, previous, strict=True))
 
 

@@ -28,7 +28,8 @@ class ThresholdCriterion(Criterion):
     that its own threshold was made of. A value that is not finite is no measurement: nothing about the matrix changes.
 
     Attributes:
-        taus (`dict[str, float]`): matrix -> threshold, as far as known.
+        taus (`dict[str, float]`): matrix -> threshold. With `tau="auto"`, a matrix has none before the first measurement
+            that its level is not made of.
     """
 
     metric = ""  # its name in `GradESConfig`, for the reason of a freeze
@@ -68,21 +69,16 @@ class ThresholdCriterion(Criterion):
 
     def _has_converged(self, step: int, name: str, value: float) -> bool:
         self._measurements[name] = self._measurements.get(name, 0) + 1
-        if name not in self.taus:
-            self._collect(step, name, value)
-            return False
+        if name not in self.taus:  # tau="auto"
+            level = self._level.setdefault(name, [])
+            if step <= self.grace_steps or len(level) < MIN_LEVEL_MEASUREMENTS:
+                level.append(value)
+                return False
+            self.taus[name] = self.auto_ratio * statistics.median(self._level.pop(name))
         if step <= self.grace_steps or self._measurements[name] == 1:
             return False
         self._below[name] = self._below.get(name, 0) + 1 if value < self.taus[name] else 0
         return self._below[name] >= self.patience
-
-    def _collect(self, step: int, name: str, value: float) -> None:
-        """`tau="auto"`: gathers the values of the grace period and sets tau at its end."""
-        level = self._level.setdefault(name, [])
-        if step <= self.grace_steps or len(level) < MIN_LEVEL_MEASUREMENTS:
-            level.append(value)
-        if step >= self.grace_steps and len(level) >= MIN_LEVEL_MEASUREMENTS:
-            self.taus[name] = self.auto_ratio * statistics.median(self._level.pop(name))
 
     def is_due(self, step: int) -> bool:
         """Whether values are wanted in this step."""
