@@ -110,7 +110,7 @@ class GradES:
 
     @torch.no_grad()
     def step(self, step: int, grad_scale: float = 1.0) -> list[FreezeEvent]:
-        """Measures all matrices and freezes the converged ones. Call it after backward, before clipping and the update.
+        """Measures all matrices and freezes the converged ones. Call it after backward, before clipping and update.
 
         Args:
             step (`int`): number of the optimizer step, counted from 1.
@@ -164,7 +164,7 @@ class GradES:
 
     @property
     def without_gradient(self) -> set[str]:
-        """Tracked matrices that no gradient has reached so far: a tower without data, a last layer that is not used."""
+        """Tracked matrices that no gradient has reached so far: a tower without data, a layer that is not used."""
         untouched = {id(p) for p in self._without_gradient.values()}
         return {name for name, m in self.matrices.items() if any(id(p) in untouched for p in m.parameters)}
 
@@ -258,8 +258,8 @@ class GradES:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: JSON-able values, and under `"tensors"` a flat dict of tensors.
 
-        Beside what the criterion compares with, it holds the average of the weights (4 bytes per trained parameter) and
-        the best one (as large as the weights), where they are kept.
+        Beside what the criterion compares with, it holds the average of the weights (4 bytes per trained parameter)
+        and the best one (as large as the weights), where they are kept.
         """
         criterion, tensors = self.criterion.state_dict()
         tensors = {f"criterion/{name}": t for name, t in tensors.items()}

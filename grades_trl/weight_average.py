@@ -19,8 +19,8 @@ class WeightAverage:
     """
     Averages all parameters that train when it is made, also those that freeze later.
 
-    The average is float32 in CPU memory. The best one has the dtype of the weights, which is what it becomes; it is the
-    average itself until the average moves on. So there are at most 8 bytes per trained parameter on the host: two
+    The average is float32 in CPU memory. The best one has the dtype of the weights, which is what it becomes; it is
+    the average itself until the average moves on. So there are at most 8 bytes per trained parameter on the host: two
     float32 buffers for float32 weights; for 16-bit ones the average, the best one, and the weights while the average
     takes their place in the model.
 

@@ -122,7 +122,7 @@ def test_a_trainer_that_generates_has_no_heldout_loss(tmp_path, tokenizer):
         processing_class=tokenizer,
         grades=GradESConfig(heldout_cost=1.0, heldout_every=2, stopping="heldout_loss"),
     )
-    with pytest.raises(ValueError, match='computes no loss of its eval_dataset .* set stopping="all_frozen"'):
+    with pytest.raises(ValueError, match=r'computes no loss of its eval_dataset .* set stopping="all_frozen"'):
         trainer.train()
 
 

@@ -7,8 +7,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from grades_trl.model.flops import TokenCounter, experts_per_token, forward_flops, step_flops
 from grades_trl.model.matrices import WeightMatrix, find_matrices
-from grades_trl.report.flops import TokenCounter, experts_per_token, forward_flops, step_flops
 from helpers import SMALL, llava, qwen3, qwen3_moe
 
 BATCH, LENGTH = 2, 24

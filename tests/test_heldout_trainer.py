@@ -215,7 +215,7 @@ def test_a_run_that_ends_by_its_heldout_loss_resumes_exactly(tmp_path, text, lor
             tmp_path,
             grades,
             max_steps=24,
-            learning_rate=0.2,
+            learning_rate=0.3,
             lr_scheduler_type="constant",
             peft_config=LORA if lora else None,
             save_strategy="steps",
@@ -225,7 +225,7 @@ def test_a_run_that_ends_by_its_heldout_loss_resumes_exactly(tmp_path, text, lor
 
     straight = trainer()
     straight.train()
-    assert 6 < straight.state.global_step < 24
+    assert 4 < straight.state.global_step < 24
     resumed = trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.state.global_step == straight.state.global_step

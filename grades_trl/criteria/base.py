@@ -57,12 +57,12 @@ class Criterion(ABC):
             grad_scale (`float`): the loss scale that gradients are still multiplied by.
         """
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str) -> None:  # noqa: B027
         """Releases what is kept about a matrix, which has frozen."""
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that a resumed run needs: JSON-able values, and tensors."""
         return {}, {}
 
-    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:  # noqa: B027
         """Restores what `state_dict` gave."""

@@ -37,8 +37,8 @@ class Schedule(Criterion):
             ]
             if not fitting:
                 raise ValueError(
-                    f"The schedule freezes {entry!r}, which is no matrix, tower or pattern of matrices that this model "
-                    f"trains; it trains {len(matrices)}, {next(iter(matrices))} among them."
+                    f"The schedule freezes {entry!r}, which is no matrix, tower or pattern of matrices that this "
+                    f"model trains; it trains {len(matrices)}, {next(iter(matrices))} among them."
                 )
             self.steps |= dict.fromkeys(fitting, step)
 

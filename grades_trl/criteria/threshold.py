@@ -28,8 +28,8 @@ class ThresholdCriterion(Criterion):
     that its own threshold was made of. A value that is not finite is no measurement: nothing about the matrix changes.
 
     Attributes:
-        taus (`dict[str, float]`): matrix -> threshold. With `tau="auto"`, a matrix has none before the first measurement
-            that its level is not made of.
+        taus (`dict[str, float]`): matrix -> threshold. With `tau="auto"`, a matrix has none before the first
+            measurement that its level is not made of.
     """
 
     metric = ""  # its name in `GradESConfig`, for the reason of a freeze

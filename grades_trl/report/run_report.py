@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from grades_trl.events import FreezeEvent
+from grades_trl.model.flops import TokenCounter, forward_flops, step_flops
 from grades_trl.model.matrices import WeightMatrix
 from grades_trl.report import figure, page
 from grades_trl.report.environment import Environment
-from grades_trl.report.flops import TokenCounter, forward_flops, step_flops
 from grades_trl.report.history import RunHistory
 from grades_trl.report.strict_json import write_json
 from grades_trl.report.summary import (

@@ -81,10 +81,10 @@ def first_measurement(total_steps: int, every: int, grace: float) -> int:
 def plan(settings: dict[str, Any], total_steps: int, rows_per_step: int, available: int) -> tuple[int, int]:
     """How many held-out rows a measurement takes, and how many optimizer steps lie between measurements.
 
-    All measurements together, with the one at the end of the schedule, may cost `cost` of the training FLOPs, a forward
-    pass being a third of a training step on the same row; or 64 forward passes, where that is more and at most 5 %.
-    They are spread over at most 20 measurements of at most `samples` rows and, unless `samples` or the data say so,
-    of no fewer than 16. An interval that is set is kept; then the rows follow from it.
+    All measurements together, with the one at the end of the schedule, may cost `cost` of the training FLOPs, a
+    forward pass being a third of a training step on the same row; or 64 forward passes, where that is more and at
+    most 5 %. They are spread over at most 20 measurements of at most `samples` rows and, unless `samples` or the data
+    say so, of no fewer than 16. An interval that is set is kept; then the rows follow from it.
 
     Args:
         settings (`dict`): `every`, `patience`, `grace`, `cost` and `samples`.

@@ -41,8 +41,8 @@ def load_state(folder: str | Path) -> dict[str, Any]:
 def load_renamed_weights(model: Any, checkpoint: str | Path) -> None:
     """Loads weights that were saved under other names than the model has.
 
-    Vision-language models are saved under the names of earlier versions of Transformers. Its Trainer does not translate
-    them back (5.17): it says that keys are missing, and goes on with the weights as they are.
+    Vision-language models are saved under the names of earlier versions of Transformers. Its Trainer does not
+    translate them back (5.17): it says that keys are missing, and goes on with the weights as they are.
     """
     path, index = Path(checkpoint) / SAFE_WEIGHTS_NAME, Path(checkpoint) / SAFE_WEIGHTS_INDEX_NAME
     if path.exists():

@@ -67,7 +67,7 @@ class HeldoutRows:
                 f"{type(self._trainer).__name__} computes no loss of its eval_dataset as it is (it generates first), "
                 'so there is no held-out loss to measure: set stopping="all_frozen" and keep="last".'
             )
-        labels = batch.get("labels")
+        labels: Any = batch.get("labels")
         return not _are_tokens(labels) or bool((labels != IGNORED).any())
 
     def __call__(self) -> float:
@@ -104,7 +104,8 @@ class HeldoutRows:
 
     def _sum_and_count(self, inputs: dict[str, Any], rows: int) -> tuple[Tensor, Any]:
         """The sum of the losses of a batch, and of how many tokens or rows it is."""
-        trainer, labels = self._trainer, inputs.get("labels")
+        trainer = self._trainer
+        labels: Any = inputs.get("labels")
         if not _are_tokens(labels):
             return trainer.compute_loss(trainer.model, inputs).detach().float() * rows, rows
         config = trainer.model.config
@@ -155,8 +156,8 @@ def heldout_dataset(trainer: Any) -> Any:
         dataset = next(iter(dataset.values()))
     if not hasattr(dataset, "__len__"):
         raise ValueError(
-            "The held-out loss is measured on the same rows each time, and eval_dataset is streamed: pass a dataset of "
-            'known length (64 rows are enough), or set stopping="all_frozen" and keep="last".'
+            "The held-out loss is measured on the same rows each time, and eval_dataset is streamed: pass a dataset "
+            'of known length (64 rows are enough), or set stopping="all_frozen" and keep="last".'
         )
     if len(dataset) == 0:
         raise ValueError("The held-out loss is measured on eval_dataset, which has no rows.")

@@ -257,7 +257,7 @@ class GradESMixin(_Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.grades is not None:
-            own = {"clock": self._clock, "report": self.report, "divergence": self._divergence}
+            own: dict[str, Any] = {"clock": self._clock, "report": self.report, "divergence": self._divergence}
             save_state(output_dir, self.grades.state_dict() | {name: it.state_dict() for name, it in own.items()})
             self.report.flush()  # a run that is killed is resumed with its history
 
