@@ -18,7 +18,16 @@ from grades_trl.stopping import STOPPING_RULES
 KEEP = ("auto", "last", "best_average")
 
 # Settings that only some criteria or stopping rules have. `None` means the default of the one in use.
-CRITERION_SETTINGS = ("tau", "auto_ratio", "alpha", "patience", "measure_every", "sample_fraction", "schedule")
+CRITERION_SETTINGS = (
+    "tau",
+    "auto_ratio",
+    "alpha",
+    "patience",
+    "measure_every",
+    "sample_fraction",
+    "margin",
+    "schedule",
+)
 HELDOUT_SETTINGS = ("heldout_every", "heldout_patience", "heldout_grace", "heldout_cost", "heldout_samples")
 
 
@@ -124,6 +133,9 @@ class GradESConfig:
     sample_fraction: float | None = field(
         default=None, metadata={"help": "Fraction of each large matrix that is measured (default: 1/64; paper: 1)."}
     )
+    margin: float | None = field(
+        default=None, metadata={"help": "With metric=gain: by how much the gain per time must rise (default: 0.1)."}
+    )
     schedule: str | None = field(
         default=None,
         metadata={
@@ -218,6 +230,7 @@ class GradESConfig:
         check("patience", "a whole number of consecutive measurements, 1 or more", 1, whole=True)
         check("measure_every", "a whole number of steps, 1 or more", 1, whole=True)
         check("sample_fraction", "a fraction of a matrix above 0 and at most 1", 0, 1, above=True)
+        check("margin", "a number of at least 0", 0)
         check("heldout_every", "a whole number of steps, 1 or more", 1, whole=True)
         check("heldout_patience", "a whole number of measurements, 1 or more", 1, whole=True)
         check("heldout_grace", "a fraction of the training steps from 0 to 1", 0, 1)

@@ -14,6 +14,7 @@ from grades_trl.events import FreezeEvent
 from grades_trl.freezing.freeze import freeze_parameter
 from grades_trl.freezing.frozen_prefix import PrefixCut
 from grades_trl.freezing.unsloth_lora import skip_frozen_pairs
+from grades_trl.model.flops import StepCosts
 from grades_trl.model.matrices import WeightMatrix, blocks_of_matrices, find_matrices, towers_of_parameters
 from grades_trl.stopping import STOPPING_RULES, HeldoutLoss, StoppingRule
 from grades_trl.weight_average import WeightAverage
@@ -76,6 +77,7 @@ class GradES:
         self.optimizer = optimizer
         self.matrices = find_matrices(model, projector=config.track_projector)
         self.criterion = CRITERIA[config.metric](self.matrices, total_steps, **config.criterion_settings())
+        self.criterion.costs = self.step_costs
         self.frozen: dict[str, int] = {}
         self.stop_reason = ""
 
@@ -96,6 +98,18 @@ class GradES:
         skip_frozen_pairs(model)  # where Unsloth's fused LoRA kernels compute the gradients
         self.prefix = PrefixCut(model, cache_bytes=config.activation_cache_mib * 2**20)
         self._prefix_is_stale = False
+
+    def step_costs(self) -> StepCosts:
+        """What a step costs as far as the model tells: the criterion's default, see `Criterion.costs`."""
+        embeddings: Any = getattr(self._model, "get_input_embeddings", lambda: None)()
+        trains = embeddings is not None and any(p.requires_grad for p in embeddings.parameters())
+        tracked = {id(p) for matrix in self.matrices.values() for p in matrix.parameters}
+        towers = towers_of_parameters(self._model)
+        projector = any(
+            p.requires_grad and id(p) not in tracked and towers[name] == "projector"
+            for name, p in self._model.named_parameters()
+        )
+        return StepCosts(language_prefix_can_be_skipped=not trains and not projector)
 
     def _stopping_rule(self, total_steps: int) -> StoppingRule:
         if self.config.stopping == "heldout_loss" or (self.config.stopping == "auto" and self.heldout is not None):
@@ -240,18 +254,21 @@ class GradES:
 
     def _freeze_norms_and_embeddings(self) -> None:
         """Norms, biases and embeddings of layers that are frozen otherwise, where the user allows it."""
-        if not (self.config.freeze_norms or self.config.freeze_embeddings):
+        whole_layers = self.criterion.freezes_whole_layers
+        freeze_norms = self.config.freeze_norms or whole_layers
+        if not (freeze_norms or self.config.freeze_embeddings):
             return
         for path, names in blocks_of_matrices(self._model, self.matrices).items():
             if any(name not in self.frozen for name in names):
                 continue
-            if self.config.freeze_norms:
+            if freeze_norms:
                 self._freeze_parameters(self._model.get_submodule(path).parameters())
-            if self.config.freeze_embeddings and self.matrices[names[0]].layer == 0:
+            first = self.matrices[names[0]]
+            if first.layer == 0 and (self.config.freeze_embeddings or (whole_layers and first.tower != "language")):
                 for module in self.prefix.upstream(path):
                     self._freeze_parameters(module.parameters(recurse=False))
         projector = [name for name, matrix in self.matrices.items() if matrix.tower == "projector"]
-        if self.config.freeze_norms and projector and all(name in self.frozen for name in projector):
+        if freeze_norms and projector and all(name in self.frozen for name in projector):
             towers = towers_of_parameters(self._model)
             self._freeze_parameters(p for name, p in self._model.named_parameters() if towers[name] == "projector")
 

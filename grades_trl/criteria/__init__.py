@@ -1,6 +1,7 @@
 """Which weight matrices have converged: one criterion per file. A new one is a file here, a line below and a test."""
 
 from .base import Converged, Criterion
+from .gain import Gain
 from .grad_change import GradChange
 from .grad_norm import GradNorm
 from .none import NoFreezing
@@ -13,6 +14,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "grad_change": GradChange,
     "grad_norm": GradNorm,
     "weight_change": WeightChange,
+    "gain": Gain,
     "schedule": Schedule,
     "none": NoFreezing,
 }

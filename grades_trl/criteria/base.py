@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from grades_trl.model.flops import StepCosts
 from grades_trl.model.matrices import WeightMatrix
 
 
@@ -35,14 +36,19 @@ class Criterion(ABC):
     Attributes:
         defaults (`dict`): the settings of `GradESConfig` that this criterion has, and their defaults.
         grace_steps (`int`): optimizer steps in which nothing may freeze.
+        freezes_whole_layers (`bool`): norms and biases freeze with the matrices of their layer, and what feeds the
+            first layer of an encoder with that.
+        costs (`Callable[[], StepCosts]`): what a step costs now; set by whoever knows the batches.
         values (`dict[str, float]`): matrix -> what was measured in the last `update`.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
+    freezes_whole_layers: ClassVar[bool] = False
     grace_steps: int = 0
 
     def __init__(self, matrices: dict[str, WeightMatrix], total_steps: int, **settings: Any):
         self.matrices = matrices
+        self.costs: Callable[[], StepCosts] = StepCosts
         self.values: dict[str, float] = {}
 
     @abstractmethod

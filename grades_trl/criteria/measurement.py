@@ -89,6 +89,21 @@ class L1Measurement:
             changes[name] = self._total(name, [next(rows)[1] for _ in own])
         return norms, changes
 
+    def products_with_change(
+        self, gradients: dict[str, list[Tensor]], weights: dict[str, list[Tensor]], scale: float
+    ) -> dict[str, float]:
+        """`<g / scale, W - p>` of each matrix in `weights`, p being what was remembered, with one transfer to the
+        host."""
+        rows = [
+            torch.dot(g.float().flatten(), (w.float() - p.float()).flatten())
+            for name, own in weights.items()
+            for g, w, p in zip(gradients[name], own, self._previous[name], strict=True)
+        ]
+        if not rows:
+            return {}
+        numbers = iter((torch.stack([row.to(rows[0].device) for row in rows]) / scale).tolist())
+        return {name: self._total(name, [next(numbers) for _ in own]) for name, own in weights.items()}
+
     def _total(self, name: str, sums: Sequence[float]) -> float:
         """The sum over the tensors of a matrix, each scaled up to all of its elements."""
         return math.fsum(

@@ -96,6 +96,15 @@ class RunReport:
         """
         self._tokens.add(inputs, model_config)
 
+    def tokens_per_batch(self) -> dict[str, float] | None:
+        """Tower -> mean tokens of a training micro-batch so far; `None` if none could be counted."""
+        return self._tokens.per_batch()
+
+    @property
+    def experts_per_token(self) -> float | None:
+        """Experts that a token passes through, as the model's config says."""
+        return self._tokens.experts_per_token
+
     def record(
         self, step: int, events: list[FreezeEvent], values: dict[str, float], skipped_layers: dict[str, int]
     ) -> None:

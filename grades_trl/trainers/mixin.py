@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutp
 from grades_trl.config import GradESConfig
 from grades_trl.distributed import refuse_several_devices
 from grades_trl.engine import GradES, tracked_in
+from grades_trl.model.flops import StepCosts
 from grades_trl.model.matrices import describe, untracked_parameters
 from grades_trl.report.environment import Environment
 from grades_trl.report.run_report import RunReport
@@ -185,9 +186,18 @@ class GradESMixin(_Trainer):
             resume_step=self.state.global_step,
             tracker=Tracker(self.args.report_to),
         )
+        self.grades.criterion.costs = self._step_costs
         if self._resumed is not None:
             self.report.load_state_dict(self._resumed["report"])
             self._resumed = None
+
+    def _step_costs(self) -> StepCosts:
+        return dataclasses.replace(
+            self.grades.step_costs(),
+            tokens=self.report.tokens_per_batch(),
+            experts_per_token=self.report.experts_per_token,
+            checkpointing=self.args.gradient_checkpointing,
+        )
 
     def _end_step(self, control: Any) -> None:
         if self._divergence.since is not None:
