@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grades_trl.criteria import CRITERIA
-from grades_trl.model.matrices import TOWERS
+from grades_trl.model.towers import TOWERS
 from grades_trl.stopping import STOPPING_RULES
 
 KEEP = ("auto", "last", "best_average")

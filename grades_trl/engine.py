@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from grades_trl.config import GradESConfig
 from grades_trl.criteria import CRITERIA, Converged
 from grades_trl.events import FreezeEvent
-from grades_trl.freezing.freeze import freeze_parameter
-from grades_trl.freezing.frozen_prefix import PrefixCut
+from grades_trl.freezing.freeze import Freezer
+from grades_trl.freezing.frozen_prefix import FrozenPrefix
 from grades_trl.freezing.unsloth_lora import skip_frozen_pairs
 from grades_trl.model.flops import StepCosts
-from grades_trl.model.matrices import WeightMatrix, blocks_of_matrices, find_matrices, towers_of_parameters
+from grades_trl.model.matrices import WeightMatrix, find_matrices, matrices_by_layer
+from grades_trl.model.towers import towers_of_parameters
 from grades_trl.stopping import STOPPING_RULES, HeldoutLoss, StoppingRule
 from grades_trl.weight_average import WeightAverage
 
@@ -53,7 +54,7 @@ class GradES:
         criterion (`Criterion`): what decides which matrices freeze; `criterion.values` has the last measurements.
         heldout (`HeldoutLoss` or `None`): the held-out losses so far, where they are measured.
         restored_best (`bool`): the model has its best average, of step `heldout.best_step`.
-        prefix (`PrefixCut`): the leading layers that backward skips.
+        prefix (`FrozenPrefix`): the leading layers that backward skips.
 
     Raises:
         ValueError: the model has no matrix to track; a schedule or tau that does not fit it; a configuration that
@@ -93,10 +94,10 @@ class GradES:
         self._model = model
         self._last_step = 0
         self._finished = False
-        self._frozen_parameters: list[nn.Parameter] = []
+        self._freezer = Freezer(model, optimizer)
         self._without_gradient = {name: p for name, p in model.named_parameters() if p.requires_grad}
         skip_frozen_pairs(model)  # where Unsloth's fused LoRA kernels compute the gradients
-        self.prefix = PrefixCut(model, cache_bytes=config.activation_cache_mib * 2**20)
+        self.prefix = FrozenPrefix(model, cache_bytes=config.activation_cache_mib * 2**20)
         self._prefix_is_stale = False
 
     def step_costs(self) -> StepCosts:
@@ -145,9 +146,10 @@ class GradES:
         live = [name for name in self.matrices if name not in self.frozen]
         events = self._freeze(step, self.criterion.update(step, live, grad_scale))
         if events or self._prefix_is_stale:
-            self._freeze_parameters(self.prefix.dead_ends(called, self._without_gradient.values()))
+            unreached = list(self._without_gradient.values())
+            self._freezer.freeze(self.prefix.parameters_without_gradient(called, unreached))
             self._freeze_norms_and_embeddings()
-            self.prefix.update()
+            self.prefix.update(unreached)
             self._prefix_is_stale = False
         self._measure_heldout_loss(step)
         self._update_stop_reason()
@@ -205,15 +207,14 @@ class GradES:
         if not loss <= self.heldout.best_loss:  # not a number, too
             self.average.restore_best()
             self.restored_best = True
-            self.prefix.forget_outputs()
+            if self.prefix.cache is not None:
+                self.prefix.cache.clear()
 
     def close(self) -> None:
         """Takes everything off the model that GradES has put on it, and releases all buffers. Weights stay as they
         are; what it froze can be trained again. May be called at any time, and more than once."""
         self.prefix.close()
-        for parameter in self._frozen_parameters:
-            parameter.requires_grad_(True)
-        self._frozen_parameters.clear()
+        self._freezer.unfreeze()
         for name in self.matrices:
             self.criterion.forget(name)
         if self.average is not None:
@@ -244,13 +245,7 @@ class GradES:
     def _freeze_matrix(self, name: str, step: int) -> None:
         self.frozen[name] = step
         self.criterion.forget(name)
-        self._freeze_parameters(self.matrices[name].parameters)
-
-    def _freeze_parameters(self, parameters: Iterable[nn.Parameter]) -> None:
-        for parameter in parameters:
-            if parameter.requires_grad:
-                freeze_parameter(parameter, self.optimizer)
-                self._frozen_parameters.append(parameter)
+        self._freezer.freeze(self.matrices[name].parameters)
 
     def _freeze_norms_and_embeddings(self) -> None:
         """Norms, biases and embeddings of layers that are frozen otherwise, where the user allows it."""
@@ -258,19 +253,19 @@ class GradES:
         freeze_norms = self.config.freeze_norms or whole_layers
         if not (freeze_norms or self.config.freeze_embeddings):
             return
-        for path, names in blocks_of_matrices(self._model, self.matrices).items():
+        for path, names in matrices_by_layer(self._model, self.matrices).items():
             if any(name not in self.frozen for name in names):
                 continue
             if freeze_norms:
-                self._freeze_parameters(self._model.get_submodule(path).parameters())
+                self._freezer.freeze(self._model.get_submodule(path).parameters())
             first = self.matrices[names[0]]
             if first.layer == 0 and (self.config.freeze_embeddings or (whole_layers and first.tower != "language")):
-                for module in self.prefix.upstream(path):
-                    self._freeze_parameters(module.parameters(recurse=False))
+                for module in self.prefix.modules_before(path):
+                    self._freezer.freeze(module.parameters(recurse=False))
         projector = [name for name, matrix in self.matrices.items() if matrix.tower == "projector"]
         if freeze_norms and projector and all(name in self.frozen for name in projector):
             towers = towers_of_parameters(self._model)
-            self._freeze_parameters(p for name, p in self._model.named_parameters() if towers[name] == "projector")
+            self._freezer.freeze(p for name, p in self._model.named_parameters() if towers[name] == "projector")
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: JSON-able values, and under `"tensors"` a flat dict of tensors.

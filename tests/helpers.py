@@ -1,12 +1,15 @@
-"""Toy models of the tests, all built from configs, and what tests of trainers share."""
+"""What several test files share: toy models, all built from configs, and ways to run them."""
 
+import pytest
 import torch
 import transformers as T
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl import SFTConfig
 
 from grades_trl import GradESConfig
+from grades_trl.freezing.frozen_prefix import FrozenPrefix
 
 SMALL = {
     "vocab_size": 64,
@@ -53,6 +56,102 @@ def llava(**changes) -> T.LlavaForConditionalGeneration:
     return T.LlavaForConditionalGeneration(config)
 
 
+CHECKPOINTING = pytest.mark.parametrize("reentrant", [None, False, True], ids=["none", "non_reentrant", "reentrant"])
+IDS = torch.arange(32).view(2, 16)
+MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+
+class CountMatmuls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in MATMULS
+        return function(*args, **(kwargs or {}))
+
+
+def checkpoint(model, reentrant):
+    """As the Trainer and PEFT do it: layers recompute, and the embeddings' output requires a gradient."""
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def lora(layers, seed=1):
+    """A Qwen3 with that many layers and adapters that have a gradient."""
+    torch.manual_seed(seed)
+    model = get_peft_model(qwen3(num_hidden_layers=layers), LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)  # zeros would leave lora_A without a gradient
+    return model
+
+
+def layers(model):
+    """The decoder layers of `lora(...)`."""
+    return model.base_model.model.model.layers
+
+
+def gradients(model, **inputs):
+    """All gradients of the model's loss."""
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def backward(model, ids=IDS):
+    """Matmuls in backward, recomputation included, and all gradients."""
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    with CountMatmuls() as counter:
+        loss.backward()
+    return counter.count, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same(ours, theirs):
+    """Whether two dicts hold the same tensors, bit for bit."""
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def config_for(tmp_path, reentrant, **changes):
+    return SFTConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        learning_rate=2e-3,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=reentrant is not None,
+        gradient_checkpointing_kwargs={"use_reentrant": bool(reentrant)},
+        report_to=[],
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=8,
+        disable_tqdm=True,
+        **changes,
+    )
+
+
+def bottom_up(layers: int, **changes) -> GradESConfig:
+    """Freezes one more layer from below every fourth step, so that the frozen prefix grows during the run."""
+    schedule = {f"*layers.{layer}.*": 4 * (layer + 1) for layer in range(layers)}
+    return GradESConfig(metric="schedule", schedule=schedule, stopping="all_frozen", **changes)
+
+
+def trajectory(trainer_class, monkeypatch, prefix, **arguments):
+    """A whole run, with or without the frozen prefix: trainer, losses and gradient norms, final weights."""
+    with monkeypatch.context() as patch:
+        if not prefix:
+            patch.setattr(FrozenPrefix, "update", lambda self, *_: False)
+        trainer = trainer_class(**arguments)
+        trainer.train()
+    losses = [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
+    evaluated = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    return trainer, losses + evaluated, weights
+
+
 LORA = LoraConfig(r=4, target_modules="all-linear")
 
 
@@ -89,7 +188,3 @@ def losses(trainer) -> list[float]:
 
 def weights(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def same(one, other) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -1,27 +1,49 @@
 """Outputs of the frozen prefix read from memory: the same run, without the prefix's work."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from test_frozen_prefix import CountMatmuls, bottom_up, config_for
+import transformers as T
+from peft import LoraConfig
+from torch import nn
 
-from grades_trl import GradESConfig, GradESTrainer
-from grades_trl.freezing.activation_cache import PrefixCache
-from grades_trl.freezing.frozen_prefix import PrefixCut
+from grades_trl import GradESTrainer
+from grades_trl.freezing.activation_cache import ActivationCache
+from grades_trl.freezing.freeze import Freezer
+from grades_trl.freezing.frozen_prefix import FrozenPrefix
+from grades_trl.model import find_layers
 from grades_trl.recipe import builtin
-from helpers import llava, qwen3
+from helpers import (
+    CHECKPOINTING,
+    SMALL,
+    CountMatmuls,
+    bottom_up,
+    checkpoint,
+    config_for,
+    gradients,
+    layers,
+    llava,
+    lora,
+    qwen3,
+    qwen3_moe,
+)
 
 MIB = 2**20
 
 
-def half_frozen(cache_bytes=MIB, layers=4, **changes):
-    torch.manual_seed(0)
-    model = get_peft_model(qwen3(num_hidden_layers=layers, **changes), LoraConfig(r=4, target_modules="all-linear"))
-    model.train().base_model.model.model.layers[: layers // 2].requires_grad_(False)
-    cut = PrefixCut(model, cache_bytes)
+def random_ids(rows, seed=0):
+    return torch.randint(3, 60, (rows, 12), generator=torch.Generator().manual_seed(seed))
+
+
+def half_frozen(cache_bytes=MIB, reentrant=None):
+    """Four layers with adapters, of which two are frozen and skipped."""
+    model = checkpoint(lora(4), reentrant)
+    layers(model)[:2].requires_grad_(False)
+    prefix = FrozenPrefix(model, cache_bytes)
     model(input_ids=torch.ones(1, 4, dtype=torch.long))
-    assert cut.update()
-    return model, cut
+    assert prefix.update()
+    return model, prefix
 
 
 def forward(model, **inputs):
@@ -30,36 +52,260 @@ def forward(model, **inputs):
     return counter.count, logits
 
 
+def close(ours, theirs):
+    """Equal up to the rounding of batches that are padded otherwise."""
+    assert ours.keys() == theirs.keys()
+    return all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6) for name in theirs)
+
+
 def test_a_batch_that_comes_back_skips_the_prefix_and_gives_the_same_numbers():
-    model, cut = half_frozen()
-    ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    model, prefix = half_frozen()
+    ids = random_ids(4)
     first, expected = forward(model, input_ids=ids)
     again, logits = forward(model, input_ids=ids)
     assert torch.equal(logits, expected)
     outside = 2  # rotary embedding and head
     assert again - outside == (first - outside) / 2  # two of four layers
-    assert (cut.cache.hits, cut.cache.misses) == (1, 1)
+    assert (prefix.cache.hits, prefix.cache.misses) == (1, 1)
     shuffled = ids[[2, 0, 3, 1]]
     _, logits = forward(model, input_ids=shuffled)
     assert torch.equal(logits, expected[[2, 0, 3, 1]])
-    assert cut.cache.hits == 2
+    assert prefix.cache.hits == 2
     other = ids.clone()
     other[1, 5] = 61
     forward(model, input_ids=other)
-    assert cut.cache.hits == 2  # one changed token, and the batch is computed
+    assert prefix.cache.hits == 2  # one changed token, and the batch is computed
 
 
 def test_padding_does_not_matter():
-    model, cut = half_frozen()
-    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    model, prefix = half_frozen()
+    ids = random_ids(2)
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
     _, expected = forward(model, input_ids=ids, attention_mask=mask)
     longer, wider = torch.nn.functional.pad(ids, (0, 5)), torch.nn.functional.pad(mask, (0, 5))
     _, logits = forward(model, input_ids=longer, attention_mask=wider)
-    assert cut.cache.hits == 1
+    assert prefix.cache.hits == 1
     assert torch.allclose(logits[0, :12], expected[0], atol=1e-5)
     assert torch.allclose(logits[1, :7], expected[1, :7], atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@CHECKPOINTING
+def test_gradients_are_those_without_the_cache_under_checkpointing_and_autocast(reentrant, autocast):
+    def both(model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return [gradients(model, input_ids=ids, labels=ids) for ids in (random_ids(4), random_ids(4))]
+
+    model, prefix = half_frozen(cache_bytes=0, reentrant=reentrant)
+    expected = both(model)
+    prefix.close()
+    model, prefix = half_frozen(reentrant=reentrant)
+    found = both(model)
+    assert prefix.cache.hits == 1
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def sizes(**changes):
+    return SMALL | {"num_hidden_layers": 4} | changes
+
+
+def bloom():
+    config = {"vocab_size": 64, "hidden_size": 32, "n_layer": 4, "n_head": 4}
+    return T.BloomForCausalLM(T.BloomConfig(**config, hidden_dropout=0.0, attention_dropout=0.0))
+
+
+def falcon():
+    config = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return T.FalconForCausalLM(T.FalconConfig(**config, hidden_dropout=0.0, attention_dropout=0.0))
+
+
+def gemma3():
+    config = sizes(head_dim=8, pad_token_id=0, sliding_window=8)
+    return T.Gemma3ForCausalLM(T.Gemma3TextConfig(**config, layer_types=["sliding_attention", "full_attention"] * 2))
+
+
+def gemma3n():
+    config = sizes(head_dim=8, pad_token_id=0, layer_types=["sliding_attention", "full_attention"] * 2)
+    per_layer = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+    shared = {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4}
+    return T.Gemma3nForCausalLM(T.Gemma3nTextConfig(**config, **per_layer, **shared))
+
+
+def opt():
+    config = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "ffn_dim": 48, "num_attention_heads": 4}
+    return T.OPTForCausalLM(T.OPTConfig(**config, max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.1))
+
+
+def phimoe():
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.1}
+    return T.PhimoeForCausalLM(T.PhimoeConfig(**sizes(pad_token_id=0), **experts))
+
+
+def bart():
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    config = {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "dropout": 0.1}
+    return T.BartForConditionalGeneration(T.BartConfig(**config, **heads, max_position_embeddings=64))
+
+
+class SharesKeys(nn.Module):
+    """Its last layer reads what the first one made, past the hidden state, as in Gemma 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(64, 8)
+        self.layers = nn.ModuleList(SharesKeysLayer() for _ in range(3))
+
+    def forward(self, input_ids, labels):
+        hidden, shared = self.embed(input_ids), []
+        for layer in self.layers:
+            hidden = layer(hidden, shared)
+        return SimpleNamespace(loss=hidden.square().mean())
+
+
+class SharesKeysLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden, shared):
+        shared.append(self.key(hidden))
+        return hidden + self.value(hidden) * shared[0]
+
+
+SEVERAL = "more than one"
+RANDOM = "random numbers"
+MORE = "loss reads more"
+
+
+def router_loss():
+    return qwen3_moe(num_hidden_layers=4, output_router_logits=True, router_aux_loss_coef=1.0)
+
+
+@pytest.mark.parametrize(
+    ("build", "off"),
+    [
+        pytest.param(lambda: qwen3(num_hidden_layers=4), "", id="qwen3"),
+        pytest.param(lambda: qwen3(num_hidden_layers=4, attention_dropout=0.1), RANDOM, id="dropout"),
+        pytest.param(lambda: qwen3_moe(num_hidden_layers=4), "", id="moe"),
+        pytest.param(router_loss, MORE, id="moe_router_loss"),
+        pytest.param(phimoe, RANDOM, id="moe_jitter"),
+        pytest.param(falcon, "", id="falcon"),  # its layers return a tuple with one tensor
+        pytest.param(bloom, SEVERAL, id="bloom"),
+        pytest.param(gemma3, "", id="gemma3"),
+        pytest.param(gemma3n, SEVERAL, id="gemma3n"),
+        pytest.param(opt, RANDOM, id="opt"),
+        pytest.param(bart, "several lists", id="bart"),
+        pytest.param(SharesKeys, MORE, id="shared_keys"),
+    ],
+)
+def test_gradients_are_those_without_the_cache_or_the_cache_turns_itself_off(build, off, caplog):
+    torch.manual_seed(0)
+    model = build().train()
+    stack = list(find_layers(model))
+    model.requires_grad_(False)
+    model.get_submodule(stack[-1]).requires_grad_(True)
+    batches = [random_ids(4, 0), random_ids(4, 1), random_ids(4, 0)[[2, 0, 3, 1]], random_ids(4, 1)]
+
+    def run():
+        found = []
+        for seed, ids in enumerate(batches):
+            torch.manual_seed(seed)
+            found.append(gradients(model, input_ids=ids, labels=ids))
+        return found
+
+    expected = run()
+    prefix = FrozenPrefix(model, MIB)
+    gradients(model, input_ids=batches[0], labels=batches[0])
+    assert prefix.update()
+    found = run()
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert off in prefix.cache.off
+    assert (prefix.cache.hits, len(caplog.messages)) == ((0, 1) if off else (2, 0))
+    assert (prefix.cache.bytes > 0) == (not off)
+
+
+class ImageAndText(nn.Module):
+    """Image features come in by the embeddings, or by every layer, as in Mllama."""
+
+    def __init__(self, cross=False, residual=False, norm=nn.Identity):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, 4)
+        self.vision_tower = nn.ModuleDict(
+            {"layers": nn.ModuleList(nn.Sequential(nn.Linear(4, 4), norm(3)) for _ in range(2))}
+        )
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+        self.cross, self.residual = cross, residual
+
+    def forward(self, input_ids, pixel_values):
+        image = pixel_values
+        for layer in self.vision_tower["layers"]:
+            image = layer(image)
+        features = image.mean(1, keepdim=True)
+        hidden = self.embed(input_ids) if self.cross else self.embed(input_ids) + features
+        for layer in self.layers:
+            extra = features if self.cross else hidden if self.residual else 0.0
+            hidden = layer(hidden) + extra
+        return SimpleNamespace(loss=hidden.square().mean())
+
+
+@pytest.mark.parametrize(
+    ("model", "off"),
+    [
+        (ImageAndText(), ""),
+        (ImageAndText(cross=True), MORE),
+        (ImageAndText(residual=True), MORE),  # the input of a layer goes past it
+        (ImageAndText(norm=nn.BatchNorm1d), RANDOM),  # an example's output depends on its batch
+    ],
+    ids=["embeddings", "cross_attention", "residual", "batch_norm"],
+)
+def test_layers_are_left_out_only_if_all_that_they_make_goes_through_the_prefix(model, off):
+    model.requires_grad_(False).train()
+    model.layers[1].requires_grad_(True)
+    ids, pixels = random_ids(4), torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": ids[rows], "pixel_values": pixels[rows]} for rows in ([0, 1], [2, 3], [0, 3])]
+    expected = [gradients(model, **batch) for batch in batches]
+    prefix = FrozenPrefix(model, MIB)
+    gradients(model, **batches[0])
+    assert prefix.update()
+    assert prefix.skipped_layers == {"layers": 1, "vision_tower.layers": 2}
+    found = [gradients(model, **batch) for batch in batches]
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert off in prefix.cache.off
+    assert prefix.cache.hits == (0 if off else 1)
+
+
+@pytest.mark.parametrize("reentrant", [None, True], ids=["none", "reentrant"])
+def test_a_reference_pass_without_adapters_is_computed(reentrant):
+    """As in DPO with LoRA: the same inputs, under no_grad and with the adapters disabled."""
+    ids, results = random_ids(4), []
+    for cache_bytes in (0, MIB):
+        model = checkpoint(lora(4), reentrant)
+        Freezer(model).freeze(layers(model)[:2].parameters())
+        prefix = FrozenPrefix(model, cache_bytes)
+        gradients(model, input_ids=ids, labels=ids)
+        assert prefix.update()
+        found = [gradients(model, input_ids=ids, labels=ids)]
+        for _ in range(2):
+            with torch.no_grad(), model.disable_adapter():
+                found.append({"logits": model(input_ids=ids).logits})
+            with model.disable_adapter():
+                found.append({"logits": model(input_ids=ids).logits.detach()})
+            found.append(gradients(model, input_ids=ids, labels=ids))
+        results.append(found)
+    assert all(close(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    assert (prefix.cache.hits, prefix.cache.misses) == (3, 2)  # each of two kinds of passes is computed once
+
+
+def test_another_setting_of_the_pass_is_another_example():
+    model, prefix = half_frozen()
+    ids = random_ids(4)
+    for flag in (False, True):
+        forward(model, input_ids=ids, use_cache=flag)
+        assert prefix.cache.hits == 0
+    forward(model, input_ids=ids, use_cache=False)
+    assert prefix.cache.hits == 1
 
 
 def test_whole_runs_with_and_without_the_cache_are_equal(tmp_path):
@@ -67,113 +313,114 @@ def test_whole_runs_with_and_without_the_cache_are_equal(tmp_path):
     dataset = builtin.dates(train=32, test=8)
     runs = []
     for mib in (0, 16):
-        trainer = bottom_up(GradESTrainer, most=2)(
+        trainer = GradESTrainer(
             model=qwen3(num_hidden_layers=4, vocab_size=len(tokenizer), bos_token_id=None),
             args=config_for(tmp_path, False, num_train_epochs=6, save_strategy="no"),
             train_dataset=dataset["train"],
             eval_dataset=dataset["test"],
             processing_class=tokenizer,
-            grades=GradESConfig(cache_prefix=mib),
+            grades=bottom_up(2, activation_cache_mib=mib),
             peft_config=LoraConfig(r=4, lora_dropout=0.0, target_modules="all-linear"),
         )
         trainer.train()
         runs.append((trainer, [row["loss"] for row in trainer.state.log_history if "loss" in row]))
     (_, expected), (trainer, losses) = runs
-    cache = trainer.grades.cut.cache
-    # 4 steps an epoch; a new cut, and an empty cache, after steps 4 and 8: from step 13 on all is there.
+    cache = trainer.grades.prefix.cache
+    # 4 steps an epoch; another prefix, and an empty cache, after steps 4 and 8: from step 13 on all is there.
     assert (cache.hits, cache.misses) == (12, 8)
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
 def test_memory_is_bounded():
     row = 12 * 32 * 4
-    model, cut = half_frozen(cache_bytes=3 * row)
-    ids = torch.randint(3, 60, (8, 12), generator=torch.Generator().manual_seed(0))
+    model, prefix = half_frozen(cache_bytes=3 * row)
+    ids = random_ids(8)
     for _ in range(2):
         forward(model, input_ids=ids)
-    assert cut.cache.bytes == 3 * row
-    assert cut.cache.hits == 0
+    assert prefix.cache.bytes == 3 * row
+    assert prefix.cache.hits == 0
     forward(model, input_ids=ids[:3])
-    assert cut.cache.hits == 1
-    cut.update()
-    assert cut.cache.bytes == 3 * row  # nothing moved
-    model.base_model.model.model.layers[2].requires_grad_(False)
-    cut.update()
-    assert cut.cache.bytes == 0  # another depth
+    assert prefix.cache.hits == 1
+    prefix.update()
+    assert prefix.cache.bytes == 3 * row  # nothing changed
+    layers(model)[2].requires_grad_(False)
+    prefix.update()
+    assert prefix.cache.bytes == 0  # another prefix
+    prefix.close()
 
 
-def test_nothing_is_cached_where_the_key_would_not_tell():
-    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("name", ["position_ids", "left_padding"])
+def test_nothing_is_cached_where_the_key_would_not_tell(name):
+    ids = random_ids(2)
     left_padded = torch.ones_like(ids)
     left_padded[1, :4] = 0
-    model, cut = half_frozen()
-    for inputs in ({"position_ids": torch.arange(12).expand(2, -1)}, {"attention_mask": left_padded}):
-        for _ in range(2):
-            forward(model, input_ids=ids, **inputs)
-    assert (cut.cache.hits, cut.cache.bytes) == (0, 0)
-    model, cut = half_frozen(attention_dropout=0.1)
+    inputs = {
+        "position_ids": {"position_ids": torch.arange(12).expand(2, -1)},
+        "left_padding": {"attention_mask": left_padded},
+    }[name]
+    model, prefix = half_frozen()
     for _ in range(2):
-        forward(model, input_ids=ids)
-    assert (cut.cache.hits, cut.cache.bytes) == (0, 0)
+        forward(model, input_ids=ids, **inputs)
+    assert (prefix.cache.hits, prefix.cache.bytes) == (0, 0)
 
 
 @pytest.mark.parametrize("noise", [None, 5.0])
-def test_neftune_switches_it_off(tmp_path, capsys, noise):
+def test_neftune_switches_it_off(tmp_path, caplog, noise):
     tokenizer = builtin.tiny_qwen3()[1]
     dataset = builtin.dates(train=32, test=8)
-    trainer = bottom_up(GradESTrainer, most=2)(
+    trainer = GradESTrainer(
         model=qwen3(num_hidden_layers=4, vocab_size=len(tokenizer), bos_token_id=None),
         args=config_for(tmp_path, None, num_train_epochs=4, save_strategy="no", neftune_noise_alpha=noise),
         train_dataset=dataset["train"],
         eval_dataset=dataset["test"],
         processing_class=tokenizer,
-        grades=GradESConfig(cache_prefix=16),
+        grades=bottom_up(2, activation_cache_mib=16),
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
     trainer.train()
-    assert (trainer.grades.cut.cache.hits == 0) == (noise is not None)
-    assert ("--cache_prefix is off" in capsys.readouterr().out) == (noise is not None)
+    assert (trainer.grades.prefix.cache.hits == 0) == (noise is not None)
+    assert any("activation cache is off" in message for message in caplog.messages) == (noise is not None)
 
 
-def test_the_same_words_with_another_picture_are_another_sample():
+def test_the_same_words_with_another_image_are_another_example():
     model = llava(image_token_id=3).train()
     model.requires_grad_(False)
     model.model.language_model.layers[1].requires_grad_(True)
     ids = torch.cat([torch.full((2, 16), 3), torch.arange(10, 18).expand(2, -1)], 1)
-    pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    cut = PrefixCut(model, MIB)
-    model(input_ids=ids, pixel_values=pictures)
-    assert cut.update()
-    full, expected = forward(model, input_ids=ids, pixel_values=pictures)
-    cached, logits = forward(model, input_ids=ids, pixel_values=pictures)
-    assert cut.cache.hits == 1
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    prefix = FrozenPrefix(model, MIB)
+    model(input_ids=ids, pixel_values=images)
+    assert prefix.update()
+    full, expected = forward(model, input_ids=ids, pixel_values=images)
+    cached, logits = forward(model, input_ids=ids, pixel_values=images)
+    assert prefix.cache.hits == 1
     assert torch.equal(logits, expected)
     assert cached < full / 2  # the vision tower is not run either
-    _, swapped = forward(model, input_ids=ids, pixel_values=pictures[[1, 0]])
+    _, swapped = forward(model, input_ids=ids, pixel_values=images[[1, 0]])
     assert torch.equal(swapped, expected[[1, 0]])
-    forward(model, input_ids=ids, pixel_values=pictures + 1)
-    assert cut.cache.hits == 2
+    forward(model, input_ids=ids, pixel_values=images + 1)
+    assert prefix.cache.hits == 2
 
 
 def test_evaluation_does_not_touch_the_cache():
-    model, cut = half_frozen()
-    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    model, prefix = half_frozen()
+    ids = random_ids(2)
     expected = model.eval()(input_ids=ids).logits
-    assert (cut.cache.hits, cut.cache.misses) == (0, 0)
+    assert (prefix.cache.hits, prefix.cache.misses) == (0, 0)
     model.train()
     forward(model, input_ids=ids)
     assert torch.equal(model.eval()(input_ids=ids).logits, expected)
+    assert prefix.cache.hits == 0
 
 
-def test_an_empty_cache_of_no_size_is_off():
-    assert PrefixCut(qwen3()).cache is None
-    assert PrefixCache(0).bytes == 0
+def test_without_memory_there_is_no_cache():
+    assert FrozenPrefix(qwen3()).cache is None
 
 
 def test_a_pass_is_looked_up_with_one_transfer_from_the_device_for_each_input(monkeypatch):
     moved = []
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (moved.append(tuple(self.shape)), self)[1])
-    cache = PrefixCache(MIB)
+    cache = ActivationCache(MIB)
     inputs = {"input_ids": torch.ones(8, 5, dtype=torch.long), "pixel_values": torch.ones(8, 3, 4, 4)}
     cache.begin_pass(inputs | {"attention_mask": torch.ones(8, 5, dtype=torch.long), "labels": torch.ones(8, 5)})
     assert cache.misses == 1

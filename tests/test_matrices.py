@@ -3,11 +3,21 @@
 import pytest
 import torch
 import transformers as T
-from peft import LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import nn
 
-from grades_trl.model.matrices import (
+from grades_trl.model import (
     describe,
+    find_layers,
     find_matrices,
     linear_layers,
     towers_of_parameters,
@@ -82,13 +92,19 @@ def test_multi_head_latent_attention_and_mixed_dense_and_expert_layers():
     assert {"q_a_proj": 3, "q_b_proj": 3, "kv_a_proj_with_mqa": 3, "kv_b_proj": 3}.items() <= found.items()
     assert found["mlp.gate_proj"] == 1  # the dense layer
     assert found["shared_experts.gate_proj"] == 2
-    assert found["gate_up_proj"] == 8  # 4 experts in each of 2 layers
+    assert found["gate_up_proj"] == 2  # one tensor with all experts in each of 2 layers
 
 
-def test_each_expert_of_a_3d_weight_is_a_matrix():
-    matrices = find_matrices(qwen3_moe())
-    expert = matrices["model.layers.1.mlp.experts.down_proj.3"]
-    assert (expert.expert, expert.shape, expert.params, expert.role) == (3, (32, 16), 32 * 16, "down_proj")
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_the_experts_of_a_3d_weight_are_one_matrix(adapted):
+    model = qwen3_moe()
+    if adapted:
+        config = LoraConfig(r=3, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+        model = get_peft_model(model, config)
+    matrix = find_matrices(model)["model.layers.1.mlp.experts.down_proj"]
+    assert (matrix.shape, matrix.role, matrix.layer, matrix.lora) == ((4, 32, 16), "down_proj", 1, adapted)
+    assert matrix.params == (4 * 3 * (32 + 16) if adapted else 4 * 32 * 16)
+    assert "down_proj                       2        4 x 32 x 16" in describe(model, find_matrices(model))
 
 
 def test_linear_attention_without_its_convolution():
@@ -167,6 +183,37 @@ def test_a_full_rank_pair_is_still_a_pair():
         assert all(m.lora for m in find_matrices(model).values())
 
 
+OTHER_ADAPTERS = {
+    "vera": VeraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "loha": LoHaConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "lokr": LoKrConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "PromptTuningConfig": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "PrefixTuningConfig": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_ADAPTERS)
+def test_adapters_of_other_kinds_are_refused_with_what_to_do(kind):
+    model = get_peft_model(qwen3(), OTHER_ADAPTERS[kind])
+    with pytest.raises(ValueError, match=rf"adapters of another kind \(peft\.\S*{kind}.*grades=None.*or use LoRA"):
+        find_matrices(model)
+
+
+def test_lora_beside_tokens_that_train_is_tracked():
+    """PEFT trains single rows of the embeddings by an adapter layer of another kind, outside the layers."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    model = get_peft_model(qwen3(tie_word_embeddings=False), config)
+    assert roles(model) == {"q_proj": 2}
+    assert any("trainable_tokens" in kind for kind in untracked_parameters(model, find_matrices(model)))
+
+
+def test_adapters_that_are_frozen_are_left_out():
+    model = get_peft_model(qwen3(), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.base_model.model.model.layers[0].requires_grad_(False)
+    assert list(find_matrices(model)) == ["model.layers.1.self_attn.q_proj"]
+
+
 def test_lora_on_expert_weights():
     config = LoraConfig(
         r=4, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
@@ -183,6 +230,23 @@ def test_lora_on_towers_of_choice():
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=layers))
     assert set(roles(adapted, "vision")) == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
     assert roles(adapted, "language") == {}
+
+
+def test_of_a_list_of_lists_the_inner_lists_hold_the_layers():
+    """As in the stages of Florence-2's vision tower."""
+    stages = nn.ModuleList(
+        nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)) for _ in range(count))
+        for count in (1, 2)
+    )
+    model = nn.ModuleDict({"stages": stages})
+    assert find_layers(model) == {
+        "stages.0.0": ("stages.0", 0),
+        "stages.1.0": ("stages.1", 0),
+        "stages.1.1": ("stages.1", 1),
+    }
+    assert {(m.name, m.stack, m.layer) for m in find_matrices(model).values()} == {
+        (f"{layer}.{i}", stack, index) for layer, (stack, index) in find_layers(model).items() for i in (0, 2)
+    }
 
 
 def test_every_parameter_has_a_tower():
@@ -208,10 +272,10 @@ def test_a_plain_model_with_a_vision_encoder_is_told_by_its_name():
     }
 
 
-def test_a_model_with_nothing_to_watch_is_an_error():
-    with pytest.raises(ValueError, match=r"found 2 such blocks and 0 trainable tensors"):
+def test_a_model_with_nothing_to_track_is_an_error():
+    with pytest.raises(ValueError, match=r"found 2 such layers and 0 trainable tensors"):
         find_matrices(Toy().requires_grad_(False))
-    with pytest.raises(ValueError, match="found 0 such blocks"):
+    with pytest.raises(ValueError, match="found 0 such layers"):
         find_matrices(nn.Sequential(nn.Linear(2, 2)))
 
 

@@ -338,7 +338,7 @@ def test_a_model_with_nothing_to_track_is_refused_before_training(tmp_path, text
     dataset, tokenizer = text
     model = model_for(tokenizer)
     model.model.layers.requires_grad_(False)
-    with pytest.raises(ValueError, match="no weight matrix to watch"):
+    with pytest.raises(ValueError, match="no weight matrix to track"):
         GradESTrainer(
             model=model, args=arguments(tmp_path), train_dataset=dataset["train"], processing_class=tokenizer
         )

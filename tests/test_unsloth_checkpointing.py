@@ -1,4 +1,4 @@
-"""The cut under Unsloth's own gradient checkpointing. In a process of its own: importing Unsloth changes libraries."""
+"""The frozen prefix under Unsloth's own gradient checkpointing. In a fresh process: importing it changes libraries."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ TRITON = Path(sys.prefix) / "triton"  # not in site-packages, where it makes oth
 TESTS = Path(__file__).parent
 
 # `use_gradient_checkpointing="unsloth"` puts Unsloth's functions in the place of torch's; the Trainer then hands them
-# to each block. They run on a CPU as they are, but for one branch: inputs above 2 MiB are copied to the host on a
+# to each layer. They run on a CPU as they are, but for one branch: inputs above 2 MiB are copied to the host on a
 # stream of their own. With `offload()` all inputs take that branch, with streams that do nothing.
 SETUP = """
 import contextlib, functools, types
@@ -27,11 +27,10 @@ assert apply_unsloth_gradient_checkpointing("unsloth", 2048, torch.float32) == "
 assert torch.utils.checkpoint.CheckpointFunction is zoo.UnslothCheckpointFunction
 assert torch.utils.checkpoint.checkpoint is transformers.modeling_utils.checkpoint is zoo.unsloth_checkpoint
 
-from test_frozen_prefix import IDS, backward, blocks, bottom_up, config_for, lora, trajectory
-from grades_trl import GradESConfig, GradESTrainer
+from grades_trl import GradESTrainer
 from grades_trl.recipe import builtin
-from grades_trl.freezing.frozen_prefix import PrefixCut
-from helpers import qwen3
+from grades_trl.freezing.frozen_prefix import FrozenPrefix
+from helpers import backward, bottom_up, config_for, layers, lora, qwen3, trajectory
 from peft import LoraConfig
 
 class Stream:
@@ -58,8 +57,8 @@ def counting(ctx, *args):
 
 zoo.UnslothCheckpointFunction.forward = counting
 
-def checkpointed(layers, enable):
-    model = lora(layers)
+def checkpointed(count, enable):
+    model = lora(count)
     enable(model)
     model.enable_input_require_grads()
     return model.train()
@@ -68,7 +67,7 @@ def counted(model):
     calls.update(forward=0, offloaded=0)
     return (*backward(model), calls["forward"])
 
-# How the blocks get their function: what Unsloth's configuration makes the Trainer say, what it says by default and
+# How the layers get their function: what Unsloth's configuration makes the Trainer say, what it says by default and
 # Unsloth's passes over, and what Unsloth does when it adds adapters, which is torch's function over Unsloth's inside.
 ENABLE = {
     "the trainer": lambda m: m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True}),
@@ -84,25 +83,25 @@ for name, enable in ENABLE.items():
         offload()
     for frozen in (1, 3, 5):
         model = checkpointed(6, enable)
-        function = blocks(model)[0]._gradient_checkpointing_func
+        function = layers(model)[0]._gradient_checkpointing_func
         assert getattr(function, "func", function) is (TORCH if name == "get_peft_model" else zoo.unsloth_checkpoint)
         full, _, checkpoints = counted(model)
         assert checkpoints == 6
-        blocks(model)[:frozen].requires_grad_(False)
-        uncut, expected, _ = counted(model)
+        layers(model)[:frozen].requires_grad_(False)
+        without, expected, _ = counted(model)
         assert (calls["offloaded"] > 0) == (name == "offloaded")
-        cut = PrefixCut(model)
+        prefix = FrozenPrefix(model)
         backward(model)
-        assert cut.update() and cut.depths == {"model.layers": frozen}
+        assert prefix.update() and prefix.skipped_layers == {"model.layers": frozen}
         count, gradients, checkpoints = counted(model)
         assert checkpoints == 6 - frozen, (name, checkpoints)
         assert gradients.keys() == expected.keys(), name
         assert all(torch.equal(gradients[key], expected[key]) for key in expected), name
-        assert count == counted(checkpointed(6 - frozen, enable))[0] < uncut < full, (name, count)
+        assert count == counted(checkpointed(6 - frozen, enable))[0] < without < full, (name, count)
 
-        # What each train() of Unsloth's trainer begins with: it turns checkpointing on again in all blocks.
+        # What each train() of Unsloth's trainer begins with: it turns checkpointing on again in all layers.
         FastLlamaModel.for_training(model, use_gradient_checkpointing="unsloth")
-        assert all(block.gradient_checkpointing for block in blocks(model))
+        assert all(layer.gradient_checkpointing for layer in layers(model))
         again, gradients, checkpoints = counted(model)
         assert (again, checkpoints) == (count, 6 - frozen), name
         assert all(torch.equal(gradients[key], expected[key]) for key in expected), name
@@ -115,27 +114,27 @@ tokenizer = builtin.tiny_qwen3()[1]
 dataset = builtin.dates(train=128, test=8)
 for full in (False, True):
     runs = []
-    for cut in (True, False):
+    for with_prefix in (True, False):
         model = qwen3(num_hidden_layers=4, vocab_size=len(tokenizer), bos_token_id=None, tie_word_embeddings=True)
         calls.update(forward=0, offloaded=0)
         runs.append(
             trajectory(
-                bottom_up(GradESTrainer),
+                GradESTrainer,
                 pytest.MonkeyPatch(),
-                cut,
+                with_prefix,
                 model=model,
-                args=config_for(f"out/{full}/{cut}", False, max_steps=15, save_strategy="no"),
+                args=config_for(f"out/{full}/{with_prefix}", False, max_steps=15, save_strategy="no"),
                 train_dataset=dataset["train"],
                 eval_dataset=dataset["test"],
                 processing_class=tokenizer,
-                grades=GradESConfig(freeze_norms=True, freeze_embeddings=True),
+                grades=bottom_up(4, freeze_norms=True, freeze_embeddings=True),
                 peft_config=None if full else LoraConfig(r=4, target_modules="all-linear"),
             )
             + (dict(calls),)
         )
     (trainer, losses, weights, few), (_, expected, expected_weights, all_) = runs
-    assert trainer.grades_summary["cuts"][-1] == {"step": 12, "model.layers": 3}
-    # Of 15 steps, 4 run with one block less, 4 with two and 3 with three (TRL's loss is checkpointed as well).
+    assert trainer.grades_summary.skipped_layers[-1].layers == {"model.layers": 3}
+    # Of 15 steps, 4 run with one layer less, 4 with two and 3 with three (TRL's loss is checkpointed as well).
     assert all_["forward"] - few["forward"] == 4 * 1 + 4 * 2 + 3 * 3
     assert few["offloaded"] > 0
     assert len(losses) > 15 and losses == expected
@@ -145,15 +144,15 @@ print("RUNS EQUAL")
 
 
 @pytest.mark.skipif(not TRITON.exists(), reason="make venv installs Triton beside the environment")
-def test_the_cut_under_unsloth_s_checkpointing(tmp_path):
+def test_the_frozen_prefix_under_unsloth_s_checkpointing(tmp_path):
     environment = os.environ | {
         "PYTHONPATH": f"{TRITON}:{TESTS}:{TESTS.parent}",
         "UNSLOTH_ALLOW_CPU": "1",
         "TRITON_INTERPRET": "1",
         "UNSLOTH_DISABLE_PINNED_MEMORY": "1",
         "UNSLOTH_DISABLE_DOUBLE_BUFFER": "1",
-        # Not rounded to bf16 on the host: Unsloth does that to float32 alone, and not to the last block, whose number
-        # it counts once; with fewer blocks checkpointed it takes none for the last.
+        # Not rounded to bf16 on the host: Unsloth does that to float32 alone, and not to the last layer, whose number
+        # it counts once; with fewer layers checkpointed it takes none for the last.
         "UNSLOTH_OFFLOAD_FP32": "exact",
     }
     command = [sys.executable, "-c", SETUP + BACKWARD + RUNS]

@@ -1,72 +1,74 @@
-"""Makes a frozen matrix cost nothing: its gradient, its optimizer state, its share of backward and clipping."""
+"""Takes tensors out of training and gives them back."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
-from grades_trl.model.matrices import WeightMatrix
+from grades_trl.model.structure import is_lora
 
 
-def freeze(matrix: WeightMatrix, optimizer: Any = None) -> None:
-    """Takes a matrix out of training for good: its values stay bit-identical from here on.
+class Freezer:
+    """
+    The tensors of one model that are out of training.
 
-    `requires_grad=False` skips its share of backward; `grad=None` makes optimizers skip it altogether, weight decay
-    and momentum included (a stale gradient would go on being clipped and applied). The tensor stays in the param
-    groups, so that checkpoints keep loading; only its optimizer state is released. (bitsandbytes never frees the state
-    of its paged optimizers: it is no longer touched, and the driver moves it to the host when memory is short.)
+    `requires_grad=False` skips their share of the backward pass. `grad=None` makes optimizers skip them, weight decay
+    and momentum included; a stale gradient would still be clipped and applied. The tensors stay in the parameter
+    groups, so that checkpoints keep loading. Only their optimizer state is released. (bitsandbytes never frees the
+    state of its paged optimizers. It is no longer touched, and the driver moves it to the host when memory is short.)
+
+    PEFT sets `requires_grad` of all adapters again whenever it enables them, as after the reference pass of DPO. So it
+    is told which weights of an adapter stay frozen, by its own `frozen_peft_weight_names`.
 
     Args:
-        matrix (`WeightMatrix`): not an expert of a 3-D weight, see `FrozenExperts`.
+        model (`nn.Module`): the model that trains, wrapped by PEFT or not.
         optimizer (`torch.optim.Optimizer`, *optional*): any with a `state` keyed by tensor, accelerate's wrapper too.
-    """
-    for parameter in matrix.parameters:
-        freeze_parameter(parameter, optimizer)
 
-
-def freeze_parameter(parameter: nn.Parameter, optimizer: Any = None) -> None:
-    """`freeze` for a single tensor."""
-    parameter.requires_grad_(False)
-    parameter.grad = None
-    if optimizer is not None:
-        optimizer.state.pop(parameter, None)
-
-
-class FrozenExperts:
-    """Holds frozen experts of one 3-D weight still while the other experts of the same tensor train.
-
-    Autograd and optimizers know only whole tensors. So the gradient of a frozen expert is zeroed (clipping must not
-    count it) and its values are put back after each optimizer step (momentum and weight decay would move it).
-    When the last expert of the tensor freezes, the whole tensor is frozen like any other.
+    Attributes:
+        frozen (`list[nn.Parameter]`): what was frozen here.
     """
 
-    def __init__(self, parameter: nn.Parameter, optimizer: Any):
-        self.parameter = parameter
-        self.values: dict[int, torch.Tensor] = {}
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
-        self._hook = inner.register_step_post_hook(lambda *_: self._put_back())
+    def __init__(self, model: nn.Module, optimizer: Any = None):
+        self.optimizer = optimizer
+        self.frozen: list[nn.Parameter] = []
+        # Where PEFT keeps a tensor: its module, the adapter, the name of the weight.
+        self._places: dict[int, tuple[Any, str, str]] = {}
+        adapted: list[Any] = [module for module in model.modules() if is_lora(module)]
+        for module in adapted:
+            for name in module.adapter_layer_names:
+                for adapter, weight in getattr(module, name).items():
+                    for parameter in [weight] if isinstance(weight, nn.Parameter) else weight.parameters():
+                        self._places[id(parameter)] = module, adapter, name
+        self._declared: list[tuple[Any, dict[str, tuple[str, ...]] | None]] = []  # what PEFT was told before
 
-    def freeze(self, expert: int) -> bool:
-        """Freezes one expert; `True` when it was the last one, and the tensor can be frozen as a whole."""
-        self.values[expert] = self.parameter.detach()[expert].clone()
-        self.zero_gradients()
-        if len(self.values) < self.parameter.shape[0]:
-            return False
-        self._hook.remove()
-        return True
+    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Takes tensors out of training. Their values stay bit-identical until `unfreeze`. What is frozen already, by
+        whomever, is left alone."""
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                continue
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            if self.optimizer is not None:
+                self.optimizer.state.pop(parameter, None)
+            self.frozen.append(parameter)
+            if id(parameter) in self._places:
+                self._declare(*self._places[id(parameter)])
 
-    def keep(self) -> None:
-        """Holds the frozen experts where they are now, after they were given other values."""
-        self.values = {expert: self.parameter.detach()[expert].clone() for expert in self.values}
+    def unfreeze(self) -> None:
+        """Gives all tensors that were frozen here back to training. Their values stay as they are."""
+        for module, names in reversed(self._declared):
+            if names is None:
+                del module.frozen_peft_weight_names  # back to that of the class
+            else:
+                module.frozen_peft_weight_names = names
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        self.frozen, self._declared = [], []
 
-    def zero_gradients(self) -> None:
-        """To be called after backward and before clipping."""
-        if self.parameter.grad is not None:
-            self.parameter.grad[list(self.values)] = 0
-
-    def _put_back(self) -> None:
-        with torch.no_grad():
-            for expert, values in self.values.items():
-                self.parameter[expert] = values
+    def _declare(self, module: Any, adapter: str, name: str) -> None:
+        self._declared.append((module, vars(module).get("frozen_peft_weight_names")))
+        names = module.frozen_peft_weight_names
+        module.frozen_peft_weight_names = names | {adapter: (*names.get(adapter, ()), name)}

@@ -1,219 +1,321 @@
-"""Keeps backward out of the frozen prefix of a model: nothing below the first tensor that trains is recorded.
+"""Skips the backward pass through the leading layers in which nothing trains.
 
 `requires_grad=False` alone does not do that. A gradient still flows down through every frozen layer as long as the
 input of the first one requires it, and it does: with gradient checkpointing, Transformers and PEFT make the output of
 the embeddings require a gradient, and each frozen layer is then run a second time and propagated through.
 
-So the leading blocks in which nothing trains, with nothing that trains upstream of them, run under `no_grad` and
-without checkpointing. Gradients of all that is still live are the same numbers.
+So the leading layers in which nothing trains, with nothing that trains upstream of them, run under `no_grad` and
+without checkpointing. The gradients of everything else are the same numbers.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from grades_trl.freezing.activation_cache import PrefixCache, draws_at_random
-from grades_trl.model.matrices import base_path, find_blocks, find_heads, towers_of_modules
+from grades_trl.freezing.activation_cache import ActivationCache
+from grades_trl.model.structure import base_path, find_heads, find_layers
+from grades_trl.model.towers import towers_of_modules
 
-TOUCHED = ("forward", "gradient_checkpointing")
 
-
-class PrefixCut:
+class FrozenPrefix:
     """
-    The cut of one model, moved up as matrices freeze.
+    The frozen prefix of one model. It grows as matrices freeze.
 
-    What is upstream of what is not guessed from names: the order in which the blocks, and the other modules that own
-    parameters, are called is recorded. A pass may leave some out (a vision tower, without images).
+    Which module is upstream of which is not guessed from names. During training passes (the model in training mode,
+    gradients enabled) the calls of the layers, and of the other modules that own parameters, are recorded. A pass may
+    leave some out (a vision tower, without images) or call some twice (looped models); the recomputation of a
+    checkpointed layer in the backward pass is no call. A layer is skipped only in passes in which nothing that trains
+    was called before it.
+
+    Nothing is recorded while `torch.compile` runs or traces the model. Run the first step eagerly:
+    `with torch.compiler.set_stance("force_eager")`. Each change of the frozen prefix then costs one compilation.
+
+    Copies of the model, by `copy.deepcopy` or `pickle`, run without a frozen prefix.
 
     Args:
         model (`nn.Module`): the model that trains.
-        cache_bytes (`int`, *optional*, defaults to `0`): CPU memory for the outputs of the cut language blocks, to be
-            read when a sample comes back (see `caching.py`); 0 is off.
+        cache_bytes (`int`, *optional*, defaults to `0`): CPU memory for the outputs of the skipped language layers, to
+            be reused when an example comes back, see `ActivationCache`; 0 is off.
 
     Attributes:
-        cache (`PrefixCache` or `None`): if there is one.
-        depths (`dict[str, int]`): list of blocks, by its path in the base model -> number of its leading blocks that
-            backward does not enter.
-        blocks (`set[str]`): paths of all these blocks.
+        cache (`ActivationCache` or `None`): if there is one.
+        compiled (`bool`): passes are compiled; to be set by whoever does that.
+        skipped_layers (`dict[str, int]`): path of a list of layers in the base model -> number of its leading layers
+            that the backward pass skips.
     """
 
     def __init__(self, model: nn.Module, cache_bytes: int = 0):
-        self.cache = PrefixCache(cache_bytes) if cache_bytes else None
+        self.cache = ActivationCache(cache_bytes) if cache_bytes else None
+        self.compiled = False
+        self.skipped_layers: dict[str, int] = {}
         self._model = model
-        self.depths: dict[str, int] = {}
-        self.blocks: set[str] = set()
-        self._stacks = find_blocks(model)
+        self._layers = find_layers(model)
         self._towers = towers_of_modules(model)
-        inside = tuple(block + "." for block in self._stacks)
+        inside = tuple(layer + "." for layer in self._layers)
         self._units = {
             path: module
             for path, module in model.named_modules()
-            if path in self._stacks or (not path.startswith(inside) and any(True for _ in _own(module)))
+            if path in self._layers or (not path.startswith(inside) and any(True for _ in _own_parameters(module)))
         }
         for head in find_heads(model):  # called last, or not at all: TRL's chunked loss reads its weight
             for path in [path for path in self._units if f"{path}.".startswith(f"{head}.")]:  # and PEFT's copy of it
                 del self._units[path]
-        self._order: dict[str, None] = {}  # paths by first call, of this pass or the last
-        self._orders: set[tuple[str, ...]] = set()  # all different ones before
-        self._before: dict[str, dict[str, Any]] = {}  # attributes of the cut blocks as they were
-        self._hooks = [m.register_forward_pre_hook(self._note(path)) for path, m in self._units.items()]
-        # Before each pass of the whole model: `for_training()` of Unsloth turns checkpointing on again in all blocks.
-        self._hooks.append(model.register_forward_pre_hook(self._begin_pass, with_kwargs=True))
 
-    def _note(self, path: str) -> Callable:
-        def hook(*_: Any) -> None:
-            self._order.setdefault(path)
+        self._trains: set[str] = set()  # units in which something trained at the last update
+        self._skipped: set[str] = set()  # layers with our forward
+        self._forwards: dict[str, Any] = {}  # the forward that such a layer had of its own, or None
+        self._last_cached = ""  # the layer whose output the cache keeps; empty while the cache is unused
+        self._orders: set[tuple[str, ...]] = set()  # all different sequences of calls seen in a pass
+        self._called: set[str] = set()
 
-        return hook
+        self._in_pass = False
+        self._order: list[str] = []  # calls in this pass, or the last
+        self._trained_towers: set[str] = set()  # towers with a call, in this pass, of something that trains
+        self._checkpointed: list[str] = []  # skipped layers whose checkpointing is off during this pass
 
-    @property
-    def skipped_layers(self):
-        return self.depths
+        self._hooks = [
+            model.register_forward_pre_hook(functools.partial(_begin_pass, self), with_kwargs=True),
+            *(m.register_forward_pre_hook(functools.partial(_record_call, self, p)) for p, m in self._units.items()),
+            model.register_forward_hook(functools.partial(_end_pass, self), always_call=True),
+        ]
 
-    def update(self) -> bool:
-        """Moves the cut to where the frozen prefix ends now, and says whether it moved. Call it between two passes."""
-        blocks: set[str] = set()
-        for tower in {self._towers[path] for path in self._stacks}:
-            blocks |= self._prefix(tower)
-        if blocks == self.blocks:
+    def __reduce__(self) -> tuple:
+        # What is on the modules refers to this object. Copies of the modules refer to None, and do nothing then.
+        return type(None), ()
+
+    def update(self, unreached: Iterable[nn.Parameter] = ()) -> bool:
+        """Moves the end of the prefix to where it is now. Call it between two passes, after a training pass.
+
+        Args:
+            unreached (`Iterable[nn.Parameter]`, *optional*): parameters that no gradient has ever reached. A module
+                that trains and was never called could be upstream of everything, and keeps all layers from being
+                skipped, unless its parameters are among these. Not so when passes are compiled: a first call would go
+                unnoticed then.
+
+        Returns:
+            `bool`: whether the prefix changed.
+        """
+        self._trains = {path for path in self._units if any(p.requires_grad for p in self._parameters(path))}
+        skipped: set[str] = set()
+        skipped_layers: dict[str, int] = {}
+        free = self._layers_without_anything_trained_before(
+            set() if self.compiled else {id(p) for p in unreached}
+        )
+        for path, (stack, index) in self._layers.items():  # in the order of their index
+            if path in free and skipped_layers.get(base_path(stack), 0) == index:
+                skipped_layers[base_path(stack)] = index + 1
+                skipped.add(path)
+        if skipped == self._skipped:
             return False
-        self.remove()
-        self.blocks = blocks
-        cache = self._usable_cache()
-        for path in blocks:
-            stack, index = self._stacks[path]
-            self.depths[base_path(stack)] = max(self.depths.get(base_path(stack), 0), index + 1)
-        for path in blocks:
-            stack, index = self._stacks[path]
-            block = self._units[path]
-            self._before[path] = {name: vars(block)[name] for name in TOUCHED if name in vars(block)}
-            last = index + 1 == self.depths[base_path(stack)]
-            feeds_a_live_block = last and f"{stack}.{index + 1}" in self._stacks
-            _run_without_grad(block, feeds_a_live_block, cache, last and self._towers[path] == "language")
+        self._restore_forwards()
+        self._skipped, self.skipped_layers = skipped, skipped_layers
+        for path in skipped:
+            self._replace_forward(path)
+        if self.cache is not None:
+            self._start_cache(self.cache)
         return True
 
-    def _usable_cache(self) -> PrefixCache | None:
-        """The cache stands for all cut blocks of a decoder, and for the encoders whose output goes nowhere else."""
-        stacks = {self._stacks[path][0] for path in self.blocks if self._towers[path] == "language"}
-        usable = self.cache is not None and len(stacks) == 1 and not draws_at_random(self._model)
-        return self.cache if usable else None
+    def _layers_without_anything_trained_before(self, unreached: set[int]) -> set[str]:
+        """The layers that were called before any module that trains, with all their calls, in every pass so far.
 
-    def _prefix(self, tower: str) -> set[str]:
-        """The blocks of a tower that come before the first module that trains, in every pass that was seen.
-
-        All that was called before is upstream of the language blocks; for an encoder, all of its own that was. What
-        was never called could be upstream too.
+        Everything that was called before a language layer counts as upstream of it. For a layer of an encoder, the
+        modules of its own tower do.
         """
-        relevant = {path for path in self._units if tower in ("language", self._towers[path])}
-        orders = self._orders | {tuple(self._order)}
-        called = {path for order in orders for path in order}
-        if any(self._trains(path) for path in relevant - called):
-            return set()
         before: set[str] = set()
         after: set[str] = set()
-        for order in orders:
-            trained = False
-            for path in (path for path in order if path in relevant):
-                trained = trained or self._trains(path)
-                if path in self._stacks and self._towers[path] == tower:
-                    (after if trained else before).add(path)
+        for tower in {self._towers[path] for path in self._layers}:
+            relevant = {path for path in self._units if tower in ("language", self._towers[path])}
+            if any(self._may_be_upstream(path, unreached) for path in relevant - self._called):
+                continue
+            for order in self._orders:
+                trained = False
+                for path in (path for path in order if path in relevant):
+                    trained = trained or path in self._trains
+                    if path in self._layers and self._towers[path] == tower:
+                        (after if trained else before).add(path)
         return before - after
+
+    def _may_be_upstream(self, path: str, unreached: set[int]) -> bool:
+        """Of a module that was never called: its weights may be read directly, as torch's attention reads its own."""
+        return any(p.requires_grad and id(p) not in unreached for p in self._parameters(path))
+
+    def _replace_forward(self, path: str) -> None:
+        layer, (stack, index) = self._units[path], self._layers[path]
+        next_layer = f"{stack}.{index + 1}"
+        feeds_live_layer = next_layer in self._layers and next_layer not in self._skipped
+        requires_grad = feeds_live_layer and _checkpoints_reentrantly(layer)
+        self._forwards[path] = vars(layer).get("forward")
+        layer.forward = functools.partial(  # type: ignore[method-assign]
+            _forward_without_backward, self, layer, path, self._forwards[path], requires_grad
+        )
+
+    def _start_cache(self, cache: ActivationCache) -> None:
+        cache.reset(self._model)
+        layers = [path for path in self._layers if path in self._skipped and self._towers[path] == "language"]
+        self._last_cached = layers[-1] if layers else ""
+        if len({self._layers[path][0] for path in layers}) > 1:
+            cache.turn_off("layers of several lists are skipped")
 
     @property
     def called(self) -> list[str]:
-        """What was called in this pass, or the last."""
-        return list(self._order)
+        """Paths of the layers and other modules that were called in this training pass, or the last."""
+        return list(dict.fromkeys(self._order))
 
-    def dead_ends(self, called: list[str], unreached: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """What trains in blocks and modules that were called without a gradient coming back to any of it: nothing
-        uses their output. So it is with the last layer of LLaVA-1.5's vision tower (`vision_feature_layer=-2`)."""
+    def parameters_without_gradient(
+        self, called: Iterable[str], unreached: Iterable[nn.Parameter]
+    ) -> list[nn.Parameter]:
+        """What trains in layers and modules that were called without a gradient reaching any of it: nothing uses their
+        output. So it is with the last layer of LLaVA-1.5's vision tower (`vision_feature_layer=-2`).
+
+        Args:
+            called (`Iterable[str]`): of a pass, see `called`.
+            unreached (`Iterable[nn.Parameter]`): parameters that no gradient has ever reached.
+        """
         nowhere = {id(p) for p in unreached}
         trained = [[p for p in self._parameters(path) if p.requires_grad] for path in called]
         return [p for group in trained if all(id(p) in nowhere for p in group) for p in group]
 
-    def _parameters(self, path: str) -> Iterator[nn.Parameter]:
-        module = self._units[path]
-        return module.parameters() if path in self._stacks else _own(module)
-
-    def _trains(self, path: str) -> bool:
-        return any(p.requires_grad for p in self._parameters(path))
-
-    def upstream(self, first: str) -> list[nn.Module]:
-        """What feeds the first block (a path) within its tower: embeddings of tokens, patches, positions."""
-        order = next((o for o in (*self._orders, tuple(self._order)) if first in o), ())
-        before = order[: order.index(first)] if order else ()
-        same_tower = (path for path in before if self._towers[path] == self._towers[first])
-        return [self._units[path] for path in same_tower if path not in self._stacks]
-
-    def _begin_pass(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.cache is not None and self.blocks and model.training:
-            self.cache.begin_pass({} if args else kwargs)
-        if self._order:
-            self._orders.add(tuple(self._order))
-            self._order = {}
-        for path in self.blocks:
-            self._units[path].gradient_checkpointing = False  # type: ignore[assignment]
-
-    def remove(self) -> None:
-        """Gives the blocks their own forward back."""
-        for path in self.blocks:
-            attributes = vars(self._units[path])
-            for name in TOUCHED:
-                attributes.pop(name, None)
-            attributes.update(self._before.pop(path))
-        self.blocks, self.depths = set(), {}
-        if self.cache is not None:
-            self.cache.clear()
-
-    def forget_outputs(self) -> None:
-        """Empties the cache: the weights that its outputs come from have changed."""
-        if self.cache is not None:
-            self.cache.clear()
+    def modules_before(self, path: str) -> list[nn.Module]:
+        """What feeds the layer `path` within its tower, other layers left out: embeddings of tokens, patches,
+        positions. Empty if the layer was never called."""
+        order = next((order for order in self._orders if path in order), ())
+        before = dict.fromkeys(order[: order.index(path)] if order else ())
+        same_tower = (unit for unit in before if self._towers[unit] == self._towers[path])
+        return [self._units[unit] for unit in same_tower if unit not in self._layers]
 
     def close(self) -> None:
-        """Leaves the model as it was found."""
-        self.remove()
+        """Leaves the model as it was found. Calling it again does nothing."""
+        self.end_pass()
+        self._restore_forwards()
         for hook in self._hooks:
             hook.remove()
 
+    def _restore_forwards(self) -> None:
+        for path, forward in self._forwards.items():
+            attributes = vars(self._units[path])
+            del attributes["forward"]
+            if forward is not None:
+                attributes["forward"] = forward
+        self._forwards, self._skipped, self.skipped_layers = {}, set(), {}
+        if self.cache is not None:
+            self.cache.clear()
 
-def _own(module: nn.Module) -> Iterator[nn.Parameter]:
-    return module.parameters(recurse=False)
+    def _parameters(self, path: str) -> Iterator[nn.Parameter]:
+        module = self._units[path]
+        return module.parameters() if path in self._layers else _own_parameters(module)
+
+    # ---- in a pass ----
+
+    def begin_pass(self, inputs: dict[str, Any]) -> None:
+        self.end_pass()  # of a pass that was interrupted
+        if not (self._model.training and torch.is_grad_enabled()):
+            return
+        self._in_pass, self._order, self._trained_towers = True, [], set()
+        # Set anew in each pass: `for_training()` of Unsloth turns checkpointing on in all layers.
+        self._checkpointed = [p for p in self._skipped if vars(self._units[p]).get("gradient_checkpointing")]
+        for path in self._checkpointed:
+            self._units[path].gradient_checkpointing = False  # type: ignore[assignment]
+        if self.cache is not None and self._last_cached:
+            self.cache.begin_pass(inputs)
+
+    def record_call(self, path: str) -> None:
+        if not self._in_pass:
+            return
+        self._order.append(path)
+        if path in self._trains or path not in self._called:  # a tower may wake up in the middle of training
+            self._trained_towers.add(self._towers[path])
+
+    def end_pass(self) -> None:
+        if not self._in_pass:
+            return
+        self._in_pass = False
+        self._orders.add(tuple(self._order))
+        self._called.update(self._order)
+        for path in self._checkpointed:
+            self._units[path].gradient_checkpointing = True  # type: ignore[assignment]
+        self._checkpointed = []
+        if self.cache is not None:
+            self.cache.end_pass()
+
+    def run(self, path: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, bool]:
+        """The output of a layer with our forward, and whether the backward pass skips the layer this time."""
+        cache = self.cache if self._in_pass and self._last_cached else None
+        if cache is not None and cache.hit:
+            return cache.read(path, args, kwargs, last=path == self._last_cached), True
+        trained = (
+            self._trained_towers if self._towers[path] == "language" else {self._towers[path]} & self._trained_towers
+        )
+        if trained or not self._in_pass:
+            return forward(*args, **kwargs), False
+        if cache is not None and cache.stores:
+            first, last = self._layers[path][1] == 0, path == self._last_cached
+            return cache.run_and_store(path, forward, args, kwargs, first=first, last=last), True
+        with torch.no_grad():
+            return forward(*args, **kwargs), True
 
 
-def _run_without_grad(block: nn.Module, feeds_a_live_block: bool, cache: PrefixCache | None, last: bool) -> None:
-    forward = block.forward
+# What is put on the modules: functions that a copy of a module can carry, with `None` in the place of the prefix.
 
-    def no_grad_forward(*args: Any, **kwargs: Any) -> Any:
-        if not block.training:
+
+def _begin_pass(prefix: FrozenPrefix | None, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if prefix is not None and not torch.compiler.is_compiling():
+        prefix.begin_pass({} if args else kwargs)
+
+
+def _record_call(prefix: FrozenPrefix | None, path: str, module: nn.Module, args: tuple) -> None:
+    if prefix is not None and not torch.compiler.is_compiling():
+        prefix.record_call(path)
+
+
+def _end_pass(prefix: FrozenPrefix | None, model: nn.Module, args: tuple, output: Any) -> None:
+    if prefix is not None and not torch.compiler.is_compiling():
+        prefix.end_pass()
+
+
+def _forward_without_backward(
+    prefix: FrozenPrefix | None,
+    layer: nn.Module,
+    path: str,
+    own_forward: Callable | None,
+    requires_grad: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    forward = own_forward if own_forward is not None else functools.partial(type(layer).forward, layer)
+    if prefix is None:
+        return forward(*args, **kwargs)
+    if torch.compiler.is_compiling():  # no state of the pass is known here
+        if not layer.training:
             return forward(*args, **kwargs)
-        if cache is not None and cache.output is not None:
-            output = cache.output if last else args[0]
-        else:
-            with torch.no_grad():
-                output = forward(*args, **kwargs)
-            if cache is not None and last and isinstance(output, torch.Tensor):
-                cache.store(output)
-        if feeds_a_live_block and _checkpoints_reentrantly(block):
-            hidden = output if isinstance(output, torch.Tensor) else output[0]
-            hidden.requires_grad_(True)
-        return output
-
-    block.forward = no_grad_forward  # type: ignore[method-assign]
+        with torch.no_grad():
+            output = forward(*args, **kwargs)
+    else:
+        output, skipped = prefix.run(path, forward, args, kwargs)
+        if not skipped:
+            return output
+    if requires_grad:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        hidden.requires_grad_(True)
+    return output
 
 
-def _checkpoints_reentrantly(block: nn.Module) -> bool:
-    """Reentrant checkpointing of the next block gives no gradients at all unless its input requires one.
+def _checkpoints_reentrantly(layer: nn.Module) -> bool:
+    """Reentrant checkpointing of the next layer gives no gradients at all unless its input requires one.
 
     Only torch's own function can be asked. Unsloth's is always reentrant, also where its caller says
     `use_reentrant=False`; taking another one for reentrant costs the gradient of one input at most.
     """
-    function = getattr(block, "_gradient_checkpointing_func", None)
+    function = getattr(layer, "_gradient_checkpointing_func", None)
     if function is None:
         return False
     is_torch_s = getattr(function, "func", function).__module__ == "torch.utils.checkpoint"
     return not is_torch_s or getattr(function, "keywords", {}).get("use_reentrant", True)
+
+
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    return module.parameters(recurse=False)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from trl import ModelConfig, get_quantization_config
 
 from grades_trl.config import TOWERS
-from grades_trl.model.matrices import linear_layers, towers_of_parameters
+from grades_trl.model import linear_layers, towers_of_parameters
 
 
 def load_model(

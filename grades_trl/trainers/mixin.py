@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shutil
@@ -132,6 +133,7 @@ class GradESMixin(_Trainer):
         if config.may_measure_heldout_loss and (config.needs_heldout_rows or self._has_heldout_rows()):
             config, rows = self._plan_heldout(config)
         self.grades = GradES(self.model, config, self.state.max_steps, self.optimizer, rows)
+        self.grades.prefix.compiled = self.args.torch_compile
         self._heldout_rows = 0 if rows is None else len(rows.rows)
         self._heldout_step = 0
         text_config = self.model.config.get_text_config() if hasattr(self.model, "config") else None
@@ -241,7 +243,10 @@ class GradESMixin(_Trainer):
         if self.grades is None:
             return super().training_step(model, inputs, *args, **kwargs)
         self.report.count_batch(inputs, getattr(self.model, "config", None))
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        # The order of the layers is seen in a first pass that is not compiled.
+        eager = self.args.torch_compile and not self.grades.prefix.called
+        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+            loss = super().training_step(model, inputs, *args, **kwargs)
         # The last micro-batch of an optimizer step: gradients are complete and not clipped yet.
         if self.accelerator.sync_gradients:
             self._grades_step(loss)
