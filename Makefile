@@ -1,39 +1,55 @@
-# make demo: a vision-language model learns to read handwritten numbers, in a few minutes, nothing to download.
-# make test: lint, types, all tests. Both make their own virtual environment first; `make venv` does only that.
-# make gpu: what needs a CUDA device: the tests marked `gpu`, and the step times at a size that fills one.
+# Every command does all of its own set-up. `make help` lists them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check -q
 
-.PHONY: demo test gpu venv clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format gpu venv clean
 
-demo: venv
+help:  ## List the commands
+	@echo "make COMMAND [PYTHON=python3.12 VENV=.venv312]"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "VENV is the folder of the virtual environment (default: .venv). PYTHON is the interpreter that makes it."
+	@echo "A second Python needs a folder of its own: make test PYTHON=python3.12 VENV=.venv312"
+
+demo: venv  ## Train a vision-language model to read handwritten numbers (a few minutes on a CPU, no download)
 	$(BIN)/python recipes/sft_vlm.py
 
-test: venv $(VENV)/.ready-for-tests
+test: lint $(VENV)/.ready-for-tests  ## Run lint, then all tests in two processes (what CI runs)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: venv  ## Check style, formatting, types and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/lint-imports --no-logo
 
-gpu: venv $(VENV)/.ready-for-tests
+format: venv  ## Format the code and apply ruff's safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu: $(VENV)/.ready-for-tests  ## Run what needs a CUDA device: the tests marked gpu, and the step times
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/step_time.py --hidden 2048 --layers 16 --batch 8 --length 1024 --rounds 3
 
-venv: $(VENV)/.ready
+venv: $(VENV)/.ready  ## Make the virtual environment with the pinned versions of constraints.txt
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) -c constraints.txt -e ".[dev]"
-	touch $@
+	@echo "Installing torch, transformers, TRL and the rest into $(VENV) (once, a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -c constraints.txt -e ".[dev]"
+	@touch $@
 
-# See tests/requirements.txt. Triton lies in a folder of its own: where it can be imported and there is no GPU, parts of
-# torch and transformers fail; the tests that run its interpreter put it on the path of their processes.
+# See tests/requirements.txt. Triton has a folder of its own: where it can be imported and there is no GPU, parts of
+# torch and transformers fail. The tests that run its interpreter put it on the path of their processes.
 $(VENV)/.ready-for-tests: $(VENV)/.ready tests/requirements.txt
-	$(PIP) --no-deps -r tests/requirements.txt
-	$(PIP) --no-deps -c constraints.txt --upgrade --target $(VENV)/triton triton
-	touch $@
+	@echo "Installing what only the tests need into $(VENV)"
+	@$(PIP) --no-deps -r tests/requirements.txt
+	@$(PIP) --no-deps -c constraints.txt --upgrade --target $(VENV)/triton triton
+	@touch $@
 
-clean:
+clean:  ## Delete the virtual environment and all outputs
 	rm -rf $(VENV) outputs

@@ -1,14 +1,15 @@
-"""What GradES costs while it watches, and what a step costs when matrices are frozen. One command, one table.
+"""What a training step costs with GradES: while it measures, and when matrices are frozen.
 
-  python benchmarks/step_time.py                      # on this machine; results into benchmarks/results/
-  python benchmarks/step_time.py --hidden 256 --steps 5 --rounds 1       # a quick look
+  python benchmarks/step_time.py                                         # this machine; writes benchmarks/results/
+  python benchmarks/step_time.py --hidden 128 --steps 2 --rounds 1       # a quick look
 
-Everything is measured side by side in one process: variants take turns, the first steps of each turn are warm-up. A
-time is the median over all turns, a ratio is taken within each turn, and the median of these is given. Beside each
-speed-up stands the limit that the matmul FLOPs set; beside the time that watching takes, the limit that memory sets.
+All variants run in one process and take turns. The first steps of a turn are warm-up. A time is the median over all
+turns. A ratio is taken within each turn, and the median of these is reported: a machine that slows down changes all
+variants alike. Beside each speed-up stands the limit that the FLOPs of the matrix products set. Beside the time of a
+measurement stands the limit that the memory bandwidth sets.
 
-With all matrices frozen a run ends, and under LoRA nothing is left to train. Full fine-tuning is measured there too,
-as if it went on: without --freeze_norms and --freeze_embeddings, so that norms, embeddings and head still train.
+With all matrices frozen a LoRA run has nothing left to train and ends. Full fine-tuning goes on in this benchmark: its
+norms, embeddings and output head still train.
 """
 
 from __future__ import annotations
@@ -20,28 +21,105 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from grades_trl import GradESConfig, GradESMixin
-from grades_trl.criteria import kernels
+from grades_trl import GradESConfig, GradESTrainer
+from grades_trl.model.flops import step_flops
+from grades_trl.model.matrices import WeightMatrix, find_matrices
 from grades_trl.recipe import builtin
-from grades_trl.report import timing as accounting
+from grades_trl.report.environment import device_name, versions
+from grades_trl.report.timing import RunClock
 
 RESULTS = Path(__file__).parent / "results"
-WARM_UP = 3  # the first step still runs backward for what is frozen in it
+WARM_UP = 3  # steps; the first one still runs the backward pass of what freezes in it
 SHARES = (0.25, 0.5, 0.75)
+CHECKPOINTING = ("off", "non-reentrant", "reentrant")
+
+
+class StepProbe(TrainerCallback):
+    """Measures each optimizer step, and in the last one what training holds in memory.
+
+    It must be the last callback: `measure_last` puts it there.
+
+    Attributes:
+        seconds (`list[float]`): of each step.
+        own_seconds (`list[float]`): of each step, what GradES took of them.
+        held_bytes (`dict[str, int]`): of gradients and optimizer state; on CUDA also the peak of all allocations.
+        remembered_bytes (`int`): of what the criterion keeps to compare with.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.own_seconds: list[float] = []
+        self.held_bytes: dict[str, int] = {}
+        self.remembered_bytes = 0
+        self._trainer: Any = None
+        self._clock: RunClock | None = None
+        self._start = self._own_total = 0.0
+
+    def measure_last(self, trainer: Any) -> None:
+        """Puts the probe behind all other callbacks of a trainer."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.sort(key=lambda callback: callback is self)
+        self._trainer = trainer
+        self._clock = next((callback for callback in callbacks if isinstance(callback, RunClock)), None)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        synchronize()
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+        synchronize()
+        self.seconds.append(time.perf_counter() - self._start)
+        if self._clock is not None:
+            own_total = self._clock.seconds.grades
+            self.own_seconds.append(own_total - self._own_total)
+            self._own_total = own_total
+        if state.global_step == WARM_UP and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if state.global_step == state.max_steps:
+            self._measure_memory(model, optimizer)
+
+    def _measure_memory(self, model, optimizer) -> None:
+        gradients = (p for p in model.parameters() if p.requires_grad)
+        states = (x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
+        self.held_bytes = {"gradients": size(gradients), "optimizer_state": size(states)}
+        if torch.cuda.is_available():  # the peak of a process never falls on the CPU
+            self.held_bytes["peak_allocated"] = torch.cuda.max_memory_allocated()
+        if isinstance(self._trainer, GradESTrainer):
+            self.remembered_bytes = size(self._trainer.grades.criterion.state_dict()[1].values())
+
+
+def synchronize() -> None:
+    """Waits for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Bytes."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def in_turn(names: list[str], turn: int) -> list[str]:
+    """The order in which variants run. Each comes first in some turn."""
+    first = turn % len(names)
+    return names[first:] + names[:first]
 
 
 def build(method: str, args: argparse.Namespace, tokenizer) -> torch.nn.Module:
+    """A Qwen3 with random weights, for full fine-tuning, LoRA or QLoRA."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -70,57 +148,19 @@ def build(method: str, args: argparse.Namespace, tokenizer) -> torch.nn.Module:
     return model
 
 
-class Clock(TrainerCallback):
-    """Seconds of each optimizer step, from the end of the last one."""
-
-    def __init__(self):
-        self.seconds: list[float] = []
-        self._mark = 0.0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        synchronize()
-        self._mark = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        synchronize()
-        self.seconds.append(time.perf_counter() - self._mark)
-        if state.global_step == WARM_UP and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        control.should_training_stop = state.global_step >= state.max_steps  # not earlier, if all matrices are frozen
-
-
-def in_turn(names: list[str], turn: int) -> list[str]:
-    """The order in which variants are run: none is always the one that comes first."""
-    first = turn % len(names)
-    return names[first:] + names[:first]
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-class Scheduled(GradESMixin, SFTTrainer):
-    """Freezes what it is told to, when it is told to: `plan[step]` is the set of matrices frozen from that step on."""
-
-    plan: dict[int, set[str]]
-
-    def _start_grades(self):
-        super()._start_grades()
-
-        def update(step, readings):
-            names = [name for name in self.plan.get(step, ()) if name not in self.grades.frozen]
-            self.grades.taus.update(dict.fromkeys(names, 1.0))
-            self.grades.criterion.values.update(dict.fromkeys(names, 0.0))
-            return names
-
-        self.grades.criterion.update = update
-
-    def _print(self, text):
-        pass
-
-
-def trainer_for(cls, model, args, tokenizer, data, checkpointing, steps, callbacks=(), **extra):
+def train(
+    model: torch.nn.Module,
+    args: argparse.Namespace,
+    tokenizer,
+    data: Dataset,
+    *,
+    checkpointing: str = "off",
+    steps: int,
+    grades: GradESConfig | None = None,
+    callbacks: Iterable[TrainerCallback] = (),
+) -> tuple[StepProbe, float]:
+    """Trains for `steps` steps, with GradES or with SFTTrainer alone; returns the probe and the mean loss."""
+    probe = StepProbe()
     training = SFTConfig(
         output_dir=str(args.scratch),
         max_steps=steps,
@@ -135,33 +175,18 @@ def trainer_for(cls, model, args, tokenizer, data, checkpointing, steps, callbac
         save_strategy="no",
         disable_tqdm=True,
     )
-    trainer = cls(
-        model=model, args=training, train_dataset=data, processing_class=tokenizer, callbacks=list(callbacks), **extra
-    )
+    kwargs: dict[str, Any] = {
+        "model": model,
+        "args": training,
+        "train_dataset": data,
+        "processing_class": tokenizer,
+        "callbacks": [probe, *callbacks],
+    }
+    trainer = SFTTrainer(**kwargs) if grades is None else GradESTrainer(**kwargs, grades=grades)
     trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def size(tensors) -> int:
-    """Bytes."""
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def held_bytes(trainer) -> dict[str, int]:
-    """Bytes of what training holds beside the weights; on CUDA also of all that was allocated at the peak."""
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    state = [v for s in trainer.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    previous = [t for kept in trainer.grades._previous.values() for t in kept]
-    held = {"gradients": size(trained), "optimizer_state": size(state), "previous_gradients": size(previous)}
-    # Not on the CPU: the peak of a process never falls, so it would be that of the most expensive state so far.
-    return held | ({"peak_allocated": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
-
-
-def reading_bytes(trainer) -> int:
-    """Bytes that one reading has to move: what it reads of the gradients and what that is compared with come in, and a
-    copy goes out, for the next reading."""
-    kept = [t for tensors in trainer.grades._previous.values() for t in tensors]  # just as much as was read last
-    return kernels.expected_bytes(kept, kept) + size(kept)
+    probe.measure_last(trainer)
+    loss = trainer.train().training_loss
+    return probe, loss
 
 
 def memory_bandwidth() -> float:
@@ -177,57 +202,51 @@ def memory_bandwidth() -> float:
     return 2 * size([source]) / statistics.median(seconds)
 
 
-def watching(args, tokenizer, data) -> dict:
-    """Step time of plain SFTTrainer, of GradES watching (sampled, exact) and of the authors' package.
+def measuring(args: argparse.Namespace, tokenizer, data: Dataset) -> dict[str, dict]:
+    """Step time of SFTTrainer, of GradES that measures (a sample, or all elements), and of the authors' package.
 
-    `own_ms` is what GradES takes itself, `limit_ms` the bytes it has to move over the bandwidth of a copy in this
-    process. That is out of reach for a sample: it is gathered in pieces of 16 elements, which a copy is not.
+    `own_ms` is what GradES itself takes. `limit_ms` is the bytes that it has to move, over the bandwidth of a copy in
+    this process. A sample cannot reach that limit: it is gathered in pieces of 16 elements, which a copy is not.
     """
     from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
 
-    def authors():
-        # It reads from the first step on. Its first reading is 0, which must not freeze anything in a short run.
-        settings = GradEarlyStoppingConfig(tau=1e-30, alpha=0.99, enable_wandb_logging=False)
-        return [GradEarlyStoppingCallback(settings)]
+    def authors() -> list[TrainerCallback]:
+        # It measures from the first step on. Its first value is 0, which must not freeze anything in a short run.
+        return [GradEarlyStoppingCallback(GradEarlyStoppingConfig(tau=1e-30, alpha=0.99, enable_wandb_logging=False))]
 
-    never = {"tau": 0.0, "alpha": 0.0}
-    variants = {
-        "plain": (SFTTrainer, list, {}),
-        "grades_trl": (Scheduled, list, {"grades": GradESConfig(**never)}),
-        "grades_trl_exact": (Scheduled, list, {"grades": GradESConfig(**never, sample=1.0)}),
-        "grades_1.0.6": (SFTTrainer, authors, {}),
+    sampled: dict[str, Any] = {"metric": "grad_change", "tau": 0.0, "alpha": 0.0}  # no value is below 0
+    variants: dict[str, tuple[GradESConfig | None, Callable[[], list[TrainerCallback]]]] = {
+        "baseline": (None, list),
+        "grades_trl": (GradESConfig(**sampled), list),
+        "grades_trl_exact": (GradESConfig(**sampled, sample_fraction=1.0), list),
+        "grades_1.0.6": (None, authors),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    overhead: dict[str, list[float]] = {"grades_trl": [], "grades_trl_exact": []}
+    own: dict[str, list[float]] = {"grades_trl": [], "grades_trl_exact": []}
     moved: dict[str, int] = {}
     bandwidths = []
-    Scheduled.plan = {}
-    names = list(variants)
     for turn in range(args.rounds):
         bandwidths.append(memory_bandwidth())
-        for name in in_turn(names, turn):
-            cls, callbacks, extra = variants[name]
-            clock = Clock()
+        for name in in_turn(list(variants), turn):
+            gc.collect()  # a model and its trainer refer to each other
+            config, callbacks = variants[name]
             model = build("full", args, tokenizer)
             steps = WARM_UP + args.steps
-            trainer = trainer_for(cls, model, args, tokenizer, data, "off", steps, [clock, *callbacks()], **extra)
-            # Our clock runs first at the beginning of a step and must run last at its end.
-            trainer.callback_handler.callbacks.sort(key=lambda callback: callback is clock)
-            trainer.train()
-            seconds[name].append(statistics.median(clock.seconds[WARM_UP:]))
-            if name.startswith("grades_trl"):
-                overhead[name].append(statistics.median(trainer._clock.overhead_seconds[WARM_UP:]))
-                moved[name] = reading_bytes(trainer)
-    # The ratio within each turn, then the median of these: a machine that slows down slows all of them.
+            probe, _ = train(model, args, tokenizer, data, steps=steps, grades=config, callbacks=callbacks())
+            seconds[name].append(statistics.median(probe.seconds[WARM_UP:]))
+            if name in own:
+                own[name].append(statistics.median(probe.own_seconds[WARM_UP:]))
+                # It reads the gradients and what they are compared with, and writes a copy for the next step.
+                moved[name] = 3 * probe.remembered_bytes
     rows: dict[str, dict] = {
         name: {
             "ms": 1e3 * statistics.median(times),
-            "over_plain": statistics.median(t / p for t, p in zip(times, seconds["plain"], strict=True)),
+            "over_baseline": statistics.median(t / b for t, b in zip(times, seconds["baseline"], strict=True)),
         }
         for name, times in seconds.items()
     }
     bandwidth = statistics.median(bandwidths)
-    for name, times in overhead.items():
+    for name, times in own.items():
         rows[name] |= {
             "own_ms": 1e3 * statistics.median(times),
             "gathers": name == "grades_trl",
@@ -235,66 +254,74 @@ def watching(args, tokenizer, data) -> dict:
             "bytes_per_second": bandwidth,
             "limit_ms": 1e3 * moved[name] / bandwidth,
         }
+    for name, row in rows.items():
+        text = f"  {name:<18} {row['ms']:8.1f} ms   {row['over_baseline']:.3f} of the baseline"
+        if "own_ms" in row:
+            text += (
+                f", GradES itself {row['own_ms']:.2f} ms{' (gathers)' if row['gathers'] else ''}, limit"
+                f" {row['limit_ms']:.2f} ms ({row['bytes'] / 1e6:.1f} MB at {bandwidth / 1e9:.1f} GB/s)"
+            )
+        print(text, flush=True)
     return rows
 
 
-def frozen(args, tokenizer, data, method: str, checkpointing: str) -> list[dict]:
-    """Step time with a growing share of the layers frozen from below, with a random half of all matrices, and with all
-    of them where something else is left to train."""
+def frozen(args: argparse.Namespace, tokenizer, data: Dataset, method: str, checkpointing: str) -> list[dict]:
+    """Step time with a growing share of the layers frozen from the first one on, with a random half of all matrices,
+    and with all matrices where something else is left to train."""
 
-    def bottom(share: float) -> Callable[[dict], set[str]]:
+    def leading(share: float) -> Callable[[dict[str, WeightMatrix]], set[str]]:
         return lambda matrices: {name for name, m in matrices.items() if m.layer < share * args.layers}
 
-    def random_half(matrices: dict) -> set[str]:
+    def random_half(matrices: dict[str, WeightMatrix]) -> set[str]:
         order = torch.randperm(len(matrices), generator=torch.Generator().manual_seed(0)).tolist()
         return {list(matrices)[i] for i in order[: len(matrices) // 2]}
 
-    states = {"nothing frozen": bottom(0), **{f"{share:.0%} of layers": bottom(share) for share in SHARES}}
+    states = {"nothing frozen": leading(0), **{f"{share:.0%} of layers": leading(share) for share in SHARES}}
     states["50% of matrices, random"] = random_half
     if method == "full":
         states["100% of matrices, the rest trains"] = set
-    names = list(states)
-    rows: dict[str, dict] = {name: {"seconds": []} for name in names}
+    rows: dict[str, dict] = {name: {"seconds": []} for name in states}
     for turn in range(args.rounds):
-        for name in in_turn(names, turn):
-            gc.collect()  # the last model and its trainer refer to each other
-            cuts = name.endswith("of layers")
-            clock = Clock()
-            config = GradESConfig(freeze_norms=cuts, freeze_embeddings=cuts)
-            trainer = trainer_for(
-                Scheduled, build(method, args, tokenizer), args, tokenizer, data, checkpointing,
-                WARM_UP + args.steps, [clock], grades=config,
-            )  # fmt: skip
-            trainer.callback_handler.callbacks.sort(key=lambda callback: callback is clock)
-            chosen = states[name](trainer.watched)
-            Scheduled.plan = {1: chosen}
-            trainer.train()
-            rows[name]["seconds"].append(statistics.median(clock.seconds[WARM_UP:]))
-            rows[name] |= held_bytes(trainer)
-            rows[name]["flops"] = accounting.step_flops(
-                trainer.watched.values(), chosen, checkpointing=checkpointing != "off", cut=chosen if cuts else set()
+        for name in in_turn(list(states), turn):
+            gc.collect()
+            skips = name.endswith("of layers")
+            model = build(method, args, tokenizer)
+            matrices = find_matrices(model)
+            chosen = states[name](matrices)
+            config = schedule(chosen, freeze_norms=skips, freeze_embeddings=skips)
+            steps = WARM_UP + args.steps
+            probe, _ = train(model, args, tokenizer, data, checkpointing=checkpointing, steps=steps, grades=config)
+            rows[name]["seconds"].append(statistics.median(probe.seconds[WARM_UP:]))
+            rows[name] |= probe.held_bytes
+            stacks = {m.stack for m in matrices.values()}
+            depth = 1 + max((matrices[name].layer for name in chosen), default=-1) if skips else 0
+            rows[name]["flops"] = step_flops(
+                matrices.values(),
+                frozen=chosen,
+                skipped_layers=dict.fromkeys(stacks, depth),
+                checkpointing=checkpointing != "off",
             )
-    start = rows["nothing frozen"]
-    plain_flops, plain_seconds = start["flops"], start["seconds"]
+    baseline_flops, baseline_seconds = rows["nothing frozen"]["flops"], rows["nothing frozen"]["seconds"]
     for name, row in rows.items():
         seconds = row.pop("seconds")
-        # Of each turn, then the median of these: a machine that slows down slows all states.
-        ratios = sorted(p / s for p, s in zip(plain_seconds, seconds, strict=True))
-        row |= {"method": method, "checkpointing": checkpointing, "state": name}
+        ratios = sorted(b / s for b, s in zip(baseline_seconds, seconds, strict=True))
         row |= {
+            "method": method,
+            "checkpointing": checkpointing,
+            "state": name,
             "ms": 1e3 * statistics.median(seconds),
             "speedup": statistics.median(ratios),
             "speedup_range": [ratios[0], ratios[-1]],
+            "limit": baseline_flops / row["flops"],
         }
-        row["limit"] = plain_flops / row["flops"]
-        held_mib = ", ".join(
+        held = ", ".join(
             f"{key.replace('_', ' ')} {row[key] / 2**20:.1f}"
-            for key in ("gradients", "optimizer_state", "previous_gradients", "peak_allocated")
+            for key in ("gradients", "optimizer_state", "peak_allocated")
             if key in row
         )
         print(
             f"  {method:<6} {checkpointing:<14} {name:<34} {row['ms']:8.1f} ms  {row['speedup']:.2f}x"
-            f" ({ratios[0]:.2f} to {ratios[-1]:.2f}, limit {row['limit']:.2f}x)  MiB: {held_mib}",
+            f" ({ratios[0]:.2f} to {ratios[-1]:.2f}, limit {row['limit']:.2f}x)  MiB: {held}",
             flush=True,
         )
     if method != "full":
@@ -302,33 +329,42 @@ def frozen(args, tokenizer, data, method: str, checkpointing: str) -> list[dict]
     return list(rows.values())
 
 
-def cached(args, tokenizer, data, method: str, checkpointing: str) -> dict:
-    """Half of the layers frozen: the cut alone, and with the prefix read from the cache from the second epoch on."""
-    few = data.select(range(4 * args.batch))
+def schedule(matrices: Iterable[str], **settings: Any) -> GradESConfig:
+    """Freezes these matrices in the first step, and does not end the run."""
+    steps: dict[str, Any] = {"schedule": dict.fromkeys(matrices, 1)}
+    return GradESConfig(metric="schedule", stopping="end_of_schedule", **steps, **settings)
+
+
+def cached(args: argparse.Namespace, tokenizer, data: Dataset, method: str, checkpointing: str) -> dict:
+    """Half of the layers frozen: backward skips them; and from the second epoch on, their outputs come from memory."""
     steps_in_epoch = 4
+    few = data.select(range(steps_in_epoch * args.batch))
     seconds: dict[str, list[float]] = {"0": [], "256": []}
-    losses: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {name: [] for name in seconds}
     for turn in range(args.rounds):
         for mib in in_turn(list(seconds), turn):
-            clock = Clock()
-            config = GradESConfig(freeze_norms=True, freeze_embeddings=True, cache_prefix=int(mib))
-            trainer = trainer_for(
-                Scheduled, build(method, args, tokenizer), args, tokenizer, few, checkpointing,
-                3 * steps_in_epoch + args.steps, [clock], grades=config,
+            gc.collect()
+            model = build(method, args, tokenizer)
+            half = [name for name, m in find_matrices(model).items() if m.layer < args.layers / 2]
+            config = schedule(half, freeze_norms=True, freeze_embeddings=True, activation_cache_mib=int(mib))
+            probe, loss = train(
+                model, args, tokenizer, few, checkpointing=checkpointing, steps=3 * steps_in_epoch + args.steps,
+                grades=config,
             )  # fmt: skip
-            trainer.callback_handler.callbacks.sort(key=lambda callback: callback is clock)
-            Scheduled.plan = {1: {n for n, m in trainer.watched.items() if m.layer < args.layers / 2}}
-            trainer.train()
-            seconds[mib].append(statistics.median(clock.seconds[3 * steps_in_epoch :]))
-            losses.setdefault(mib, []).append(trainer.state.log_history[-1]["train_loss"])
+            seconds[mib].append(statistics.median(probe.seconds[3 * steps_in_epoch :]))
+            losses[mib].append(loss)
     alone, both = (1e3 * statistics.median(times) for times in seconds.values())
-    row = {"method": method, "checkpointing": checkpointing, "cut_ms": alone, "cut_and_cache_ms": both}
-    row |= {
+    row = {
+        "method": method,
+        "checkpointing": checkpointing,
+        "skipped_ms": alone,
+        "skipped_and_cached_ms": both,
         "speedup": statistics.median(a / b for a, b in zip(*seconds.values(), strict=True)),
         "train_loss_difference": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
     }
     print(
-        f"  {method:<6} {checkpointing:<14} cut {alone:.1f} ms, cut and cache {both:.1f} ms: {row['speedup']:.2f}x",
+        f"  {method:<6} {checkpointing:<14} skipped {alone:.1f} ms, skipped and cached {both:.1f} ms:"
+        f" {row['speedup']:.2f}x",
         flush=True,
     )
     return row
@@ -336,48 +372,39 @@ def cached(args, tokenizer, data, method: str, checkpointing: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=512, help="hidden size of the model, a multiple of 128")
+    parser.add_argument("--layers", type=int, default=8, help="decoder layers of the model")
+    parser.add_argument("--batch", type=int, default=2, help="rows per step")
+    parser.add_argument("--length", type=int, default=128, help="tokens per row")
     parser.add_argument("--steps", type=int, default=3, help="measured steps per turn")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each variant")
     args = parser.parse_args()
     args.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     args.scratch = Path("outputs/benchmark")
     shutil.rmtree(args.scratch, ignore_errors=True)
-    disable_progress_bars()  # one after another for each model that is built
+    disable_progress_bars()
     logging.disable_progress_bar()
     tokenizer = builtin.tiny_qwen3()[1]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, len(tokenizer), (512, args.length), generator=generator)
     data = Dataset.from_dict({"input_ids": ids.tolist()})
 
-    print("watching, nothing frozen", flush=True)
-    result: dict = {"watching": watching(args, tokenizer, data)}
-    for name, row in result["watching"].items():
-        own = ""
-        if "own_ms" in row:
-            own = (
-                f", itself {row['own_ms']:.2f} ms{' (gathers)' if row['gathers'] else ''}, limit {row['limit_ms']:.2f}"
-                f" ms ({row['bytes'] / 1e6:.1f} MB at {row['bytes_per_second'] / 1e9:.1f} GB/s)"
-            )
-        print(f"  {name:<18} {row['ms']:8.1f} ms   {row['over_plain']:.3f} of plain{own}", flush=True)
+    print("GradES measures, nothing frozen", flush=True)
+    result: dict[str, Any] = {"measuring": measuring(args, tokenizer, data)}
     print("frozen", flush=True)
     result["frozen"] = [
         row
         for method in ("full", "lora", "qlora")
-        for checkpointing in ("off", "non-reentrant", "reentrant")
+        for checkpointing in CHECKPOINTING
         for row in frozen(args, tokenizer, data, method, checkpointing)
     ]
-    print("half of the layers frozen, without and with the prefix cache", flush=True)
-    result["cache"] = [
-        cached(args, tokenizer, data, "lora", checkpointing) for checkpointing in ("off", "non-reentrant", "reentrant")
-    ]
+    print("half of the layers frozen, without and with the activation cache", flush=True)
+    result["cached"] = [cached(args, tokenizer, data, "lora", checkpointing) for checkpointing in CHECKPOINTING]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    settings = {key: value for key, value in vars(args).items() if key != "scratch"} | {"dtype": str(args.dtype)}
-    result |= {"device": accounting.device_name(), "versions": accounting.versions(), "commit": commit}
-    result["settings"] = settings
+    result |= {"device": device_name(), "versions": versions(), "commit": commit}
+    result["settings"] = {key: value for key, value in vars(args).items() if key != "scratch"} | {
+        "dtype": str(args.dtype)
+    }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"step_time_{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
