@@ -99,9 +99,11 @@ class GradESConfig:
         freeze_embeddings (`bool`, *optional*, defaults to `False`):
             Freeze the embeddings of a tower, and a tied output head, with the last matrix of its first layer. Full
             fine-tuning skips the backward pass of frozen leading layers only with both of these flags.
-        activation_cache_mib (`int`, *optional*, defaults to `0`):
-            MiB of CPU memory for the outputs of the frozen leading layers, so that later epochs do not compute them
-            again. It should hold rows x tokens x hidden size x 2 or 4 bytes; 0 is off.
+        activation_cache_mib (`int`, *optional*):
+            MiB of CPU memory for the outputs of a frozen encoder, and of the frozen leading language layers, so that
+            later epochs do not compute them again. It should hold rows x tokens x hidden size x 2 or 4 bytes; 0 is
+            off. By default, a trainer that runs more than one epoch gives a frozen encoder up to a tenth of the free
+            memory.
 
     Raises:
         ValueError: a value out of range, or a setting that the chosen metric or stopping rule does not have.
@@ -134,7 +136,7 @@ class GradESConfig:
         default=None, metadata={"help": "Fraction of each large matrix that is measured (default: 1/64; paper: 1)."}
     )
     margin: float | None = field(
-        default=None, metadata={"help": "With metric=gain: by how much the gain per time must rise (default: 0.1)."}
+        default=None, metadata={"help": "With metric=gain: by how much the gain per time must rise (default: 0.02)."}
     )
     schedule: str | None = field(
         default=None,
@@ -178,8 +180,8 @@ class GradESConfig:
     freeze_embeddings: bool = field(
         default=False, metadata={"help": "Freeze the embeddings with the last matrix of the first layer."}
     )
-    activation_cache_mib: int = field(
-        default=0,
+    activation_cache_mib: int | None = field(
+        default=None,
         metadata={"help": "MiB of CPU memory for outputs of frozen leading layers, for later epochs; 0 is off."},
     )
 

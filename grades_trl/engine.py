@@ -46,6 +46,8 @@ class GradES:
         optimizer (`torch.optim.Optimizer`, *optional*): its state of frozen matrices is released.
         heldout_loss (`Callable[[], float]`, *optional*): returns the mean loss of held-out rows, always the same ones,
             at the weights that the model has. It runs forward passes only, in evaluation mode.
+        encoder_cache_bytes (`int`, *optional*, defaults to `0`): CPU memory for the outputs of a frozen encoder, where
+            `config.activation_cache_mib` says nothing.
 
     Attributes:
         matrices (`dict[str, WeightMatrix]`): all that is tracked.
@@ -68,6 +70,7 @@ class GradES:
         total_steps: int,
         optimizer: Any = None,
         heldout_loss: Callable[[], float] | None = None,
+        encoder_cache_bytes: int = 0,
     ):
         if config.needs_heldout_rows and heldout_loss is None:
             raise ValueError(
@@ -97,7 +100,10 @@ class GradES:
         self._freezer = Freezer(model, optimizer)
         self._without_gradient = {name: p for name, p in model.named_parameters() if p.requires_grad}
         skip_frozen_pairs(model)  # where Unsloth's fused LoRA kernels compute the gradients
-        self.prefix = FrozenPrefix(model, cache_bytes=config.activation_cache_mib * 2**20)
+        cache_bytes = (config.activation_cache_mib or 0) * 2**20
+        if config.activation_cache_mib is not None:
+            encoder_cache_bytes = cache_bytes
+        self.prefix = FrozenPrefix(model, cache_bytes, encoder_cache_bytes)
         self._prefix_is_stale = False
 
     def step_costs(self) -> StepCosts:
@@ -207,8 +213,7 @@ class GradES:
         if not loss <= self.heldout.best_loss:  # not a number, too
             self.average.restore_best()
             self.restored_best = True
-            if self.prefix.cache is not None:
-                self.prefix.cache.clear()
+            self.prefix.forget_outputs()
 
     def close(self) -> None:
         """Takes everything off the model that GradES has put on it, and releases all buffers. Weights stay as they

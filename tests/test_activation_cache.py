@@ -421,6 +421,7 @@ def test_a_pass_is_looked_up_with_one_transfer_from_the_device_for_each_input(mo
     moved = []
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (moved.append(tuple(self.shape)), self)[1])
     cache = ActivationCache(MIB)
+    cache.reset(nn.Module())
     inputs = {"input_ids": torch.ones(8, 5, dtype=torch.long), "pixel_values": torch.ones(8, 3, 4, 4)}
     cache.begin_pass(inputs | {"attention_mask": torch.ones(8, 5, dtype=torch.long), "labels": torch.ones(8, 5)})
     assert cache.misses == 1

@@ -22,6 +22,7 @@ from .base import Converged, Criterion
 from .measurement import L1Measurement
 
 MIN_STEPS = 5  # of a decision
+SPARSE = 10  # late in a run, one step in that many is measured
 SURE = 2.0  # standard errors
 # Where a tower stands on the way from input to output.
 TOWER_ORDER = {"vision": 0, "audio": 0, "projector": 1, "language": 2}
@@ -34,7 +35,8 @@ class Gain(Criterion):
     With s the share of the gain and c the share of the cost of a step that the leading layers have, freezing them
     leaves `1 - s` of the gain for `1 - c` of the time. They freeze when `(1 - s) / (1 - c)` is above `1 + margin` by
     two standard errors. It is asked at the end of the grace period, and again after twice, four times, ... as many
-    steps: late in a run the gain is noise, and then nothing is sure.
+    steps: late in a run the gain is noise, and then nothing is sure. From the second question on, one step in ten is
+    measured.
 
     Args:
         alpha (`float`): grace period as a fraction of all steps; at least 5 steps are measured.
@@ -42,7 +44,7 @@ class Gain(Criterion):
         sample_fraction (`float`): of each large matrix that is measured.
     """
 
-    defaults = {"alpha": 0.1, "margin": 0.1, "sample_fraction": 1 / 64}  # noqa: RUF012
+    defaults = {"alpha": 0.1, "margin": 0.02, "sample_fraction": 1 / 64}  # noqa: RUF012
     freezes_whole_layers = True
 
     def __init__(self, matrices: dict[str, WeightMatrix], total_steps: int, **settings: Any):
@@ -71,18 +73,25 @@ class Gain(Criterion):
 
     def _measure(self, step: int, live: Collection[str], grad_scale: float) -> dict[str, float]:
         """What the last update of each matrix has bought, in the unit of the loss."""
+        due, due_next = self._is_due(step), self._is_due(step + 1)
+        if not (due or due_next):
+            return {}
         gradients = self._measurement.gradients(live)
         weights = {
             name: self._measurement.sampled(name, [p.detach() for p in self.matrices[name].parameters])
             for name in gradients
         }
         remembered_at = self._measurement.remembered_at
-        compared = {name: own for name, own in weights.items() if remembered_at.get(name) == step - 1}
+        compared = {name: own for name, own in weights.items() if due and remembered_at.get(name) == step - 1}
         gains = self._measurement.products_with_change(gradients, compared, grad_scale)
-        for name, own in weights.items():
-            self._measurement.remember(step, name, own, scale=1.0)
+        if due_next:
+            for name, own in weights.items():
+                self._measurement.remember(step, name, own, scale=1.0)
         # Exactly 0: the update was skipped, or no gradient has flowed.
         return {name: -product for name, product in gains.items() if math.isfinite(product) and product != 0.0}
+
+    def _is_due(self, step: int) -> bool:
+        return step <= 2 * self.grace_steps or step % SPARSE == 0
 
     def _decide(self, live: set[str]) -> list[Converged]:
         if len(self._steps) < MIN_STEPS:

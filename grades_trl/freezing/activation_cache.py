@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from grades_trl.model.structure import is_adapter
+from grades_trl.freezing.pass_state import PassState, same_state
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +62,7 @@ class ActivationCache:
         self.off = ""
         self._rows: dict[bytes, Tensor] = {}
         self._rest: dict[str, tuple[None, ...] | None] = {}  # what a layer returns after its hidden state, if a tuple
-        self._adapters: list[Any] = []
-        self._buffers: list[Tensor] = []
-        self._devices: set[torch.device] = set()
+        self._state: Any = None  # a PassState, from `reset` on
         # Of the pass:
         self._output: Tensor | None = None
         self._keys: list[bytes] = []
@@ -91,14 +89,10 @@ class ActivationCache:
 
     def reset(self, model: nn.Module) -> None:
         """Starts anew, for another prefix of `model`."""
-        from peft.utils.other import AuxiliaryTrainingWrapper
-
         self.clear()
         self.off = ""
         self._rest.clear()
-        self._adapters = [m for m in model.modules() if is_adapter(m) or isinstance(m, AuxiliaryTrainingWrapper)]
-        self._buffers = list(model.buffers())
-        self._devices = {p.device for p in model.parameters()}
+        self._state = PassState(model)
 
     def begin_pass(self, inputs: dict[str, Any]) -> None:
         """Looks up the rows of a training batch, given by the keyword arguments of the model."""
@@ -114,7 +108,7 @@ class ActivationCache:
         self._keys = [_key(content, settings, row, length) for row, length in enumerate(self._lengths)]
         if any(key not in self._rows for key in self._keys):
             self.misses += 1
-            self._shape, self._before = tuple(ids.shape), self._random_state()
+            self._shape, self._before = tuple(ids.shape), self._state.random_state()
             return
         self.hits += 1
         rows = pad_sequence([self._rows[key] for key in self._keys], batch_first=True)
@@ -170,7 +164,7 @@ class ActivationCache:
             return NOT_ONE_TENSOR
         if result.shape != hidden.shape or (last and (result.ndim != 3 or result.shape[:2] != self._shape)):
             return NOT_ONE_TENSOR
-        if last and not _equal(self._random_state(), self._before):
+        if last and not same_state(self._state.random_state(), self._before):
             return "the skipped layers draw random numbers or change buffers (dropout, noise, batch statistics)"
         return ""
 
@@ -196,25 +190,8 @@ class ActivationCache:
 
     def _settings(self, inputs: dict[str, Any]) -> bytes:
         """What the output depends on beside the example."""
-        device = inputs["input_ids"].device.type
         arguments = {name: value for name, value in inputs.items() if name not in CONTENT + NOT_READ}
-        adapters = [(adapter.disable_adapters, adapter.active_adapters) for adapter in self._adapters]
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return repr((sorted(arguments.items()), adapters, autocast)).encode()
-
-    def _random_state(self) -> list[Any]:
-        """What dropout, noise and batch statistics change."""
-        states = [torch.get_rng_state()]
-        for device in self._devices:
-            if device.type == "mps":
-                states.append(torch.mps.get_rng_state())
-            elif device.type not in ("cpu", "meta"):
-                states.append(torch.get_device_module(device).get_rng_state(device))
-        return [*states, *(buffer._version for buffer in self._buffers)]
-
-
-def _equal(states: list[Any], others: list[Any]) -> bool:
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(states, others, strict=True))
+        return repr((sorted(arguments.items()), *self._state.settings(inputs["input_ids"].device.type))).encode()
 
 
 def _hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:

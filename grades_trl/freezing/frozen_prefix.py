@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from grades_trl.freezing.activation_cache import ActivationCache
+from grades_trl.freezing.encoder_cache import EncoderCache
 from grades_trl.model.structure import base_path, find_heads, find_layers
 from grades_trl.model.towers import towers_of_modules
 
@@ -41,16 +42,19 @@ class FrozenPrefix:
         model (`nn.Module`): the model that trains.
         cache_bytes (`int`, *optional*, defaults to `0`): CPU memory for the outputs of the skipped language layers, to
             be reused when an example comes back, see `ActivationCache`; 0 is off.
+        encoder_cache_bytes (`int`, *optional*, defaults to `0`): CPU memory for the outputs of an encoder that is
+            skipped as a whole, to be reused when an image comes back, see `EncoderCache`; 0 is off.
 
     Attributes:
-        cache (`ActivationCache` or `None`): if there is one.
+        cache (`ActivationCache` or `None`), encoder_cache (`EncoderCache` or `None`): if there is one.
         compiled (`bool`): passes are compiled; to be set by whoever does that.
         skipped_layers (`dict[str, int]`): path of a list of layers in the base model -> number of its leading layers
             that the backward pass skips.
     """
 
-    def __init__(self, model: nn.Module, cache_bytes: int = 0):
+    def __init__(self, model: nn.Module, cache_bytes: int = 0, encoder_cache_bytes: int = 0):
         self.cache = ActivationCache(cache_bytes) if cache_bytes else None
+        self.encoder_cache = EncoderCache(encoder_cache_bytes) if encoder_cache_bytes else None
         self.compiled = False
         self.skipped_layers: dict[str, int] = {}
         self._model = model
@@ -103,9 +107,7 @@ class FrozenPrefix:
         self._trains = {path for path in self._units if any(p.requires_grad for p in self._parameters(path))}
         skipped: set[str] = set()
         skipped_layers: dict[str, int] = {}
-        free = self._layers_without_anything_trained_before(
-            set() if self.compiled else {id(p) for p in unreached}
-        )
+        free = self._layers_without_anything_trained_before(set() if self.compiled else {id(p) for p in unreached})
         for path, (stack, index) in self._layers.items():  # in the order of their index
             if path in free and skipped_layers.get(base_path(stack), 0) == index:
                 skipped_layers[base_path(stack)] = index + 1
@@ -118,6 +120,8 @@ class FrozenPrefix:
             self._replace_forward(path)
         if self.cache is not None:
             self._start_cache(self.cache)
+        if self.encoder_cache is not None:
+            self.encoder_cache.start(self._model, self._skipped_encoder())
         return True
 
     def _layers_without_anything_trained_before(self, unreached: set[int]) -> set[str]:
@@ -153,6 +157,20 @@ class FrozenPrefix:
         layer.forward = functools.partial(  # type: ignore[method-assign]
             _forward_without_backward, self, layer, path, self._forwards[path], requires_grad
         )
+
+    def _skipped_encoder(self) -> list[str]:
+        """The layers of the first encoder that is skipped as a whole."""
+        encoders: dict[str, list[str]] = {}
+        for path, (stack, _) in self._layers.items():
+            if self._towers[path] != "language":
+                encoders.setdefault(stack, []).append(path)
+        return next((layers for layers in encoders.values() if self._skipped.issuperset(layers)), [])
+
+    def forget_outputs(self) -> None:
+        """Empties the caches: weights that their outputs come from have other values."""
+        for cache in (self.cache, self.encoder_cache):
+            if cache is not None:
+                cache.clear()
 
     def _start_cache(self, cache: ActivationCache) -> None:
         cache.reset(self._model)
@@ -192,6 +210,7 @@ class FrozenPrefix:
         """Leaves the model as it was found. Calling it again does nothing."""
         self.end_pass()
         self._restore_forwards()
+        self.forget_outputs()
         for hook in self._hooks:
             hook.remove()
 
@@ -222,6 +241,8 @@ class FrozenPrefix:
             self._units[path].gradient_checkpointing = False  # type: ignore[assignment]
         if self.cache is not None and self._last_cached:
             self.cache.begin_pass(inputs)
+        if self.encoder_cache is not None:
+            self.encoder_cache.begin_pass(inputs)
 
     def record_call(self, path: str) -> None:
         if not self._in_pass:
@@ -239,8 +260,9 @@ class FrozenPrefix:
         for path in self._checkpointed:
             self._units[path].gradient_checkpointing = True  # type: ignore[assignment]
         self._checkpointed = []
-        if self.cache is not None:
-            self.cache.end_pass()
+        for cache in (self.cache, self.encoder_cache):
+            if cache is not None:
+                cache.end_pass()
 
     def run(self, path: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, bool]:
         """The output of a layer with our forward, and whether the backward pass skips the layer this time."""
@@ -252,6 +274,8 @@ class FrozenPrefix:
         )
         if trained or not self._in_pass:
             return forward(*args, **kwargs), False
+        if self.encoder_cache is not None and self.encoder_cache.handles(path):
+            return self.encoder_cache.run(path, forward, args, kwargs), True
         if cache is not None and cache.stores:
             first, last = self._layers[path][1] == 0, path == self._last_cached
             return cache.run_and_store(path, forward, args, kwargs, first=first, last=last), True

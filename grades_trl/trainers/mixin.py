@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from transformers import TrainerCallback
 from transformers.integrations.neftune import deactivate_neftune
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput, has_length
 
 from grades_trl.config import GradESConfig
 from grades_trl.distributed import refuse_several_devices
@@ -132,7 +134,8 @@ class GradESMixin(_Trainer):
         config, rows = self.grades_config, None
         if config.may_measure_heldout_loss and (config.needs_heldout_rows or self._has_heldout_rows()):
             config, rows = self._plan_heldout(config)
-        self.grades = GradES(self.model, config, self.state.max_steps, self.optimizer, rows)
+        cache_bytes = psutil.virtual_memory().available // 10 if self._rows_come_back() else 0
+        self.grades = GradES(self.model, config, self.state.max_steps, self.optimizer, rows, cache_bytes)
         self.grades.prefix.compiled = self.args.torch_compile
         self._heldout_rows = 0 if rows is None else len(rows.rows)
         self._heldout_step = 0
@@ -144,6 +147,12 @@ class GradESMixin(_Trainer):
                 'keep="last" with stopping="all_frozen" takes none.',
                 self.grades.average.host_bytes / 1e9,
             )
+
+    def _rows_come_back(self) -> bool:
+        """Whether the run has more than one epoch."""
+        rows = len(self.train_dataset) if has_length(self.train_dataset) else math.inf
+        per_step = self._train_batch_size * self.args.gradient_accumulation_steps
+        return self.state.max_steps * per_step > rows
 
     def _has_heldout_rows(self) -> bool:
         dataset = self.eval_dataset
