@@ -5,12 +5,12 @@ import json
 import random
 import statistics
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
+from toy_runs import Run
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -26,45 +26,6 @@ def now(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
-
-
-class Run:
-    """Drives a clock as the Trainer does, without one."""
-
-    def __init__(self, now, clock=None, step=0, **args):
-        self.now, self.clock = now, clock or RunClock()
-        defaults = {"eval_strategy": "no", "eval_on_start": False, "eval_delay": 0, "device": torch.device("cpu")}
-        self.args = SimpleNamespace(**(defaults | args))
-        self.state = SimpleNamespace(global_step=step, max_steps=100, eval_steps=10, num_train_epochs=1)
-        self.control = SimpleNamespace(should_evaluate=False, should_save=False, should_training_stop=False)
-        self.event("on_train_begin")
-
-    def event(self, name, **kwargs):
-        getattr(self.clock, name)(self.args, self.state, self.control, **kwargs)
-
-    def step(self, seconds, overhead=0.0, freeze=False):
-        self.now[0] += seconds
-        if overhead:
-            self.clock.add_overhead(overhead)
-        if freeze:
-            self.clock.note_freeze(self.state.global_step + 1)
-        self.state.global_step += 1
-        self.event("on_step_end")
-
-    def steps(self, count, seconds, **kwargs):
-        for _ in range(count):
-            self.step(seconds, **kwargs)
-
-    def evaluate(self, seconds, loss=1.0, prefix="eval"):
-        self.now[0] += seconds
-        self.event("on_evaluate", metrics={f"{prefix}_loss": loss, f"{prefix}_runtime": seconds})
-
-    def save(self, seconds):
-        self.now[0] += seconds
-        self.event("on_save")
-
-    def end(self):
-        self.event("on_train_end")
 
 
 # ---- one clock, with a real trainer ----
@@ -274,8 +235,12 @@ def test_on_an_accelerator_nothing_is_charged_for_what_runs_late(now, monkeypatc
             run.evaluate(0.125)
             device.launch(30.0)
             run.save(0.125)
+    with run.clock.overhead():
+        device.launch(4.0)
     run.end()
-    assert run.clock.seconds == Seconds(total=215.0, training=45.0, validation=100.0, saving=60.0, grades=10.0)
+    with run.clock.overhead():
+        device.launch(3.0)
+    assert run.clock.seconds == Seconds(total=222.0, training=45.0, validation=100.0, saving=60.0, grades=17.0)
     assert run.clock.recent_step_seconds() == 2.75 and run.clock.baseline_step_seconds() == 2.25
     assert run.clock.peak_memory_mib == 3.0
 
@@ -299,13 +264,27 @@ def test_parts_add_up_to_the_total_at_any_moment(now):
 # ---- medians of steps ----
 
 
-def test_the_baseline_is_the_last_steps_before_the_first_freeze_without_the_warm_up(now):
+def test_the_first_steps_after_a_start_are_no_baseline(now):
     run = Run(now)
-    run.steps(timing.WARM_UP_STEPS, 100.0)
-    run.steps(4, 2.0)
+    run.steps(timing.WARM_UP_STEPS, 2.25)
+    for seconds in (1.875, 1.9375, 2.0, 2.0625):
+        run.step(seconds)
     assert run.clock.baseline_step_seconds() is None  # too few
-    run.step(2.0)
+    run.step(2.125)
     assert run.clock.baseline_step_seconds() == 2.0
+
+    clock = RunClock()
+    clock.load_state_dict(run.clock.state_dict())
+    resumed = Run(now, clock, step=8)
+    resumed.steps(timing.WARM_UP_STEPS, 2.25)
+    assert clock.baseline_step_seconds() == 2.0
+    resumed.step(2.25)
+    assert clock.baseline_step_seconds() == (2.0 + 2.0625) / 2
+
+
+def test_the_baseline_is_the_last_steps_before_the_first_freeze(now):
+    run = Run(now)
+    run.steps(10, 2.0)
     run.steps(300, 3.0)
     run.step(3.0, freeze=True)
     run.steps(300, 1.0)
@@ -360,8 +339,7 @@ def test_a_reported_speedup_is_right(now, noise):
     assert measured == pytest.approx([1.09] * len(measured)) or noise > 0
 
 
-@pytest.mark.parametrize("stall", [0, 20])
-def test_a_noisy_run_is_not_measurable(now, stall):
+def test_a_noisy_run_is_not_measurable(now):
     """A busy machine slows down for a while: neighbouring steps agree, windows do not."""
     run = Run(now)
     for i in range(40):
@@ -420,15 +398,15 @@ def test_speedup_in_its_parts(now):
     run.end()
     now[0] += 5.0
     run.clock.add_overhead(5.0)
-    parts = speedup(run.clock, 100)
+    parts = speedup(run.clock, 120)
     # Windows of 25 at their medians, without GradES: 25 x 2, 25 x 1; and all of GradES.
     took = 50 + 25 + 21 * 0.5 + 29 * 0.25 + 5
     assert run.clock.typical_seconds() == took
     assert parts.cheaper_steps == Saving(50 * 2 / took, 50 * 2 - took)
-    assert parts.steps_not_run == StepsNotRun(100 / 50, 2.0 * 50, 50)
+    assert parts.steps_not_run == StepsNotRun(120 / 50, 2.0 * 70, 70)
     assert parts.validation_not_run == ValidationNotRun(10 - 3, 7 * 6.0)
     assert parts.against_same_length == 50 * 2 / took
-    assert parts.against_full_schedule == (100 * 2 + 10 * 6) / (took + 3 * 6)
+    assert parts.against_full_schedule == (120 * 2 + 10 * 6) / (took + 3 * 6)
 
 
 def test_speedup_of_a_run_too_short_to_tell(now):
@@ -492,14 +470,28 @@ def test_a_resumed_clock_goes_on_as_the_straight_one(now, loaded_before_training
     assert speedup(clock, 100) == speedup(straight.clock, 100)
 
 
+def test_a_clock_that_was_interrupted_can_be_resumed(now):
+    """Ctrl-C in a notebook, then `trainer.train(resume_from_checkpoint=True)`: nobody told the clock of an end."""
+    run = Run(now)
+    run.steps(10, 2.0)
+    state = run.clock.state_dict()
+    run.steps(5, 2.0)
+    run.clock.load_state_dict(state)
+    resumed = Run(now, run.clock, step=10)
+    resumed.steps(10, 2.0)
+    resumed.end()
+    assert run.clock.seconds == Seconds(40.0, 40.0, 0.0, 0.0, 0.0) and run.clock.steps == 20
+
+
 def test_a_second_training_starts_anew(now):
     run = Run(now)
     run.steps(20, 2.0)
     run.end()
     again = Run(now, run.clock)
-    again.steps(3, 1.0)
+    again.steps(timing.WARM_UP_STEPS + timing.MIN_STEPS - 1, 1.0)
     again.end()
-    assert run.clock.seconds == Seconds(3.0, 3.0, 0.0, 0.0, 0.0)
+    assert run.clock.seconds == Seconds(7.0, 7.0, 0.0, 0.0, 0.0)
+    assert run.clock.baseline_step_seconds() is None
 
 
 # ---- planned evaluations ----

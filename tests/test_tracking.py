@@ -7,8 +7,7 @@ import pytest
 import wandb
 from matplotlib.image import imread
 from PIL import Image
-from test_timing import Run
-from toy_runs import ENVIRONMENT, freeze, toy_matrices
+from toy_runs import ENVIRONMENT, Run, freeze, toy_matrices
 
 from grades_trl.report import run_report, tracking
 from grades_trl.report.run_report import RunReport
@@ -17,6 +16,21 @@ from grades_trl.report.tracking import Tracker
 from wandb_reader import read_run
 
 VARIABLES = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR")
+
+
+def make_report(directory, matrices, clock, tracker):
+    return RunReport(
+        directory,
+        matrices,
+        100,
+        metric="grad_change",
+        settings={"tau": "auto", "alpha": 0.5},
+        grace_steps=0,
+        environment=ENVIRONMENT,
+        clock=clock,
+        checkpointing=False,
+        tracker=tracker,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -32,28 +46,17 @@ def recorded(tmp_path_factory):
         draw = run_report.figure.draw
 
         def slow_draw(history):
-            now[0] += 100.0
+            now[0] += 0.125
             return draw(history)
 
         patch.setattr(run_report.figure, "draw", slow_draw)
         run = Run(now)
-        report = RunReport(
-            directory / "grades",
-            matrices,
-            100,
-            metric="grad_change",
-            settings={"tau": "auto", "alpha": 0.5},
-            grace_steps=0,
-            environment=ENVIRONMENT,
-            clock=run.clock,
-            checkpointing=False,
-            tracker=tracker,
-        )
+        report = make_report(directory / "grades", matrices, run.clock, tracker)
         names = iter(matrices)
         for step in range(1, 21):  # 2 % of the matrices in each
             events = [freeze(matrices, next(names), step) for _ in range(2)]
             report.record(step, events, {}, {})
-            run.step(1.0)
+            run.step(10.0 if step < 13 else 0.25)
         run.end()
         seconds = run.clock.seconds
         summary = report.summarize(Outcome({}, "schedule finished", "last", 20))
@@ -85,9 +88,25 @@ def test_a_figure_for_every_twentieth_of_the_model_and_at_the_end(recorded):
 
 
 def test_drawing_counts_as_what_grades_takes(recorded):
-    """Six figures of 100 seconds while it trained."""
+    """Six figures while it trained."""
     seconds = recorded[2]
-    assert (seconds.total, seconds.training, seconds.grades) == (620.0, 20.0, 600.0)
+    assert (seconds.total, seconds.training, seconds.grades) == (122.75, 122.0, 0.75)
+
+
+def test_figures_take_no_more_than_their_share_of_a_run(tmp_path, monkeypatch):
+    now, drawn, matrices = [0.0], [], toy_matrices(layers=50)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(wandb, "run", object())
+    monkeypatch.setattr(Tracker, "log_settings", lambda self, settings: None)
+    monkeypatch.setattr(Tracker, "log_figure", lambda self, png, step: drawn.append(step))
+    monkeypatch.setattr(run_report.figure, "render", lambda figure: now.__setitem__(0, now[0] + 0.5))
+    run = Run(now)
+    report = make_report(tmp_path, matrices, run.clock, Tracker(["wandb"]))
+    for step, name in enumerate(matrices, 1):
+        report.record(step, [freeze(matrices, name, step)], {}, {})
+        run.step(1.0)
+    # The first one when 5 % have frozen; then when 0.5 s are 2 % of what has passed (25 s), 1 s, and so on.
+    assert drawn == [5, 26, 50, 75, 99]
 
 
 def test_the_table_of_matrices_is_there_once(recorded):
@@ -98,7 +117,7 @@ def test_the_table_of_matrices_is_there_once(recorded):
 
 def test_the_summary_is_that_of_the_file(recorded):
     found = read_run(recorded[1])["summary"]
-    assert found["grades/seconds"]["grades"] == 600.0
+    assert found["grades/seconds"]["grades"] == 0.75
     assert found["grades/results"] == {"final/test_loss": 1.5} and found["final/test_loss"] == 1.5
     assert found["grades/matrices"]["_type"] == "table-file"
 

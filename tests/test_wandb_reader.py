@@ -28,7 +28,7 @@ def run_directory(tmp_path_factory):
         run.config.update({"late": "value"})
         pixels = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
         table = wandb.Table(columns=["matrix", "step"], data=[["a", 3], ["b", None]])
-        run.log({"picture": wandb.Image(pixels, caption="caption"), "events": table})
+        run.log({"image": wandb.Image(pixels, caption="caption"), "events": table})
         run.log({"large": "x" * 100_000})
         run.log({"after": 1})
         run.summary["grades"] = {"stop_reason": "all matrices frozen", "steps": 5}
@@ -64,14 +64,14 @@ def test_a_record_over_several_blocks(run_directory):
     assert history[7]["after"] == 1
 
 
-def test_picture_and_table(run_directory):
+def test_image_and_table(run_directory):
     run = read_run(run_directory)
-    picture, table = run["history"][5]["picture"], run["history"][5]["events"]
-    assert picture["_type"] == "image-file" and picture["caption"] == "caption"
-    assert (picture["width"], picture["height"]) == (6, 8)
-    assert picture["path"] in run["files"] and table["path"] in run["files"]
-    assert run["summary"]["picture"]["path"] == picture["path"]
-    pixels = np.asarray(Image.open(run_directory / "files" / picture["path"]).convert("RGB"))
+    image, table = run["history"][5]["image"], run["history"][5]["events"]
+    assert image["_type"] == "image-file" and image["caption"] == "caption"
+    assert (image["width"], image["height"]) == (6, 8)
+    assert image["path"] in run["files"] and table["path"] in run["files"]
+    assert run["summary"]["image"]["path"] == image["path"]
+    pixels = np.asarray(Image.open(run_directory / "files" / image["path"]).convert("RGB"))
     assert np.array_equal(pixels, np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3))
     assert table["_type"] == "table-file" and (table["ncols"], table["nrows"]) == (2, 2)
     content = json.loads((run_directory / "files" / table["path"]).read_text())

@@ -1,4 +1,6 @@
-"""Matrices, events and summaries of toy runs, for the tests of the report."""
+"""Toy runs for the tests of the report: their matrices, events, clocks and summaries."""
+
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from grades_trl.events import FreezeEvent
 from grades_trl.model.matrices import WeightMatrix
 from grades_trl.report.environment import Environment
 from grades_trl.report.summary import Flops, Heldout, Overhead, RunSummary, SkippedLayers, TowerCount
-from grades_trl.report.timing import Saving, Seconds, Speedup, StepsNotRun, ValidationNotRun
+from grades_trl.report.timing import RunClock, Saving, Seconds, Speedup, StepsNotRun, ValidationNotRun
 
 ENVIRONMENT = Environment("toy", "CPU, toy", {"torch": "2.13"})
 
@@ -58,3 +60,42 @@ def summary(**changes):
         "results": {"final/test_loss": 1.5},
     }
     return RunSummary(**(facts | changes))
+
+
+class Run:
+    """Drives a clock as the Trainer does, without one."""
+
+    def __init__(self, now, clock=None, step=0, **args):
+        self.now, self.clock = now, clock or RunClock()
+        defaults = {"eval_strategy": "no", "eval_on_start": False, "eval_delay": 0, "device": torch.device("cpu")}
+        self.args = SimpleNamespace(**(defaults | args))
+        self.state = SimpleNamespace(global_step=step, max_steps=100, eval_steps=10, num_train_epochs=1)
+        self.control = SimpleNamespace(should_evaluate=False, should_save=False, should_training_stop=False)
+        self.event("on_train_begin")
+
+    def event(self, name, **kwargs):
+        getattr(self.clock, name)(self.args, self.state, self.control, **kwargs)
+
+    def step(self, seconds, overhead=0.0, freeze=False):
+        self.now[0] += seconds
+        if overhead:
+            self.clock.add_overhead(overhead)
+        if freeze:
+            self.clock.note_freeze(self.state.global_step + 1)
+        self.state.global_step += 1
+        self.event("on_step_end")
+
+    def steps(self, count, seconds, **kwargs):
+        for _ in range(count):
+            self.step(seconds, **kwargs)
+
+    def evaluate(self, seconds, loss=1.0, prefix="eval"):
+        self.now[0] += seconds
+        self.event("on_evaluate", metrics={f"{prefix}_loss": loss, f"{prefix}_runtime": seconds})
+
+    def save(self, seconds):
+        self.now[0] += seconds
+        self.event("on_save")
+
+    def end(self):
+        self.event("on_train_end")

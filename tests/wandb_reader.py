@@ -74,7 +74,7 @@ def read_run(path: str | Path) -> dict:
         `dict`: `"config"` (`dict`) and `"summary"` (`dict`), as they were at the end and without W&B's own `_wandb`
         entry; `"history"` (`list[dict]`), one per step, with `_step`, `_runtime` and `_timestamp`; `"files"`
         (`list[str]`), relative to the run's `files` directory; `"artifacts"` (`dict[str, dict]`), name to
-        `{"type": str, "files": list[str]}`. A logged picture is a dict with `"_type": "image-file"` and `"path"`, its
+        `{"type": str, "files": list[str]}`. A logged image is a dict with `"_type": "image-file"` and `"path"`, its
         place under `files`, in history and summary alike; a logged Table one with `"_type": "table-file"`, `"path"`,
         `"ncols"` and `"nrows"`, and also an artifact `run-<id>-<key>`.
 

@@ -150,6 +150,7 @@ class TokenCounter:
     def __init__(self) -> None:
         self.batches = 0
         self.experts_per_token: float | None = None
+        self._config: Any = None
         self._sums: dict[str, float | Tensor] = {}  # tensors stay on the device until somebody asks
         self._examples: float | Tensor = 0
 
@@ -161,7 +162,8 @@ class TokenCounter:
             config: the model's; a plain module's is `None`.
         """
         self.batches += 1
-        self.experts_per_token = experts_per_token(config)
+        if config is not self._config:  # the same one in every batch
+            self._config, self.experts_per_token = config, experts_per_token(config)
         ids = _language_inputs(inputs)
         for tower, count in _tokens_of_batch(inputs, ids, config).items():
             self._sums[tower] = self._sums.get(tower, 0) + count

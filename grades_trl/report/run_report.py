@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from grades_trl.report.summary import (
 from grades_trl.report.timing import RunClock, Speedup, speedup
 from grades_trl.report.tracking import Tracker
 
-# Freezes come in clusters: W&B gets a new figure when that much more of the model has frozen.
-FIGURE_EVERY = 0.05
+# Freezes come in clusters: W&B gets a new figure when that much more of the model has frozen, as long as figures have
+# taken no more than that fraction of the run. Drawing one takes half a second.
+FIGURE_EVERY, FIGURE_COST = 0.05, 0.02
 
 
 class RunReport:
@@ -81,7 +83,7 @@ class RunReport:
         self._heldout_loss: float | None = None  # since the last log
         self._heldout_measurements = 0
         self._heldout_examples = 0  # of all measurements
-        self._share_in_figure = 0.0
+        self._share_in_figure, self._figure_seconds = 0.0, 0.0
         self._in_wandb = False
         self._tracker.log_settings(settings)
 
@@ -130,10 +132,12 @@ class RunReport:
             self._states.append({"step": step, "frozen": len(self._frozen), "layers": dict(skipped_layers)})
             self.clock.note_freeze(step)
         share = len(self._frozen) / len(self._matrices)
-        if events and self._tracker.is_on and (share - self._share_in_figure >= FIGURE_EVERY or share == 1.0):
+        if self._tracker.is_on and share - self._share_in_figure >= FIGURE_EVERY and self._may_draw():
+            start = time.perf_counter()
             with self.clock.overhead():
-                self._share_in_figure = share
                 self._tracker.log_figure(figure.render(figure.draw(self._history)), step)
+            self._share_in_figure = share
+            self._figure_seconds += time.perf_counter() - start
 
     def record_heldout(self, step: int, loss: float, examples: int) -> None:
         """Takes in one held-out measurement.
@@ -277,6 +281,7 @@ class RunReport:
             "heldout_measurements": self._heldout_measurements,
             "heldout_examples": self._heldout_examples,
             "share_in_figure": self._share_in_figure,
+            "figure_seconds": self._figure_seconds,
             "measurements": self._history.measurements,
         }
 
@@ -287,7 +292,7 @@ class RunReport:
         self._unlogged, self._heldout_loss = dict(state["unlogged"]), state["heldout_loss"]
         self._heldout_measurements = state["heldout_measurements"]
         self._heldout_examples = state["heldout_examples"]
-        self._share_in_figure = state["share_in_figure"]
+        self._share_in_figure, self._figure_seconds = state["share_in_figure"], state["figure_seconds"]
         self._history.measurements = state["measurements"]
 
     # ---- inside ----
@@ -299,6 +304,9 @@ class RunReport:
     @property
     def _tracked_parameters(self) -> int:
         return sum(matrix.params for matrix in self._matrices.values())
+
+    def _may_draw(self) -> bool:
+        return self._figure_seconds <= FIGURE_COST * self.clock.seconds.total
 
     def _towers(self, frozen: set[str]) -> dict[str, TowerCount]:
         towers: dict[str, list[bool]] = {}

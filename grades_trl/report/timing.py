@@ -113,13 +113,14 @@ class RunClock(TrainerCallback):
     # ---- the moments of a run ----
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        if not self._resumed:
+        if not self._resumed or state.global_step == 0:
             self._state = _State(planned_evaluations=plan_evaluations(args, state, train_dataloader))
         elif args.eval_on_start and self._state.planned_evaluations is not None:
             repeated = state.global_step in {entry["step"] for entry in self._state.evaluations}
             self._state.planned_evaluations += not repeated
         self._resumed, self._running, self.data_ended = False, True, False
         self._warm_up = WARM_UP_STEPS
+        self._events.clear()
         self._device = args.device
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -129,28 +130,25 @@ class RunClock(TrainerCallback):
         self._epoch_steps = 0
 
     def on_step_end(self, args, state, control, **kwargs):
-        now = self._state
-        now.step += self._advance(_something_follows(control))
-        for begin, end in self._events:
-            end.synchronize()  # a later transfer of the same step has waited for it in most cases
-            self._add(begin.elapsed_time(end) / 1e3)
-        self._events.clear()
-        seconds, overhead = now.step, now.step_overhead
-        now.step = now.step_overhead = 0.0
-        now.steps += 1
+        run = self._state
+        run.step += self._advance(_something_follows(control))
+        self._read_events()
+        seconds, overhead = run.step, run.step_overhead
+        run.step = run.step_overhead = 0.0
+        run.steps += 1
         self._epoch_steps += 1
 
-        now.window.append(seconds - overhead)
-        if len(now.window) == WINDOW:
-            now.typical += WINDOW * statistics.median(now.window)
-            now.window = []
-        now.overheads = [*now.overheads, overhead][-WINDOW:]
-        if now.last_freeze is None and self._warm_up == 0:
-            now.baseline = [*now.baseline, seconds - overhead][-BASELINE_WINDOW:]
+        run.window.append(seconds - overhead)
+        if len(run.window) == WINDOW:
+            run.typical += WINDOW * statistics.median(run.window)
+            run.window = []
+        run.overheads = [*run.overheads, overhead][-WINDOW:]
+        if run.last_freeze is None and self._warm_up == 0:
+            run.baseline = [*run.baseline, seconds - overhead][-BASELINE_WINDOW:]
         self._warm_up = max(0, self._warm_up - 1)
-        now.last_step = state.global_step
-        alike = WINDOW if now.last_freeze in (None, now.last_step) else now.last_step - now.last_freeze
-        now.recent = [*now.recent, seconds][-min(WINDOW, alike) :]
+        run.last_step = state.global_step
+        alike = WINDOW if run.last_freeze in (None, run.last_step) else run.last_step - run.last_freeze
+        run.recent = [*run.recent, seconds][-min(WINDOW, alike) :]
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._state.step += self._advance(_something_follows(control))
@@ -180,6 +178,7 @@ class RunClock(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._state.step += self._advance(synchronise=True)
+        self._read_events()
         self.data_ended = self.data_ended or not control.should_training_stop
         self._state.peak_memory_mib = self.peak_memory_mib
         self._running = False
@@ -237,9 +236,9 @@ class RunClock(TrainerCallback):
         """Where they went, up to now or to the end of training."""
         if self._running:
             self._state.step += self._advance()
-        now = self._state
-        training = now.total - now.validation - now.saving - now.grades
-        return Seconds(now.total, training, now.validation, now.saving, now.grades)
+        run = self._state
+        training = run.total - run.validation - run.saving - run.grades
+        return Seconds(run.total, training, run.validation, run.saving, run.grades)
 
     @property
     def evaluations(self) -> list[Evaluation]:
@@ -281,18 +280,18 @@ class RunClock(TrainerCallback):
     def step_speedup(self) -> float | None:
         """Seconds of a step before anything froze, over those of a step since the last freeze, GradES's own included;
         `None` without enough steps, or if they vary too much to say."""
-        now = self._state
-        just_froze = now.last_freeze is not None and now.last_freeze >= now.last_step
-        if just_froze or not _is_measurable(now.baseline, now.recent):
+        run = self._state
+        just_froze = run.last_freeze is not None and run.last_freeze >= run.last_step
+        if just_froze or not _is_measurable(run.baseline, run.recent):
             return None
-        return statistics.median(now.baseline) / statistics.median(now.recent)
+        return statistics.median(run.baseline) / statistics.median(run.recent)
 
     def typical_seconds(self) -> float:
         """Seconds of all steps, each window of them counted at its median so that one stall does not pass for a cost,
         and of all that GradES took."""
-        now = self._state
-        rest = len(now.window) * statistics.median(now.window) if now.window else 0.0
-        return now.typical + rest + now.grades
+        run = self._state
+        rest = len(run.window) * statistics.median(run.window) if run.window else 0.0
+        return run.typical + rest + run.grades
 
     # ---- resuming ----
 
@@ -303,7 +302,7 @@ class RunClock(TrainerCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where the clock of a checkpoint was. May come before `on_train_begin` or after."""
         self._state = _State(**state)
-        self._resumed = not self._running
+        self._resumed = True
 
     # ---- inside ----
 
@@ -319,6 +318,12 @@ class RunClock(TrainerCallback):
         passed, self._mark = now - self._mark, now
         self._state.total += passed
         return passed
+
+    def _read_events(self) -> None:
+        for begin, end in self._events:
+            end.synchronize()  # in most steps, a later transfer has waited for it already
+            self._add(begin.elapsed_time(end) / 1e3)
+        self._events.clear()
 
     def _add(self, seconds: float) -> None:
         self._state.grades += seconds
