@@ -101,10 +101,10 @@ def gradients(model, **inputs):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def backward(model, ids=IDS):
+def backward(model, ids=IDS, **inputs):
     """Matmuls in backward, recomputation included, and all gradients."""
     model.zero_grad()
-    loss = model(input_ids=ids, labels=ids).loss
+    loss = model(input_ids=ids, labels=ids, **inputs).loss
     with CountMatmuls() as counter:
         loss.backward()
     return counter.count, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -353,15 +353,16 @@ def test_recomputation_in_the_backward_pass_is_no_second_call(reentrant):
 
 def test_a_layer_that_is_called_by_itself_has_its_gradients():
     """As probes and custom losses do it, outside a pass of the model."""
-    model = lora(3).train()
-    layers(model)[0].requires_grad_(False)
+    model = qwen3(tie_word_embeddings=False).train().requires_grad_(False)
+    model.lm_head.requires_grad_(True)
     prefix = FrozenPrefix(model)
     backward(model)
     assert prefix.update()
-    base = model.base_model.model.model
+    assert prefix.skipped_layers == {"model.layers": 2}
+    backward(model)
     hidden = torch.randn(1, 4, 32, requires_grad=True)
-    positions = base.rotary_emb(hidden, torch.arange(4).view(1, 4))
-    base.layers[0](hidden, position_embeddings=positions).sum().backward()
+    positions = model.model.rotary_emb(hidden, torch.arange(4).view(1, 4))
+    model.model.layers[0](hidden, position_embeddings=positions).sum().backward()
     assert hidden.grad is not None
 
 
@@ -369,31 +370,31 @@ def test_a_layer_that_is_called_by_itself_has_its_gradients():
 def test_compiled_passes_have_the_graphs_of_the_baseline_and_one_more_per_freeze(reentrant):
     """The first pass is run eagerly, to see the order of calls."""
     torch.compiler.reset()
-    graphs = {}
+    runs = {}
     for with_prefix in (False, True):
         model = checkpoint(qwen3(), reentrant)
         model.model.embed_tokens.requires_grad_(False)
         counter = CompileCounterWithBackend("eager")
         compiled = torch.compile(model, backend=counter)
-        inputs = {"input_ids": IDS, "labels": IDS, "use_cache": False}
-        counts, found = [], []
         prefix = FrozenPrefix(model) if with_prefix else None
         with torch.compiler.set_stance("force_eager"):
-            gradients(compiled, **inputs)
+            backward(compiled, use_cache=False)
+        runs[with_prefix] = []
         for frozen in (0, 1):
             model.model.layers[:frozen].requires_grad_(False)
             if prefix is not None:
                 assert prefix.update() == (frozen > 0)
             for _ in range(2):
-                found.append(gradients(compiled, **inputs))
-                counts.append(counter.frame_count)
-        graphs[with_prefix] = counts, found
-    (baseline, expected), (counts, found) = graphs[False], graphs[True]
-    assert counts == baseline
+                matmuls, found = backward(compiled, use_cache=False)
+                runs[with_prefix].append((counter.frame_count, matmuls, found))
+    graphs, matmuls, found = zip(*runs[True], strict=True)
+    baseline, all_matmuls, expected = zip(*runs[False], strict=True)
+    assert graphs == baseline
     first = baseline[0]  # more than one with checkpointing: the hook on the embeddings breaks the graph
-    assert baseline == [first, first, first + 1, first + 1]
-    assert prefix.skipped_layers == {"model.layers": 1}
+    assert baseline == (first, first, first + 1, first + 1)
     assert all(same(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert prefix.skipped_layers == {"model.layers": 1}
+    assert (matmuls[-1] < all_matmuls[-1]) == (reentrant is not None)  # otherwise no gradient reaches the first layer
 
 
 @CHECKPOINTING

@@ -74,7 +74,7 @@ class FrozenPrefix:
         self._skipped: set[str] = set()  # layers with our forward
         self._forwards: dict[str, Any] = {}  # the forward that such a layer had of its own, or None
         self._last_cached = ""  # the layer whose output the cache keeps; empty while the cache is unused
-        self._orders: set[tuple[str, ...]] = set()  # all different sequences of calls seen in a pass
+        self._orders: dict[tuple[str, ...], None] = {}  # all different sequences of calls seen in a pass
         self._called: set[str] = set()
 
         self._in_pass = False
@@ -255,7 +255,7 @@ class FrozenPrefix:
         if not self._in_pass:
             return
         self._in_pass = False
-        self._orders.add(tuple(self._order))
+        self._orders[tuple(self._order)] = None
         self._called.update(self._order)
         for path in self._checkpointed:
             self._units[path].gradient_checkpointing = True  # type: ignore[assignment]

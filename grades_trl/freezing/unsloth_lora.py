@@ -16,24 +16,24 @@ def skip_frozen_pairs(model: nn.Module) -> int:
     """
     Makes Unsloth's fused LoRA layers compute gradients only for pairs that still train.
 
-    The fused attention and MLP of a model from `FastLanguageModel.get_peft_model` calculate `lora_A` and `lora_B`
-    gradients of all their projections at once, frozen or not. After this call, what `requires_grad` says in each
-    forward pass decides; a frozen pair costs 3 matmuls less (4 on `down_proj`), and an input that needs no gradient
-    (above a cut prefix) gets none. As long as everything trains, Unsloth's own backward runs, bit for bit. Layers with
-    LoRA biases or FP8 weights, and layers that Unsloth leaves to PEFT, stay as they are (PEFT's autograd skips frozen
-    pairs anyway).
+    The fused attention and MLP of a model from `FastLanguageModel.get_peft_model` calculate the `lora_A` and `lora_B`
+    gradients of all their projections at once, frozen or not. After this call, `requires_grad` decides in each forward
+    pass. A frozen pair costs 3 matmuls less (4 on `down_proj`), and an input that needs no gradient (above a frozen
+    prefix) gets none. As long as everything trains, Unsloth's own backward runs, bit for bit. Layers with LoRA biases
+    or FP8 weights, and layers that Unsloth leaves to PEFT, stay as they are (PEFT's autograd skips frozen pairs
+    anyway).
 
-    The three autograd Functions are replaced in Unsloth's module, hence for all models of the process; calling this
+    The three autograd Functions are replaced in Unsloth's module, hence for all models of the process. Calling this
     again, for the same model or another one, does no harm. It never imports Unsloth.
 
-    Unsloth's block compile (a GPU and torch >= 2.11; `UNSLOTH_BLOCK_COMPILE=0` turns it off) prunes frozen gradients
-    from its graphs with or without this. It compiles a block again when its set of frozen pairs is one that no block
-    had before. A pair freezes once, so one block changes at most 7 times, and n blocks cause at most `min(7 * n, 127)`
-    compilations (twice that if blocks with and without an input gradient share patterns). From torch 2.13 on, Unsloth
-    allows 32 graphs for all blocks of a model together, those of the first step included, and more if
+    Unsloth compiles each decoder layer (on a GPU with torch >= 2.11; `UNSLOTH_BLOCK_COMPILE=0` turns that off). Its
+    graphs have no frozen gradients, with or without this. A layer is compiled again when its set of frozen pairs is
+    one that no layer had before. A pair freezes once, so one layer changes at most 7 times, and n layers cause at most
+    `min(7 * n, 127)` compilations (twice that if layers with and without an input gradient share patterns). From torch
+    2.13 on, Unsloth allows 32 graphs for all layers of a model together, those of the first step included, and more if
     `UNSLOTH_BLOCK_COMPILE_RECOMPILE_LIMIT` says so; with older versions it allows 1024. Past the limit, new patterns
-    run uncompiled, and then it is these Functions that skip. Pairs of a block that freeze in the same step share a
-    compilation, so a longer `GradESConfig.interval` means fewer of them.
+    run uncompiled, and then these Functions skip the frozen pairs. Pairs of a layer that freeze in the same step share
+    a compilation, so measuring less often means fewer of them.
 
     Args:
         model (`nn.Module`): any model, PEFT-wrapped or not.
