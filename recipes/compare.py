@@ -1,11 +1,11 @@
-"""Compare GradES with what else saves training time: every arm and seed is a run of its own, of the recipe itself.
+"""Compare GradES with what else saves training time: every variant and seed is a run of its own, of the recipe itself.
 
   python recipes/compare.py --recipe sft_text --config configs/demo_text.yaml --seeds 0 1 2
-  python recipes/compare.py --recipe sft_vlm --config configs/demo_vlm.yaml --arms plain grades --learning_rate 1e-3
+  python recipes/compare.py --recipe sft_vlm --config configs/demo_vlm.yaml --variants baseline grades
 
-All other flags go to the recipe. What is there already is not run again: start the same command anew after an
-interruption, or with more seeds or arms. A run whose flags or config file have changed is repeated; after a change of
-the code or of the data, delete the folders of the runs.
+All other flags go to the recipe. To resume after an interruption, or to add seeds or variants, run the same command
+again: what is there is not run again. A run whose flags or config file have changed is repeated. After a change of the
+code or of the data, delete the folders of the runs.
 
 """
 
@@ -16,15 +16,27 @@ import shutil
 import subprocess
 import sys
 import threading
+import uuid
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from grades_trl.recipe.comparison import ARMS, Cell, draw, markdown, replayed, summarize
+import yaml
+
+from grades_trl.config import CRITERION_SETTINGS, HELDOUT_SETTINGS
+from grades_trl.recipe.comparison import RUN_ID, VARIANTS, Run, draw, markdown, reordered, summarize
+from grades_trl.report.strict_json import write_json
 
 RECIPES = Path(__file__).parent
-DEFAULT_ARMS = ["plain", "shortened", "early_stopping", "grades", "random", "paper"]
-NEED_GRADES = ("shortened", "random", "bottom_up")  # they are made from the GradES run of the same seed
+DEFAULT_VARIANTS = ["baseline", "baseline_matched_steps", "early_stopping", "grades", "random_order", "paper"]
+FROM_GRADES = ("baseline_matched_steps", "random_order", "bottom_up")  # made from the GradES run of the same seed
+# Variants with a metric of their own: these settings are not taken from the flags and the config file.
+SCHEDULED = ("random_order", "bottom_up")
+REPLACED = {
+    **dict.fromkeys(SCHEDULED, ("metric", *CRITERION_SETTINGS)),
+    "paper": ("metric", *CRITERION_SETTINGS, "stopping", "keep", *HELDOUT_SETTINGS),
+}
 LAST_LINES = 20  # of the log of a run that failed
 
 
@@ -34,48 +46,48 @@ def main() -> None:
     os.environ["WANDB_RUN_GROUP"] = output_dir.name
     failed = threading.Event()
 
-    def run_seed(seed: int) -> list[Cell]:
-        cells: dict[str, Cell] = {}
-        for arm in (arm for arm in ARMS if arm in args.arms):
+    def run_seed(seed: int) -> list[Run]:
+        runs: dict[str, Run] = {}
+        for variant in (variant for variant in VARIANTS if variant in args.variants):
             if failed.is_set():
                 break
             try:
-                cells[arm] = run_cell(args, recipe_flags, arm, seed, cells.get("grades"))
+                runs[variant] = run_variant(args, recipe_flags, variant, seed, runs.get("grades"))
             except BaseException:
-                failed.set()  # the other seeds end after the run they are at
+                failed.set()  # the other seeds end after their current run
                 raise
-        return list(cells.values())
+        return list(runs.values())
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        cells = [cell for of_seed in pool.map(run_seed, args.seeds) for cell in of_seed]
+        try:
+            runs = [run for of_seed in pool.map(run_seed, args.seeds) for run in of_seed]
+        except KeyboardInterrupt:  # at once, without waiting for the runs: they end with this process
+            os._exit(130)
 
-    summary = summarize(cells)
-    first = next(cell for cell in cells if "skipped" not in cell)
+    summary = summarize(runs)
     record = {
         "recipe": args.recipe,
         "config": args.config,
         "flags": recipe_flags,
         "jobs": args.jobs,
-        "device": first["device"],
-        "versions": first["versions"],
+        "environment": next((run["environment"] for run in runs if "environment" in run), None),
         "commit": commit(),
         **summary,
-        "cells": [
-            {key: value for key, value in cell.items() if key not in ("watched", "argv", "scored_with")}
-            for cell in cells
+        "runs": [
+            {key: value for key, value in run.items() if key not in ("tracked", "argv", "scored_with")} for run in runs
         ],
     }
-    (output_dir / "compare.json").write_text(json.dumps(record, indent=2) + "\n")
-    (output_dir / "compare.md").write_text(markdown(summary))
-    draw(cells, summary, output_dir / "compare.png")
+    write_json(output_dir / "compare.json", record)
+    (output_dir / "compare.md").write_text(markdown(summary), encoding="utf-8")
+    draw(runs, summary, output_dir / "compare.png")
     print(f"\n{markdown(summary)}\n{output_dir / 'compare.png'}")
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """The flags of the comparison, and those that go to the recipe as they are."""
-    arms = "\n".join(f"  {arm:<16}{meaning}" for arm, meaning in ARMS.items())
+    variants = "\n".join(f"  {variant:<24}{meaning}" for variant, meaning in VARIANTS.items())
     parser = argparse.ArgumentParser(
-        description=f"{__doc__}arms:\n{arms}",
+        description=f"{__doc__}variants:\n{variants}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -83,7 +95,14 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", help="YAML file of the recipe; by default the recipe's demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--output_dir", default="outputs/compare", help="default: outputs/compare")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=DEFAULT_ARMS, metavar="ARM", help="see above")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=list(VARIANTS),
+        default=DEFAULT_VARIANTS,
+        metavar="VARIANT",
+        help=f"see above; default: {' '.join(DEFAULT_VARIANTS)}",
+    )
     parser.add_argument(
         "--jobs",
         type=int,
@@ -94,86 +113,146 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--paper_tau",
         default="auto",
-        help="threshold of the arm `paper`: a number, or JSON with one per tower. None is published for a model of "
-        "your own; by default it is half of each matrix's level in the grace period",
+        help="threshold of the variant `paper`: a number, or JSON with one per tower. None is published for a model "
+        "of your own; by default it is half of each matrix's level in the grace period",
     )
     args, recipe_flags = parser.parse_known_args()
-    if "grades" not in args.arms and (needing := [arm for arm in NEED_GRADES if arm in args.arms]):
-        parser.error(f"{', '.join(needing)} need the GradES run of the same seed: add grades to --arms")
+    needing = [variant for variant in FROM_GRADES if variant in args.variants]
+    if needing and "grades" not in args.variants:
+        parser.error(f"{', '.join(needing)} need the GradES run of the same seed: add grades to --variants")
     return args, recipe_flags
 
 
-def run_cell(args: argparse.Namespace, recipe_flags: list[str], arm: str, seed: int, grades: Cell | None) -> Cell:
+def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str, seed: int, grades: Run | None) -> Run:
     """One run, or what an earlier run of the same command left.
+
+    A result counts if it carries the id that the record of its command has: another process, which an earlier
+    comparison has left behind, does not know that id.
 
     Raises:
         SystemExit: the run failed; with the last lines of its log.
     """
-    folder = Path(args.output_dir) / f"{arm}-seed{seed}"
-    made_of: dict[str, Any] = {"config": Path(args.config).read_text() if args.config else None, "events": None}
-    if arm in ("random", "bottom_up"):
+    folder = Path(args.output_dir) / f"{variant}-seed{seed}"
+    config = yaml.safe_load(Path(args.config).read_text("utf-8")) if args.config else {}
+    made_of: dict[str, Any] = {"config": config, "schedule": None}
+    if variant in FROM_GRADES and (grades is None or "skipped" in grades):
+        return {"variant": variant, "seed": seed, "skipped": "there is no GradES run to make it from"}
+    if variant in SCHEDULED:
         assert grades is not None
         events_file = Path(args.output_dir) / f"grades-seed{seed}" / "grades" / "events.jsonl"
-        events = [json.loads(line) for line in events_file.read_text().splitlines()]
+        events = [json.loads(line) for line in events_file.read_text("utf-8").splitlines()]
         if not events:
-            return {"arm": arm, "seed": seed, "skipped": "nothing froze"}
-        made_of["events"] = replayed(events, grades["watched"], arm, seed)
+            return {"variant": variant, "seed": seed, "skipped": "nothing froze"}
+        made_of["schedule"] = reordered(events, grades["tracked"], variant, seed)
+    if variant in REPLACED:
+        made_of["config"] = {name: value for name, value in config.items() if name not in REPLACED[variant]}
+        recipe_flags = without_flags(recipe_flags, REPLACED[variant])
     command = [sys.executable, str(RECIPES / f"{args.recipe}.py")]
-    command += ["--config", args.config] if args.config else []
-    command += [*recipe_flags, *arm_flags(arm, folder, grades, args.paper_tau)]
+    command += ["--config", str(folder / "config.yaml")] if args.config else []
+    command += [*recipe_flags, *variant_flags(variant, folder, grades, args.paper_tau)]
     command += ["--seed", str(seed), "--output_dir", str(folder)]
     made_of["command"] = command[1:]  # the same from another virtual environment
 
-    record, result = folder / "cell.json", folder / "result.json"
-    if folder.exists() and not record.exists():
+    record, result = folder / "run.json", folder / "result.json"
+    if folder.exists() and any(folder.iterdir()) and not record.exists():
         raise SystemExit(f"{folder} is there, but was not made by a comparison: choose another --output_dir.")
-    if result.exists() and json.loads(record.read_text()) == made_of:
-        cell = {"arm": arm, "seed": seed, **json.loads(result.read_text())}
-        print(f"{describe(cell)}  (from an earlier run)", flush=True)
-        return cell
+    before = read_json(record)
+    if before is not None and {key: before.get(key) for key in made_of} == made_of:
+        run = finished_run(result, before["id"], variant, seed)
+        if run is not None:
+            print(f"{describe(run)}  (from an earlier run)", flush=True)
+            return run
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    record.write_text(json.dumps(made_of))
-    if made_of["events"]:
-        (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in made_of["events"]))
-    with open(folder / "log.txt", "w") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        last = "\n".join((folder / "log.txt").read_text().splitlines()[-LAST_LINES:])
-        raise SystemExit(f"{arm}, seed {seed} failed. The end of {folder / 'log.txt'}:\n\n{last}")
-    cell = {"arm": arm, "seed": seed, **json.loads(result.read_text())}
-    print(describe(cell), flush=True)
-    return cell
+    run_id = uuid.uuid4().hex
+    write_json(record, {"id": run_id, **made_of})
+    if args.config:
+        (folder / "config.yaml").write_text(yaml.safe_dump(made_of["config"]), encoding="utf-8")
+    if made_of["schedule"]:
+        lines = "".join(json.dumps(freeze) + "\n" for freeze in made_of["schedule"])
+        (folder / "schedule.jsonl").write_text(lines, encoding="utf-8")
+    exit_code = run_recipe(command, run_id, folder / "log.txt")
+    run = finished_run(result, run_id, variant, seed)
+    if run is None or (exit_code != 0 and "skipped" not in run):
+        last = "\n".join((folder / "log.txt").read_text("utf-8", errors="replace").splitlines()[-LAST_LINES:])
+        raise SystemExit(f"{variant}, seed {seed} failed. The end of {folder / 'log.txt'}:\n\n{last}")
+    print(describe(run), flush=True)
+    return run
 
 
-def arm_flags(arm: str, folder: Path, grades: Cell | None, paper_tau: str) -> list[str]:
-    """What makes a run of the recipe a run of that arm."""
-    if arm == "grades":
+def run_recipe(command: list[str], run_id: str, log_file: Path) -> int:
+    """Runs a recipe that ends when this process does (see `exit_with_comparison`); returns its exit code."""
+    environment = os.environ | {RUN_ID: run_id}
+    with (
+        open(log_file, "wb") as log,
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        return process.wait()
+
+
+def finished_run(result: Path, run_id: str, variant: str, seed: int) -> Run | None:
+    """What is in `result.json`, if it is there, whole, and of the run with that id."""
+    found = read_json(result)
+    if found is None or found.get("id") != run_id:
+        return None
+    run = {"variant": variant, "seed": seed, **found}
+    if run["results"]["final/test_loss"] is None:
+        since = "" if run["diverged_at"] is None else f" at step {run['diverged_at']}"
+        run["skipped"] = f"diverged{since}"
+    return run
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; `None` if there is no file, or a torn one."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def without_flags(flags: list[str], names: Collection[str]) -> list[str]:
+    """The flags without those named, and without their values."""
+    kept, is_dropped = [], False
+    for word in flags:
+        if word.startswith("--"):
+            is_dropped = word.removeprefix("--").partition("=")[0] in names
+        if not is_dropped:
+            kept.append(word)
+    return kept
+
+
+def variant_flags(variant: str, folder: Path, grades: Run | None, paper_tau: str) -> list[str]:
+    """What makes a run of the recipe a run of that variant."""
+    if variant == "grades":
         return ["--grades", "true"]
-    if arm == "paper":  # whatever the config says of these
-        settings = "--metric grad_change --auto_ratio 0.5 --alpha 0.55 --patience 1 --interval 1 --sample 1"
+    if variant == "paper":  # whatever the config says of these
+        settings = "--metric grad_change --auto_ratio 0.5 --alpha 0.55 --patience 1 --measure_every 1"
+        settings += " --sample_fraction 1 --stopping all_frozen --keep last"
         settings += " --track_projector false --freeze_norms false --freeze_embeddings false"
         return ["--grades", "true", *settings.split(), "--tau", paper_tau]
-    if arm == "together":  # no reading is below this: only the sum over all matrices ends the run
-        return ["--grades", "true", "--metric", "heldout_gain", "--tau=-1e9"]
-    if arm in ("random", "bottom_up"):
-        return ["--grades", "true", "--replay", str(folder / "events.jsonl")]
-    if arm == "early_stopping":
+    if variant in SCHEDULED:
+        return ["--grades", "true", "--metric", "schedule", "--schedule", str(folder / "schedule.jsonl")]
+    if variant == "early_stopping":
         return ["--grades", "false", "--early_stopping_patience", "3"]
-    if arm == "shortened":
+    if variant == "baseline_matched_steps":
         assert grades is not None
         flags = ["--grades", "false", "--max_steps", str(grades["steps"])]
         if grades["warmup_steps"] >= 1:  # below 1 it is a fraction of the schedule already
-            share = grades["steps"] / grades["total_steps"]
-            flags += ["--warmup_steps", str(max(1, round(grades["warmup_steps"] * share)))]
+            fraction = grades["steps"] / grades["total_steps"]
+            flags += ["--warmup_steps", str(max(1, round(grades["warmup_steps"] * fraction)))]
         return flags
     return ["--grades", "false"]
 
 
-def describe(cell: Cell) -> str:
-    return (
-        f"{cell['arm']:<15} seed {cell['seed']}: {cell['steps']:>6,} of {cell['total_steps']:,} steps, test loss "
-        f"{cell['results']['final/test_loss']:.4f}, {cell['seconds']['total']:.1f} s, {cell['stop_reason']}"
+def describe(run: Run) -> str:
+    name = f"{run['variant']:<22} seed {run['seed']}: "
+    if "skipped" in run:
+        return name + run["skipped"]
+    return name + (
+        f"{run['steps']:>6,} of {run['total_steps']:,} steps, test loss {run['results']['final/test_loss']:.4f}, "
+        f"{run['seconds']['total']:.1f} s, {run['stop_reason']}"
     )
 
 

@@ -1,10 +1,10 @@
 """Score models side by side on held-out data: loss on the response, perplexity, exact match of what they answer.
 
-A model is a folder that a recipe has written (all weights, or a LoRA adapter) or a hub id. Data and settings are those
-of the first run among them, so that its scores come out again; flags go before them, and hold for all models alike.
+A model is a folder that a recipe has written (all weights, or a LoRA adapter) or a hub id. Rows and settings are those
+of the first run among them, so that its scores come out again. Flags override them, for all models alike.
 
   python recipes/evaluate.py outputs/demo_vlm
-  python recipes/evaluate.py outputs/demo_text outputs/demo_text_plain
+  python recipes/evaluate.py outputs/demo_text outputs/demo_text_baseline
   python recipes/evaluate.py Qwen/Qwen3-0.6B outputs/qwen3_lora --dataset_name my_chats.jsonl
 """
 
@@ -26,13 +26,18 @@ from trl import ModelConfig, SFTTrainer
 import vlm.builtin
 import vlm.generation
 from grades_trl.recipe import builtin
-from grades_trl.recipe.arguments import load_data, parse_scoring, scored_with, table
-from grades_trl.recipe.generation import answers, exact_match, show_samples
+from grades_trl.recipe.arguments import parse_scoring, scored_with
+from grades_trl.recipe.console import set_up_console
+from grades_trl.recipe.data import load_data
+from grades_trl.recipe.generation import answers, exact_match, format_samples
 from grades_trl.recipe.models import find_gguf, load_model
-from grades_trl.report import timing as accounting
+from grades_trl.recipe.results import format_scores
+from grades_trl.report.environment import device_name, versions
+from grades_trl.report.strict_json import write_json
 
 
 def main() -> None:
+    set_up_console()
     models, recipe, training, model_args = parse_scoring(__doc__)
 
     # 1. Text or vision? The configs of the models say it.
@@ -42,13 +47,13 @@ def main() -> None:
         raise SystemExit(f"Some of these models see and some do not: score them apart. Vision: {', '.join(seeing)}")
     vision = bool(seeing)
 
-    # 2. The rows that the recipes score at the end of a run, not those that decided when it ended.
-    embedded: Any = {"dates": builtin.dates, "docstrings": builtin.docstrings}
-    embedded = {"digits": vlm.builtin.digit_pictures} if vision else embedded
-    tests = load_data(recipe, training, embedded, vision=vision, test_only=True)
+    # 2. The rows that the recipes score at the end of a run, not those used for decisions during training.
+    of_text: Any = {"dates": builtin.dates, "docstrings": builtin.docstrings}
+    of_images: Any = {"digits": vlm.builtin.digit_images}
+    tests = load_data(recipe, training, of_images if vision else of_text, vision=vision, test_only=True)
     test, asked = tests["test"], {}
-    if recipe.generate and "prompt" in test.column_names:
-        asked = {split: rows.select(range(min(recipe.generate, len(rows)))) for split, rows in tests.items()}
+    if recipe.num_eval_generations and "prompt" in test.column_names:
+        asked = {k: rows.select(range(min(recipe.num_eval_generations, len(rows)))) for k, rows in tests.items()}
     print(f"{len(test):,} examples to score, {len(asked.get('test', [])):,} to answer")
 
     # 3. One model after the other: TRL's evaluation, as during training; then greedy answers.
@@ -70,21 +75,21 @@ def main() -> None:
             scores[name][f"exact_match{split.removeprefix('test')}"] = exact_match(given[name][split], rows)
         if vision and asked:  # what can be answered without seeing
             blind = ask(model, processor, asked["test"], max_new_tokens=recipe.max_new_tokens, blank=True)
-            scores[name]["exact_match_blank_pictures"] = exact_match(blind, asked["test"])
+            scores[name]["exact_match_blank_images"] = exact_match(blind, asked["test"])
         del model, trainer
         gc.collect()  # a trainer refers to itself: without this, its model would stay beside the next one
         torch.cuda.empty_cache()
 
-    # 4. What came of it.
-    if asked and recipe.samples:
-        shown = asked["test"].select(range(min(recipe.samples, len(asked["test"]))))
-        show_samples(shown, {name: given[name]["test"] for name in models})
-    print(f"\n{table(scores)}")
+    # 4. Show and save the scores.
+    if asked and recipe.num_samples:
+        shown = asked["test"].select(range(min(recipe.num_samples, len(asked["test"]))))
+        print(format_samples(shown, {name: given[name]["test"] for name in models}))
+    print(f"\n{format_scores(scores)}")
     record = {"scores": scores, "examples": {split: len(rows) for split, rows in tests.items()}, "answers": given}
     record |= {"scored_with": scored_with(recipe, training, model_args), "argv": sys.argv}
-    record |= {"device": accounting.device_name(), "versions": accounting.versions()}
+    record |= {"device": device_name(), "versions": versions()}
     path = Path(training.output_dir) / "scores.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(path, record)
     print(f"\nThe same, with all answers: {path}")
     if len(models) == 1:
         other = bases[models[0]] if bases[models[0]] != models[0] else "ANOTHER_MODEL"

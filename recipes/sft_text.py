@@ -1,5 +1,5 @@
-"""Fine-tune a language model with GradES: every weight matrix freezes when it has converged, the run ends when all
-have.
+"""Fine-tune a language model with GradES: every weight matrix is frozen when it has converged, and the run ends when
+nothing is left to learn.
 
 Without arguments: a tiny Qwen3 learns to write dates as ISO 8601, in about a minute, nothing downloaded.
 
@@ -13,28 +13,36 @@ from pathlib import Path
 from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is used, must be imported before all else
 
 import torch
-import wandb
 from datasets import Dataset
 
 from grades_trl import GradESTrainer
 from grades_trl.recipe import builtin
-from grades_trl.recipe.arguments import early_stopping, final_losses, finish, load_data, parse, report_cut_rows
-from grades_trl.recipe.generation import answers, exact_match, show_samples
+from grades_trl.recipe.arguments import configure_early_stopping, parse
+from grades_trl.recipe.comparison import exit_with_comparison
+from grades_trl.recipe.console import set_up_console
+from grades_trl.recipe.data import load_data, warn_truncated_examples
+from grades_trl.recipe.generation import answers, exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
+from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
+from grades_trl.report import tracking
+from grades_trl.report.environment import Environment
 from grades_trl.report.timing import RunClock
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def main() -> None:
+    set_up_console()
+    exit_with_comparison()
     recipe, training, model_args, grades = parse(__doc__, CONFIGS / "demo_text.yaml")
+    early_stopping = configure_early_stopping(recipe, training)
+    if "wandb" in training.report_to:
+        training.run_name = tracking.start(training.output_dir, training.run_name)
 
-    # 1. Data: prompts and responses. The loss is on the response alone. Of what is held out, one half decides
-    #    during training (validation), the other is scored at the end alone (test).
+    # 1. Data: prompts and replies; only the reply is learned. One half of the held-out rows is used for decisions
+    #    during training (validation), the other only for the scores at the end (test).
     dataset = load_data(recipe, training, {"dates": builtin.dates, "docstrings": builtin.docstrings})
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
-    if recipe.max_train_samples is not None:
-        train = train.select(range(min(recipe.max_train_samples, len(train))))
     print(f"{len(train):,} examples to train on, {len(validation):,} to validate on, {len(test):,} to test on")
 
     # 2. Model: from the hub, a folder or a GGUF file; without a name, the tiny one that is built here.
@@ -46,12 +54,12 @@ def main() -> None:
         model, tokenizer = load_model(
             model_args,
             BACKEND,
-            towers=("language",),  # of a model that sees, its text alone
+            towers=("language",),  # of a vision-language model, only its text
             trust_remote_code=training.trust_remote_code,
             max_length=training.max_length,
             seed=training.seed,
         )
-    clock = RunClock()
+    environment, clock = Environment.gather(model), RunClock()
     trainer = GradESTrainer(
         model=model,
         args=training,
@@ -59,17 +67,17 @@ def main() -> None:
         eval_dataset=validation,
         processing_class=tokenizer,
         grades=grades if recipe.grades else None,
-        callbacks=[clock, *early_stopping(recipe)],
+        callbacks=[clock, *early_stopping],
     )
-    report_cut_rows(trainer, {"train": train, "validation": validation})
+    warn_truncated_examples(trainer, {"train": train, "validation": validation})
 
-    # 3. Train, with a few answers and their exact match before and after.
-    can_ask = "prompt" in test.column_names
-    shown = test.select(range(min(recipe.samples, len(test)))) if can_ask and recipe.samples else None
+    # 3. Train, with a few answers and their exact match before and after. The model is saved as soon as it is trained.
+    has_prompts = "prompt" in test.column_names
+    shown = test.select(range(min(recipe.num_samples, len(test)))) if has_prompts and recipe.num_samples else None
     asked = {
-        split: rows.select(range(min(recipe.generate, len(rows))))
+        split: rows.select(range(min(recipe.num_eval_generations, len(rows))))
         for split, rows in dataset.items()
-        if can_ask and recipe.generate and split.startswith("test")
+        if has_prompts and recipe.num_eval_generations and split.startswith("test")
     }
 
     def ask(rows: Dataset) -> list[str]:
@@ -77,17 +85,21 @@ def main() -> None:
 
     before = ask(shown) if shown else []
     results = {f"before/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    after = ask(shown) if shown else []
+    if not train_and_save(trainer, clock, training.resume_from_checkpoint):
+        return  # the run had finished before
 
-    # 4. What came of it.
-    results |= final_losses(trainer, test)
-    results |= {f"final/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}
-    if shown:
-        show_samples(shown, {"before": before, "after": after})
-    trainer.save_model()
-    finish(trainer, clock, results, recipe, model_args)
-    wandb.finish()
+    # 4. Score it: the loss of the held-out rows, and exact answers.
+    results |= final_eval(trainer, test)
+    if trainer.diverged_at is None:
+        results |= {f"final/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}
+        if shown:
+            print(format_samples(shown, {"before": before, "after": ask(shown)}))
+
+    # 5. Save and show the results.
+    save_results(trainer, clock, environment, results, recipe, model_args)
+    print(format_run(trainer, results))
+    tracking.finish()
+    exit_if_diverged(trainer, results)
 
 
 if __name__ == "__main__":

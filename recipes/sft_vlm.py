@@ -1,11 +1,11 @@
-"""Fine-tune a vision-language model with GradES: every weight matrix freezes when it has converged, the run ends when
-all have.
+"""Fine-tune a vision-language model with GradES: every weight matrix is frozen when it has converged, and the run ends
+when nothing is left to learn.
 
 Without arguments: a tiny LLaVA learns to read handwritten numbers, in under two minutes, nothing downloaded.
 
   python recipes/sft_vlm.py
-  python recipes/sft_vlm.py --config configs/qwen2_5_vl_7b_qlora.yaml
-  python recipes/sft_vlm.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --dataset_name my_pictures/ --use_peft
+  python recipes/sft_vlm.py --config configs/qwen2_5_vl_7b_qlora.yaml --dataset_name my_images/
+  python recipes/sft_vlm.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --dataset_name my_images/ --use_peft
 """
 
 from pathlib import Path
@@ -13,11 +13,17 @@ from pathlib import Path
 from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is used, must be imported before all else
 
 import torch
-import wandb
+from datasets import Dataset
 
-from grades_trl.recipe.arguments import early_stopping, final_losses, finish, load_data, parse
-from grades_trl.recipe.generation import exact_match, show_samples
+from grades_trl.recipe.arguments import configure_early_stopping, parse
+from grades_trl.recipe.comparison import exit_with_comparison
+from grades_trl.recipe.console import set_up_console
+from grades_trl.recipe.data import load_data
+from grades_trl.recipe.generation import exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
+from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
+from grades_trl.report import tracking
+from grades_trl.report.environment import Environment
 from grades_trl.report.timing import RunClock
 from vlm import GradESVLMTrainer, builtin
 from vlm.generation import answers
@@ -27,14 +33,17 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def main() -> None:
+    set_up_console()
+    exit_with_comparison()
     recipe, training, model_args, grades = parse(__doc__, CONFIGS / "demo_vlm.yaml")
+    early_stopping = configure_early_stopping(recipe, training)
+    if "wandb" in training.report_to:
+        training.run_name = tracking.start(training.output_dir, training.run_name)
 
-    # 1. Data: pictures with prompts and responses. The loss is on the response alone. Of what is held out, one
-    #    half decides during training (validation), the other is scored at the end alone (test).
-    dataset = load_data(recipe, training, {"digits": builtin.digit_pictures}, vision=True)
+    # 1. Data: images with prompts and replies; only the reply is learned. One half of the held-out rows is used for
+    #    decisions during training (validation), the other only for the scores at the end (test).
+    dataset = load_data(recipe, training, {"digits": builtin.digit_images}, vision=True)
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
-    if recipe.max_train_samples is not None:
-        train = train.select(range(min(recipe.max_train_samples, len(train))))
     print(f"{len(train):,} examples to train on, {len(validation):,} to validate on, {len(test):,} to test on")
 
     # 2. Model: from the hub or a folder; without a name, the tiny one that is built here.
@@ -52,7 +61,7 @@ def main() -> None:
             max_length=training.max_length,
             seed=training.seed,
         )
-    clock = RunClock()
+    environment, clock = Environment.gather(model), RunClock()
     trainer = GradESVLMTrainer(
         model=model,
         args=training,
@@ -60,32 +69,40 @@ def main() -> None:
         eval_dataset=validation,
         processing_class=processor,
         grades=grades if recipe.grades else None,
-        callbacks=[clock, *early_stopping(recipe)],
+        callbacks=[clock, *early_stopping],
     )
 
-    # 3. Train, with a few answers before and after.
-    shown = test.select(range(min(recipe.samples, len(test))))
-    before = answers(trainer.model, processor, shown, max_new_tokens=recipe.max_new_tokens) if recipe.samples else []
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    after = answers(trainer.model, processor, shown, max_new_tokens=recipe.max_new_tokens) if recipe.samples else []
+    # 3. Train, with a few answers before and after. The model is saved as soon as it is trained.
+    shown = test.select(range(min(recipe.num_samples, len(test))))
+    asked = test.select(range(min(recipe.num_eval_generations, len(test))))
 
-    # 4. What came of it, next to the same model given blank pictures: what can be answered without seeing.
-    results = final_losses(trainer, test)
-    if recipe.generate:
-        asked = test.select(range(min(recipe.generate, len(test))))
-        for name, blank in (("exact_match", False), ("exact_match_blank_pictures", True)):
-            given = answers(trainer.model, processor, asked, max_new_tokens=recipe.max_new_tokens, blank=blank)
-            results[f"final/{name}"] = exact_match(given, asked)
-    if recipe.samples:
-        show_samples(shown, {"before": before, "after": after})
-        sheet = Path(training.output_dir) / "samples.png"
-        save_samples(shown, before, after, sheet)
-        print(f"With their pictures: {sheet}")
-        if wandb.run is not None:
-            wandb.log({"samples": wandb.Image(str(sheet))})
-    trainer.save_model()
-    finish(trainer, clock, results, recipe, model_args)
-    wandb.finish()
+    def ask(rows: Dataset, blank: bool = False) -> list[str]:
+        return answers(trainer.model, processor, rows, max_new_tokens=recipe.max_new_tokens, blank=blank)
+
+    before = ask(shown) if len(shown) else []
+    if not train_and_save(trainer, clock, training.resume_from_checkpoint):
+        return  # the run had finished before
+
+    # 4. Score it: the loss of the held-out rows, and exact answers, beside those of the same model given blank images,
+    #    which tell what can be answered without seeing.
+    results = final_eval(trainer, test)
+    if trainer.diverged_at is None:
+        if len(asked):
+            results["final/exact_match"] = exact_match(ask(asked), asked)
+            results["final/exact_match_blank_images"] = exact_match(ask(asked, blank=True), asked)
+        if len(shown):
+            after = ask(shown)
+            print(format_samples(shown, {"before": before, "after": after}))
+            sheet = Path(training.output_dir) / "samples.png"
+            save_samples(shown, before, after, sheet)
+            print(f"With their images: {sheet}")
+            tracking.Tracker(training.report_to).log_samples(sheet)
+
+    # 5. Save and show the results.
+    save_results(trainer, clock, environment, results, recipe, model_args)
+    print(format_run(trainer, results))
+    tracking.finish()
+    exit_if_diverged(trainer, results)
 
 
 if __name__ == "__main__":

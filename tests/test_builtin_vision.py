@@ -1,4 +1,4 @@
-"""The embedded vision model and data, and generation with them."""
+"""The built-in vision model and data, and generation with them."""
 
 from io import BytesIO
 
@@ -14,13 +14,13 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from grades_trl.recipe.generation import exact_match
 from vlm import builtin
-from vlm.builtin import blank, digit_pictures, split_scans, tiny_llava
+from vlm.builtin import blank, digit_images, split_scans, tiny_llava
 from vlm.generation import answers
 
 
 @pytest.fixture(scope="module")
 def data():
-    return digit_pictures(train=64, test=24)
+    return digit_images(train=64, test=24)
 
 
 @pytest.fixture(scope="module")
@@ -41,45 +41,45 @@ def test_scans_are_split_without_overlap():
     assert not np.array_equal(split_scans(seed=4)["test"], parts["test"])
 
 
-def test_pictures_are_made_of_their_own_split_and_labelled_right(monkeypatch):
+def test_images_are_made_of_their_own_split_and_labelled_right(monkeypatch):
     seen = []
-    white = Image.new("L", builtin.PICTURE_SIZE, "white")
+    white = Image.new("L", builtin.CANVAS_SIZE, "white")
     monkeypatch.setattr(builtin, "_draw", lambda scans, rng: seen.append(scans) or white)
-    pictures = digit_pictures(train=40, test=20, seed=5)
+    images = digit_images(train=40, test=20, seed=5)
     digits = load_digits()
     index = {scan.tobytes(): i for i, scan in enumerate(digits.images)}
-    assert len(index) == 1797  # no two scans are alike: a picture's scans tell where they are from
+    assert len(index) == 1797  # no two scans are alike: the scans of an image tell where they are from
     used = [[index[scan.tobytes()] for scan in scans] for scans in seen]
     parts = split_scans(seed=5)
     assert {i for scans in used[:40] for i in scans} <= set(parts["train"])
     assert {i for scans in used[40:] for i in scans} <= set(parts["test"])
     expected = ["".join(str(digits.target[i]) for i in scans) for scans in used]
-    assert numbers(pictures["train"]) + numbers(pictures["test"]) == expected
+    assert numbers(images["train"]) + numbers(images["test"]) == expected
 
 
 def test_rows_are_in_trl_format_and_show_as_many_digits_as_they_say(data):
     row = data["test"][0]
     assert set(row) == {"images", "prompt", "completion"}
-    assert [picture.size for picture in row["images"]] == [builtin.PICTURE_SIZE]
+    assert [image.size for image in row["images"]] == [builtin.CANVAS_SIZE]
     assert row["prompt"] == [{"role": "user", "content": "Read the number."}]
     assert [message["role"] for message in row["completion"]] == ["assistant"]
     assert {len(number) for number in numbers(data["train"])} == {2, 3, 4}
     assert all(number.isdecimal() for number in numbers(data["train"]) + numbers(data["test"]))
     # Digits stand in cells from the left: ink in as many cells as the number is long, and none after it.
     for row, number in zip(data["test"], numbers(data["test"]), strict=True):
-        picture = np.asarray(row["images"][0], dtype=float)
-        cells = picture.reshape(32, 4, builtin.CELL_WIDTH).min(axis=(0, 2))
-        assert (cells < picture.max() - 50).tolist() == [i < len(number) for i in range(4)]
+        image = np.asarray(row["images"][0], dtype=float)
+        cells = image.reshape(32, 4, builtin.CELL_WIDTH).min(axis=(0, 2))
+        assert (cells < image.max() - 50).tolist() == [i < len(number) for i in range(4)]
 
 
-def test_pictures_are_stored_as_png(data):
+def test_images_are_stored_as_png(data):
     stored = data["test"].with_format("arrow")[:]["images"][0][0]["bytes"].as_py()
     assert Image.open(BytesIO(stored)).format == "PNG"
 
 
-def test_pictures_depend_on_the_seed_alone():
+def test_images_depend_on_the_seed_alone():
     def content(seed):
-        test = digit_pictures(train=4, test=8, seed=seed)["test"]
+        test = digit_images(train=4, test=8, seed=seed)["test"]
         return numbers(test), [row["images"][0].tobytes() for row in test]
 
     first = content(1)
@@ -88,13 +88,13 @@ def test_pictures_depend_on_the_seed_alone():
     assert content(2) != first
 
 
-def test_blank_pictures_show_nothing(data):
-    pictures = [data["test"][0]["images"][0], Image.new("RGB", (7, 5), "red")]
-    before = pictures[0].tobytes()
-    blanks = blank(pictures)
-    assert [(b.size, b.mode) for b in blanks] == [(p.size, p.mode) for p in pictures]
+def test_blank_images_show_nothing(data):
+    images = [data["test"][0]["images"][0], Image.new("RGB", (7, 5), "red")]
+    before = images[0].tobytes()
+    blanks = blank(images)
+    assert [(b.size, b.mode) for b in blanks] == [(p.size, p.mode) for p in images]
     assert all(np.ptp(np.asarray(b)) == 0 for b in blanks)
-    assert np.ptp(np.asarray(pictures[0])) > 50 and pictures[0].tobytes() == before
+    assert np.ptp(np.asarray(images[0])) > 50 and images[0].tobytes() == before
 
 
 def test_model_is_small_and_depends_on_the_seed_alone():
@@ -243,7 +243,7 @@ def test_blank_answers_see_only_the_prompt(data):
 def test_answers_name_the_missing_column(data):
     model, processor = tiny_llava()
     with pytest.raises(ValueError, match=r"no column \['images'\]"):
-        answers(model, processor, data["test"].rename_column("images", "picture"))
+        answers(model, processor, data["test"].rename_column("images", "image"))
 
 
 def test_exact_match_counts_stripped_equals():

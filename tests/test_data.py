@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from grades_trl.recipe import data
-from grades_trl.recipe.data import DataError, check, load, response_only
+from grades_trl.recipe.data import DataError, check, load, to_prompt_completion
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>"
@@ -46,7 +46,7 @@ def write(path, rows):
     return path
 
 
-def picture(path, color="red", mode="RGB"):
+def write_image(path, color="red", mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     PILImage.new(mode, (16, 16), color).save(path)
     return path
@@ -179,7 +179,7 @@ def test_hub_ids_go_to_the_hub(monkeypatch):
         asked.append(args)
         return DatasetDict(train=Dataset.from_list([{"text": str(i)} for i in range(10)]))
 
-    monkeypatch.setattr(data, "load_dataset", hub)
+    monkeypatch.setattr(data.sources, "load_dataset", hub)
     assert len(load("trl-lib/Capybara", config="default", test_size=0.2)["test"]) == 2
     assert asked == [("trl-lib/Capybara", "default")]
 
@@ -226,26 +226,26 @@ def test_unreadable_sources(tmp_path):
         load(str(tmp_path / "two"), config="en")
 
 
-# Pictures
+# Images
 
 
 def test_relative_paths_of_images(tmp_path):
-    """Relative to the file they are in, also where both splits use the same names; pictures never name a split."""
+    """Relative to the file they are in, also where both splits use the same names; images never name a split."""
     for split, value in (("train", "red"), ("test", "blue")):
-        picture(tmp_path / split / "img/eval_0.png", value)
+        write_image(tmp_path / split / "img/eval_0.png", value)
         rows = [{"messages": [USER, ASSISTANT], "images": ["img/eval_0.png"]}, {"messages": [USER, ASSISTANT]}]
         write(tmp_path / split / "data.jsonl", rows)
     loaded = load(str(tmp_path), vision=True)
     assert color(loaded["train"][0]["images"][0]) == RED
-    (with_picture,) = (row for row in loaded["test"] if row["images"])
-    assert color(with_picture["images"][0]) == BLUE
+    (with_image,) = (row for row in loaded["test"] if row["images"])
+    assert color(with_image["images"][0]) == BLUE
     assert loaded["train"][1]["images"] == []
     assert loaded["train"].features["images"] == List(Image(mode="RGB"))
 
 
 def test_single_image_column_becomes_a_list(tmp_path):
-    picture(tmp_path / "a.png")
-    absolute = picture(tmp_path / "elsewhere/b.png", "blue")
+    write_image(tmp_path / "a.png")
+    absolute = write_image(tmp_path / "elsewhere/b.png", "blue")
     rows = [{"prompt": [USER], "completion": [ASSISTANT], "image": path} for path in ("a.png", str(absolute), None)]
     loaded = load(str(write(tmp_path / "data.jsonl", rows)), vision=True, test_size=1)
     both = [image for part in loaded.values() for image in part["images"]]
@@ -255,9 +255,9 @@ def test_single_image_column_becomes_a_list(tmp_path):
 
 def test_imagefolder(tmp_path):
     for i, (value, mode) in enumerate([("red", "RGBA"), ("green", "P"), ("blue", "RGB")]):
-        picture(tmp_path / f"pictures/{i}.png", value if mode != "P" else 0, mode)
+        write_image(tmp_path / f"images/{i}.png", value if mode != "P" else 0, mode)
     (tmp_path / "metadata.csv").write_text(
-        "file_name,prompt,completion\n" + "".join(f"pictures/{i}.png,<image>{i}?,a\n" for i in range(3))
+        "file_name,prompt,completion\n" + "".join(f"images/{i}.png,<image>{i}?,a\n" for i in range(3))
     )
     write(tmp_path / "notes.json", [{"anything": 1}])
     loaded = load(str(tmp_path), vision=True, test_size=1)
@@ -270,24 +270,24 @@ def test_imagefolder(tmp_path):
 
 def test_relative_paths_of_files_in_several_folders(tmp_path):
     for folder, value in (("a", "red"), ("b", "blue")):
-        picture(tmp_path / folder / "0.png", value)
+        write_image(tmp_path / folder / "0.png", value)
         write(tmp_path / folder / "data.jsonl", [{"messages": [turn("user", folder), ASSISTANT], "image": "0.png"}])
     loaded = load(str(tmp_path), vision=True, test_size=1)
     for part in loaded.values():
         assert color(part[0]["images"][0]) == {"a": RED, "b": BLUE}[part[0]["messages"][0]["content"]]
 
 
-def test_rows_without_stored_pictures_get_an_empty_list(tmp_path):
-    image = PILImage.open(picture(tmp_path / "a.png"))
+def test_rows_without_stored_images_get_an_empty_list(tmp_path):
+    image = PILImage.open(write_image(tmp_path / "a.png"))
     rows = {"messages": [[USER, ASSISTANT]] * 3, "images": [[image], None, []]}
     Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
     loaded = load(str(tmp_path / "a.parquet"), vision=True, test_size=1)
     assert sorted(len(images) for part in loaded.values() for images in part["images"]) == [0, 0, 1]
 
 
-def test_pictures_stored_in_the_data(tmp_path):
+def test_images_stored_in_the_data(tmp_path):
     """As `datasets` writes them, and as pandas does: a struct of bytes and path without the feature."""
-    image = PILImage.open(picture(tmp_path / "a.png", "green"))
+    image = PILImage.open(write_image(tmp_path / "a.png", "green"))
     raw = (tmp_path / "a.png").read_bytes()
     rows = {"prompt": [[USER]] * 2, "completion": [[ASSISTANT]] * 2}
     for i, images in enumerate([[image] * 2, [{"bytes": raw, "path": "x.png"}] * 2, [[image]] * 2, [raw] * 2]):
@@ -300,14 +300,14 @@ def test_pictures_stored_in_the_data(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", r"row 1 \(the first is 0\): image 0 .*b\.png\) cannot be opened, expected a picture: Unidentified"),
-        (b"not a picture", r"row 1 .*expected a picture: Unidentified"),
-        ("truncated", r"row 1 .*expected a picture: OSError"),
-        (None, r"row 1 .*expected a picture: FileNotFoundError"),
+        (b"", r"row 1 \(the first is 0\): image 0 .*b\.png\) cannot be opened, expected an image: Unidentified"),
+        (b"not an image", r"row 1 .*expected an image: Unidentified"),
+        ("truncated", r"row 1 .*expected an image: OSError"),
+        (None, r"row 1 .*expected an image: FileNotFoundError"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_unreadable_picture(tmp_path, content, expected, suffix):
+def test_unreadable_image(tmp_path, content, expected, suffix):
     PILImage.effect_noise((64, 64), 50).save(tmp_path / f"a{suffix}")
     whole = (tmp_path / f"a{suffix}").read_bytes()
     if content is not None:
@@ -317,9 +317,9 @@ def test_unreadable_picture(tmp_path, content, expected, suffix):
         load(str(write(tmp_path / "data.jsonl", rows)), vision=True)
 
 
-def test_pictures_are_sampled_evenly(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_OPENED", 5)
-    good = str(picture(tmp_path / "a.png"))
+def test_images_are_opened_evenly_over_a_large_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.images, "MAX_OPENED", 5)
+    good = str(write_image(tmp_path / "a.png"))
     for broken, found in ((0, True), (1, False), (16, True), (19, False)):
         paths = [[good] if i != broken else ["nowhere.png"] for i in range(20)]
         dataset = Dataset.from_dict({"messages": [[USER, ASSISTANT]] * 20, "images": paths})
@@ -332,7 +332,7 @@ def test_pictures_are_sampled_evenly(tmp_path, monkeypatch):
 
 def test_wrong_image_column(tmp_path):
     path = write(tmp_path / "data.jsonl", [{"messages": [USER, ASSISTANT], "image": 3}])
-    with pytest.raises(DataError, match=r'column "image" should hold pictures or paths of pictures, found .*int64'):
+    with pytest.raises(DataError, match=r'column "image" should hold images or paths of images, found .*int64'):
         load(str(path), vision=True)
 
 
@@ -355,7 +355,10 @@ def fault(tmp_path, bad, good, match, **kwargs):
         (None, "messages is None, expected a list of"),
         (["hello"], r"messages\[0\] is 'hello', expected \{\"role\""),
         ([{"from": "human", "value": "x"}], r"messages\[0\] is .*expected \{\"role\"|.*role None"),
-        ([turn("human", "x"), ASSISTANT], r"messages\[0\] has the role 'human', expected one of system, user, assist"),
+        (
+            [turn("human", "x"), ASSISTANT],
+            r"messages\[0\] has the role 'human', expected one of system, developer, user, assist",
+        ),
         ([turn("user", None), ASSISTANT], r"messages\[0\] has the content None, expected text or a list of parts"),
         ([USER, turn("assistant", " ")], r"messages\[1\] has the content ' ', expected some text"),
         ([USER, turn("assistant", [])], r"messages\[1\] has the content \[\], expected some text"),
@@ -438,13 +441,13 @@ def test_bad_text(tmp_path, value):
     ],
 )
 def test_bad_placeholders(tmp_path, bad, match):
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     good = {"messages": [turn("user", [IMAGE, text("a")]), ASSISTANT], "images": ["a.png"]}
     fault(tmp_path, bad, good, match, vision=True)
 
 
 def test_placeholders_of_prompt_and_completion(tmp_path):
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     good = {"prompt": "<image>a", "completion": "b", "image": "a.png"}
     bad = {"prompt": "<image><image>a", "completion": "b", "image": "a.png"}
     fault(tmp_path, bad, good, r'prompt has 2 "<image>" and the row has 1 images, expected as many', vision=True)
@@ -462,7 +465,7 @@ def test_columns(tmp_path):
         DataError, match='"messages", or "prompt" and "completion", or "text"; found: question, answer'
     ):
         load(path)
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     path = str(write(tmp_path / "b.jsonl", [{"messages": [USER, ASSISTANT], "image": "a.png"}] * 2))
     with pytest.raises(DataError, match=r'train: .*\(column "image"\): use recipes/sft_vlm\.py'):
         load(path)
@@ -470,7 +473,7 @@ def test_columns(tmp_path):
     with pytest.raises(DataError, match=r'expected a column "image" or "images"; found: messages\. .*sft_text\.py'):
         load(path, vision=True)
     path = str(write(tmp_path / "d.jsonl", [{"text": "<image>a", "image": "a.png"}] * 2))
-    with pytest.raises(DataError, match='TRL does not train on "text" with pictures, expected a column "messages"'):
+    with pytest.raises(DataError, match='TRL does not train on "text" with images, expected a column "messages"'):
         load(path, vision=True)
 
 
@@ -515,7 +518,7 @@ def test_columns_that_trl_does_not_read_are_dropped(tmp_path):
         both.sort(key=lambda row: len(row["messages"]))
         assert both[0] == {"messages": [USER, ASSISTANT], "tools": None}  # nothing that Arrow filled in
         assert both[1] == {"messages": messages, "tools": tools}
-        expanded = response_only(loaded["train" if len(loaded["train"][0]["messages"]) > 2 else "test"])
+        expanded = to_prompt_completion(loaded["train" if len(loaded["train"][0]["messages"]) > 2 else "test"])
         assert [row["prompt"] + row["completion"] for row in expanded] == [messages[:2], messages]
         assert [row["tools"] for row in expanded] == [tools, tools]
 
@@ -524,14 +527,14 @@ def test_text_column_is_renamed(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"body": "a", "title": "b"}] * 3)
     loaded = load(str(path), text_column="body", test_size=1)
     assert loaded["train"].column_names == ["text"]
-    assert response_only(loaded["train"])["text"][:] == ["a", "a"]
+    assert to_prompt_completion(loaded["train"])["text"][:] == ["a", "a"]
 
 
-def test_response_only_has_one_row_per_reply():
+def test_to_prompt_completion_has_one_row_per_reply():
     system = turn("system", "s")
     first, second, third = (turn("assistant", x) for x in "abc")
     rows = [[system, USER, first, USER, second], [USER, third, turn("user", "bye")]]
-    expanded = response_only(Dataset.from_list([{"messages": messages} for messages in rows]))
+    expanded = to_prompt_completion(Dataset.from_list([{"messages": messages} for messages in rows]))
     assert expanded.column_names == ["prompt", "completion"]
     assert expanded[:] == {
         "prompt": [[system, USER], [system, USER, first, USER], [USER]],
@@ -539,14 +542,14 @@ def test_response_only_has_one_row_per_reply():
     }
 
 
-def test_response_only_leaves_other_formats():
+def test_to_prompt_completion_leaves_other_formats():
     for columns in ({"text": ["a"]}, {"prompt": ["a"], "completion": ["b"]}):
-        assert response_only(Dataset.from_dict(columns))[:] == columns
+        assert to_prompt_completion(Dataset.from_dict(columns))[:] == columns
 
 
-def test_response_only_gives_each_row_the_images_of_its_prompt(tmp_path, monkeypatch):
+def test_to_prompt_completion_gives_each_row_the_images_of_its_prompt(tmp_path, monkeypatch):
     for name in ("red", "green", "blue"):
-        picture(tmp_path / f"{name}.png", name)
+        write_image(tmp_path / f"{name}.png", name)
     explicit = [
         turn("user", [IMAGE, text("one")]),
         turn("assistant", "a"),
@@ -566,11 +569,11 @@ def test_response_only_gives_each_row_the_images_of_its_prompt(tmp_path, monkeyp
     loaded = load(str(tmp_path), vision=True)["train"]
 
     def decode(*_):
-        raise AssertionError("a picture was decoded")
+        raise AssertionError("an image was decoded")
 
     with monkeypatch.context() as patch:
         patch.setattr(Image, "decode_example", decode)
-        expanded = response_only(loaded)
+        expanded = to_prompt_completion(loaded)
     assert [row[0]["content"] for row in expanded["completion"]] == list("abcdef")
     assert [[color(image) for image in images] for images in expanded["images"]] == [
         [RED],
@@ -581,12 +584,12 @@ def test_response_only_gives_each_row_the_images_of_its_prompt(tmp_path, monkeyp
         [],
     ]
     assert expanded[4]["prompt"] == implicit[:3]
-    assert response_only(load(str(tmp_path), vision=True)["train"].select([0, 1]))[:] == expanded[:5]
+    assert to_prompt_completion(load(str(tmp_path), vision=True)["train"].select([0, 1]))[:] == expanded[:5]
 
 
 def test_null_parts_of_arrow_are_taken_out(tmp_path):
     """Arrow gives every part every key, and templates would see an image in `{"type": "text", "image": None}`."""
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "a"}]
     messages = [turn("user", content), turn("assistant", [text("b")])]
     Dataset.from_list([{"messages": messages, "images": ["a.png"]}] * 2).to_parquet(tmp_path / "a.parquet")
@@ -599,7 +602,7 @@ def test_null_parts_of_arrow_are_taken_out(tmp_path):
 
 def conversations(tmp_path):
     for name in ("red", "green", "blue"):
-        picture(tmp_path / f"{name}.png", name)
+        write_image(tmp_path / f"{name}.png", name)
     rows = [
         {
             "messages": [
@@ -620,7 +623,7 @@ def conversations(tmp_path):
 
 
 def test_collator_learns_responses_only(tmp_path, processor):
-    dataset = response_only(conversations(tmp_path)["train"])
+    dataset = to_prompt_completion(conversations(tmp_path)["train"])
     batch = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)(list(dataset))
     assert learned(batch, processor.tokenizer) == [
         f"{reply} reply<|end|>" for reply in ("first", "second", "third", "fourth")
@@ -636,11 +639,11 @@ def test_collator_learns_responses_only(tmp_path, processor):
 
 def test_collator_takes_every_vision_format(tmp_path, processor):
     loaded = conversations(tmp_path)["train"]
-    batch = DataCollatorForVisionLanguageModeling(processor)(list(loaded))  # not response_only: all is learned
+    batch = DataCollatorForVisionLanguageModeling(processor)(list(loaded))  # not to_prompt_completion: all is learned
     assert learned(batch, processor.tokenizer)[2] == "<|user|>hi<|end|><|assistant|>fourth reply<|end|>"
     rows = [{"prompt": f"<image>{i}", "completion": f"reply {i}", "image": "red.png"} for i in range(2)]
     path = write(tmp_path / "strings/data.jsonl", [{**row, "image": "../red.png"} for row in rows])
-    dataset = response_only(load(str(path), vision=True, test_size=1)["train"])
+    dataset = to_prompt_completion(load(str(path), vision=True, test_size=1)["train"])
     batch = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)(list(dataset))
     assert learned(batch, processor.tokenizer)[0] in ("reply 0", "reply 1")
 
@@ -677,8 +680,8 @@ def test_trains_a_vision_model(tmp_path, processor):
     trainer = SFTTrainer(
         model,
         args,
-        train_dataset=response_only(loaded["train"]),
-        eval_dataset=response_only(loaded["test"]),
+        train_dataset=to_prompt_completion(loaded["train"]),
+        eval_dataset=to_prompt_completion(loaded["test"]),
         processing_class=processor,
     )
     batch = next(iter(trainer.get_train_dataloader()))
@@ -712,7 +715,7 @@ def test_trainer_learns_responses_of_every_text_format(tmp_path, tokenizer, row,
     )
     args = SFTConfig(str(tmp_path / "out"), max_steps=1, report_to="none", use_cpu=True)
     trainer = SFTTrainer(
-        Qwen2ForCausalLM(config), args, train_dataset=response_only(loaded["train"]), processing_class=tokenizer
+        Qwen2ForCausalLM(config), args, train_dataset=to_prompt_completion(loaded["train"]), processing_class=tokenizer
     )
     labels = [[token for token in row["labels"] if token != -100] for row in trainer.train_dataset]
     assert sorted({tokenizer.decode(row) for row in labels}) == sorted(expected)
@@ -730,6 +733,34 @@ def test_sharegpt_conversations_become_messages(tmp_path):
     (question, answer) = train[0]["messages"]
     assert question["role"] == "user" and question["content"].endswith("?")
     assert answer == {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_developer_is_a_system(tmp_path, suffix):
+    """OpenAI's newer name of that role, which chat templates do not know."""
+    turns = [turn("developer", "be brief"), USER, ASSISTANT]
+    sharegpt = [{"from": "developer", "value": "be brief"}, {"from": "human", "value": "hi"}]
+    formats = {
+        "messages": {"messages": turns},
+        "with_parts": {"messages": [turn("developer", [text("be brief")]), USER, ASSISTANT]},
+        "prompt": {"prompt": turns[:2], "completion": turns[2:]},
+        "sharegpt": {"conversations": [*sharegpt, {"from": "gpt", "value": "yo"}]},
+    }
+    for name, row in formats.items():
+        path = tmp_path / f"{name}.{suffix}"
+        rows = Dataset.from_list([row] * 4, on_mixed_types="use_json")
+        (rows.to_json if suffix == "jsonl" else rows.to_parquet)(path)
+        for example in to_prompt_completion(load(str(path))["train"]):
+            assert [m["role"] for m in example["prompt"] + example["completion"]] == ["system", "user", "assistant"]
+
+
+def test_a_developer_asks_nothing(tmp_path):
+    good = {"messages": [USER, ASSISTANT]}
+    bad = {"messages": [turn("developer", "be brief"), ASSISTANT]}
+    fault(tmp_path, bad, good, r"messages\[1\] is an assistant message without a prompt")
+    good = {"prompt": [USER], "completion": [ASSISTANT]}
+    bad = {"prompt": [USER, turn("developer", "be brief")], "completion": [ASSISTANT]}
+    fault(tmp_path, bad, good, "prompt ends with the role developer, expected a user or tool message")
 
 
 def test_a_test_split_that_is_sorted_is_shuffled_before_it_is_halved(tmp_path):

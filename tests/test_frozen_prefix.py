@@ -434,7 +434,7 @@ def test_whole_text_runs_with_and_without_the_prefix_are_equal(tmp_path, monkeyp
 
 @CHECKPOINTING
 def test_whole_vlm_runs_with_and_without_the_prefix_are_equal(tmp_path, monkeypatch, reentrant):
-    dataset = vlm_builtin.digit_pictures(train=64, test=8)
+    dataset = vlm_builtin.digit_images(train=64, test=8)
     runs = []
     for with_prefix in (True, False):
         model, processor = vlm_builtin.tiny_llava()
@@ -462,7 +462,7 @@ def test_whole_vlm_runs_with_and_without_the_prefix_are_equal(tmp_path, monkeypa
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_what_the_loss_does_not_use_is_no_obstacle(tmp_path, full):
     """LLaVA-1.5 takes the output of the last but one layer of its vision tower: the last one gets no gradient."""
-    dataset = vlm_builtin.digit_pictures(train=64, test=8)
+    dataset = vlm_builtin.digit_images(train=64, test=8)
 
     def build():
         model, processor = vlm_builtin.tiny_llava()

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from grades_trl.recipe.builtin import dates, tiny_qwen3
 from grades_trl.recipe.generation import answers, exact_match, prompt_text
-from vlm.builtin import digit_pictures, tiny_llava
+from vlm.builtin import digit_images, tiny_llava
 from vlm.generation import answers as vlm_answers
 
 
@@ -65,7 +65,7 @@ def test_an_answer_ends_at_eos(tiny, data):
 def test_modes_are_restored_module_by_module(tiny, data, vision):
     (model, processor), ask = tiny, answers
     if vision:
-        (model, processor), ask, data = tiny_llava(), vlm_answers, digit_pictures(train=1, test=4)["test"]
+        (model, processor), ask, data = tiny_llava(), vlm_answers, digit_images(train=1, test=4)["test"]
     layers = (model.model.language_model if vision else model.model).layers
     model.train()
     layers[1].eval()
@@ -152,7 +152,7 @@ def test_tools_and_template_options_of_a_row_reach_its_prompt(tiny):
 
 def test_a_vision_prompt_of_plain_text_is_taken_as_it_is():
     model, processor = tiny_llava()
-    messages = digit_pictures(train=1, test=4)["test"]
+    messages = digit_images(train=1, test=4)["test"]
     turns = [
         [{**m, "content": [{"type": "image"}, {"type": "text", "text": m["content"]}]} for m in p]
         for p in messages["prompt"]

@@ -234,7 +234,7 @@ def test_a_run_that_ends_by_its_heldout_loss_resumes_exactly(tmp_path, text, lor
 
 
 def test_a_vision_language_run_measures_its_heldout_loss(tmp_path):
-    images = vlm_builtin.digit_pictures(train=16, test=6)
+    images = vlm_builtin.digit_images(train=16, test=6)
     model, processor = vlm_builtin.tiny_llava()
     trainer = GradESVLMTrainer(
         model=model,

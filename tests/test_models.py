@@ -10,6 +10,8 @@ import torch
 from trl import ModelConfig
 
 from grades_trl.model.matrices import find_matrices
+from grades_trl.recipe.builtin import dates
+from grades_trl.recipe.generation import answers
 from grades_trl.recipe.models import find_gguf, load_model, make_trainable
 from helpers import SMALL, llava, qwen3
 from vlm import builtin as vlm_builtin
@@ -53,6 +55,22 @@ def test_four_bits_on_a_cpu(folder):
     weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     assert weight.dtype == torch.uint8
     assert find_matrices(model)["model.layers.0.self_attn.q_proj"].shape == (128, 128)
+
+
+def test_generation_leaves_the_gradients_of_a_4_bit_model_as_they_are(folder):
+    arguments = ModelConfig(model_name_or_path=folder, use_peft=True, lora_dropout=0.0, load_in_4bit=True)
+    model, tokenizer = load_model(arguments, "transformers")
+    ids = torch.arange(3, 19).view(1, 16)
+
+    def gradients():
+        model.train()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    before = gradients()
+    answers(model, tokenizer, dates(train=1, test=2)["test"], max_new_tokens=2)
+    assert torch.equal(gradients(), before)
 
 
 def test_a_vision_language_model_and_its_processor(tmp_path):

@@ -24,7 +24,7 @@ def text():
 
 @pytest.fixture(scope="module")
 def pictures():
-    return vlm_builtin.digit_pictures(train=64, test=8, seed=0)
+    return vlm_builtin.digit_images(train=64, test=8, seed=0)
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -1,4 +1,4 @@
-"""What only images need: the vision-language trainer, the embedded default model and data, generation."""
+"""What only images need: the vision-language trainer, the built-in model and data, generation."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,6 +1,6 @@
-"""The embedded default model and data for vision: nothing is downloaded.
+"""The built-in model and data for vision: nothing is downloaded.
 
-The data are pictures of numbers of two to four digits, made of real scans: scikit-learn's 1,797 handwritten digits.
+The data are images of numbers of two to four digits, made of real scans: scikit-learn's 1,797 handwritten digits.
 The model is a LLaVA (CLIP vision + Qwen2 text) of 0.7 million parameters that learns to read them on a CPU in about
 a minute.
 """
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 PROMPT = "Read the number."
-PICTURE_SIZE = (112, 32)  # width, height in pixels: four cells of 28 x 32, one for each digit
+CANVAS_SIZE = (112, 32)  # width and height of an image, in pixels: four cells of 28 x 32, one for each digit
 CELL_WIDTH = 28
 TEST_SCANS = 297  # of 1,797
 
@@ -65,7 +65,7 @@ def split_scans(seed: int = 0) -> dict[str, np.ndarray]:
 
 def _draw(scans: np.ndarray, rng: np.random.Generator) -> PILImage.Image:
     """Draws scans of shape (digits, 8, 8), ink from 0 to 16, side by side: dark ink on light paper."""
-    width, height = PICTURE_SIZE
+    width, height = CANVAS_SIZE
     sizes = rng.integers(21, 27, size=(len(scans), 2))  # width, height of each digit
     lefts = CELL_WIDTH * np.arange(len(scans)) + rng.integers(0, CELL_WIDTH - sizes[:, 0] + 1)  # anywhere in its cell
     ink = np.zeros((height, width))
@@ -77,7 +77,7 @@ def _draw(scans: np.ndarray, rng: np.random.Generator) -> PILImage.Image:
     return PILImage.fromarray((paper * (1 - 0.9 * ink)).astype(np.uint8))
 
 
-def _pictures(scans: np.ndarray, labels: np.ndarray, count: int, rng: np.random.Generator) -> Dataset:
+def _draw_images(scans: np.ndarray, labels: np.ndarray, count: int, rng: np.random.Generator) -> Dataset:
     rows: dict[str, list] = {"images": [], "prompt": [], "completion": []}
     for _ in range(count):
         chosen = rng.integers(len(scans), size=rng.integers(2, 5))
@@ -90,22 +90,22 @@ def _pictures(scans: np.ndarray, labels: np.ndarray, count: int, rng: np.random.
     return Dataset.from_dict(rows, features=features)
 
 
-def digit_pictures(train: int = 4000, test: int = 300, seed: int = 0) -> DatasetDict:
-    """Makes pictures of numbers from real handwriting, in TRL's conversational prompt-completion format.
+def digit_images(train: int = 4000, test: int = 300, seed: int = 0) -> DatasetDict:
+    """Makes images of numbers from real handwriting, in TRL's conversational prompt-completion format.
 
-    The scans are split first (see [`split_scans`]), so no scan of a test picture is in any training picture. Numbers
+    The scans are split first (see [`split_scans`]), so no scan of a test image is in any training image. Numbers
     have two to four digits, evenly often; size, place, ink and paper vary a little.
 
     Args:
         train (`int`, *optional*, defaults to `4000`):
-            Number of training pictures.
+            Number of training images.
         test (`int`, *optional*, defaults to `300`):
-            Number of test pictures.
+            Number of test images.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the split and of the pictures.
+            Seed of the split and of the images.
 
     Returns:
-        `DatasetDict`: splits `"train"` and `"test"` with columns `images` (a list of one grey PIL picture of
+        `DatasetDict`: splits `"train"` and `"test"` with columns `images` (a list of one grey PIL image of
         112 x 32 pixels, stored as PNG), `prompt` and `completion` (a list of one message each).
     """
     # Imported here: it is slow to import, and only this function needs it.
@@ -115,7 +115,7 @@ def digit_pictures(train: int = 4000, test: int = 300, seed: int = 0) -> Dataset
     parts = split_scans(seed)
     return DatasetDict(
         {
-            split: _pictures(
+            split: _draw_images(
                 digits.images[parts[split]], digits.target[parts[split]], count, np.random.default_rng([seed, i])
             )
             for i, (split, count) in enumerate([("train", train), ("test", test)])
@@ -124,14 +124,14 @@ def digit_pictures(train: int = 4000, test: int = 300, seed: int = 0) -> Dataset
 
 
 def blank(images: list[PILImage.Image]) -> list[PILImage.Image]:
-    """Returns white pictures of the same sizes and modes: what a model can answer without seeing.
+    """Returns white images of the same sizes and modes: what a model can answer without seeing.
 
     Args:
         images (`list[PIL.Image.Image]`):
-            Pictures to blank; they are left as they are.
+            Images to blank; they are left as they are.
 
     Returns:
-        `list[PIL.Image.Image]`: new pictures, one for each.
+        `list[PIL.Image.Image]`: new images, one for each.
     """
     return [PILImage.new(image.mode, image.size, "white") for image in images]
 
@@ -162,7 +162,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Builds an untrained LLaVA (CLIP vision, Qwen2 text) of under a million parameters, and its processor.
 
-    Pictures of any shape are stretched to a square of 32 x 32 pixels, 16 patches. The tokenizer is byte-level BPE,
+    Images of any shape are stretched to a square of 32 x 32 pixels, 16 patches. The tokenizer is byte-level BPE,
     trained on the spot; each digit is one token. Every weight matrix gets a gradient: `vision_feature_layer` is the
     last one.
 

@@ -1,4 +1,4 @@
-"""What a vision-language model answers: greedy generation over a data set."""
+"""What a vision-language model answers: greedy generation over a dataset."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from grades_trl.recipe.generation import greedily, prompt_text
-from vlm.builtin import blank as blank_pictures
+from grades_trl.recipe.generation import generate_greedily, prompt_text
+from vlm.builtin import blank as blank_images
 
 
 def answers(
@@ -25,18 +25,18 @@ def answers(
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Any model that generates from text and pictures.
+            Any model that generates from text and images.
         processor ([`~transformers.ProcessorMixin`]):
             Its processor, with a chat template.
         dataset (`Dataset`):
             With columns `prompt` (messages, or text with the model's own image tokens) and `images` (a list of PIL
-            pictures).
+            images).
         batch_size (`int`, *optional*, defaults to `16`):
             Examples generated together.
         max_new_tokens (`int`, *optional*, defaults to `32`):
             Longest answer, in tokens.
         blank (`bool`, *optional*, defaults to `False`):
-            Shows white pictures of the same sizes in place of the real ones: the control that tells reading from
+            Shows white images of the same sizes in place of the real ones: the control that tells reading from
             guessing.
 
     Returns:
@@ -48,18 +48,18 @@ def answers(
     missing = {"prompt", "images"} - set(dataset.column_names)
     if missing:
         raise ValueError(
-            f"The data set has no column {sorted(missing)}, only {dataset.column_names}. `answers` needs `prompt` (a "
-            f"list of messages) and `images` (a list of pictures): rename the columns."
+            f"The dataset has no column {sorted(missing)}, only {dataset.column_names}. `answers` needs `prompt` (a "
+            f"list of messages) and `images` (a list of images): rename the columns."
         )
 
     def inputs(start: int) -> BatchFeature:
         batch = dataset[start : start + batch_size]
-        images = [blank_pictures(row) if blank else row for row in batch["images"]]
+        images = [blank_images(row) if blank else row for row in batch["images"]]
         texts = []
-        for i, pictures in enumerate(images):
+        for i, of_row in enumerate(images):
             row = {name: values[i] for name, values in batch.items()}
             if not isinstance(row["prompt"], str):
-                row["prompt"] = prepare_multimodal_messages(row["prompt"], images=pictures)
+                row["prompt"] = prepare_multimodal_messages(row["prompt"], images=of_row)
             texts.append(prompt_text(processor, row))
         return processor(
             images=images,
@@ -71,4 +71,4 @@ def answers(
         ).to(model.device, dtype=model.dtype)
 
     starts = tqdm(range(0, len(dataset), batch_size), desc="answers", unit="batch")
-    return greedily(model, processor, map(inputs, starts), max_new_tokens)
+    return generate_greedily(model, processor, map(inputs, starts), max_new_tokens)

@@ -1,4 +1,4 @@
-"""A contact sheet: pictures with what was expected and what the model answered before and after training."""
+"""A contact sheet: images with what was expected and what the model answered before and after training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grades_trl.recipe.generation import text_of
 
 
 def save_samples(dataset: Dataset, before: list[str], after: list[str], path: str | Path) -> None:
-    """Draws one row per example, its first picture beside three lines of text, and saves it as PNG.
+    """Draws one row per example, its first image beside three lines of text, and saves it as PNG.
 
     Args:
         dataset (`Dataset`): with `images` and `completion`.

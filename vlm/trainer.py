@@ -23,7 +23,7 @@ class GradESVLMMixin(GradESMixin):
         grades (`GradESConfig`, *optional*, defaults to `GradESConfig()`): `None` is the plain trainer.
 
     Raises:
-        ValueError: a tokenizer in place of a processor; a data set without pictures; a tower without a tau.
+        ValueError: a tokenizer in place of a processor; a dataset without images; a tower without a tau.
     """
 
     def __init__(self, *args: Any, grades: GradESConfig | None = GradESConfig(), **kwargs: Any):  # noqa: B008
@@ -38,7 +38,7 @@ class GradESVLMMixin(GradESMixin):
         if not self._is_vision_dataset:
             raise ValueError(
                 f"train_dataset has no column `image` or `images`, only {', '.join(self.train_dataset.column_names)}: "
-                "add the pictures (for text alone, use GradESTrainer)."
+                "add the images (for text alone, use GradESTrainer)."
             )
 
 

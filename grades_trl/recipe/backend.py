@@ -1,7 +1,7 @@
-"""Which library loads and speeds up the model: Unsloth or plain Transformers. Import this before transformers or trl.
+"""Which library loads and speeds up the model: Unsloth or Transformers. Import this before transformers or trl.
 
-Importing Unsloth replaces parts of transformers, peft and trl, so it has to come first; and `--backend` says whether
-it comes at all. Hence this module reads the command line when it is imported, before any parser exists.
+Importing Unsloth replaces parts of transformers, peft and trl, so it has to come first, and `--backend` says whether
+it is imported at all. Hence this module reads the command line when it is imported, before any parser exists.
 """
 
 import importlib.util
@@ -26,10 +26,10 @@ def requested(argv: list[str]) -> str:
 
 
 def choose(name: str) -> str:
-    """The backend behind a request, with Unsloth imported if it is the one.
+    """Decides for a backend, and imports Unsloth if that is the one.
 
     Args:
-        name (`str`): `"unsloth"`, `"transformers"`, or `"auto"`: Unsloth if it is installed and a GPU is there.
+        name (`str`): `"unsloth"`, `"transformers"`, or `"auto"`: Unsloth if it is installed and there is a GPU.
 
     Returns:
         `str`: `"unsloth"` or `"transformers"`.

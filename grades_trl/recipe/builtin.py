@@ -1,10 +1,10 @@
-"""The embedded default model and data for text: nothing is downloaded.
+"""The built-in model and datasets for text: nothing is downloaded.
 
 `dates` and `tiny_qwen3` belong together: written dates in six languages to ISO 8601, and a model that learns it from
 nothing on a laptop's CPU in about a minute. `docstrings` is real text for real models: functions of Python's own
 standard library, to be described in one line.
 
-Every data set has TRL's conversational prompt-completion columns, so that `SFTTrainer` computes the loss on the
+Every dataset has TRL's conversational prompt-completion columns, so that `SFTTrainer` computes the loss on the
 completions alone.
 """
 

@@ -1,13 +1,16 @@
-"""Runs of the same recipe side by side: what each way of training reached, and what it took. Figures, table, picture.
+"""Runs of the same recipe side by side: what each variant reached and what it took. Summary, tables and figure.
 
-A cell is one run, `{"arm": ..., "seed": ...}` with what its `result.json` holds, or with `"skipped"`, the reason why
-there was nothing to run.
+A run is `{"variant": ..., "seed": ...}` with what its `result.json` holds, or with `"skipped"`, the reason why there
+are no scores.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,95 +18,114 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-Cell = dict[str, Any]
+Run = dict[str, Any]
 
-# In the order in which the cells of a seed run: what follows `grades` may need what it left.
-ARMS = {
-    "plain": "the whole schedule, nothing frozen",
+# In the environment of a recipe that compare.py has started: the id that its `result.json` must carry.
+RUN_ID = "GRADES_COMPARISON_RUN_ID"
+
+# In the order in which the runs of a seed are made: those after `grades` may need what it left.
+VARIANTS = {
+    "baseline": "the whole schedule, nothing frozen",
     "grades": "GradES as configured",
-    "shortened": "plain, with a schedule as long as the GradES run of the seed turned out",
-    "early_stopping": "plain, ended when the validation loss no longer falls; the best checkpoint counts",
-    "random": "as many matrices frozen at the same steps as by GradES, but which ones is left to chance",
-    "together": "GradES with heldout_gain, but no matrix freezes before the whole model stops",
-    "bottom_up": "as many matrices frozen at the same steps as by GradES, but from the lowest layer up",
+    "baseline_matched_steps": "the baseline, with a schedule as long as the GradES run of the seed",
+    "early_stopping": "the baseline, ended when the validation loss stops improving; its best checkpoint is scored",
+    "random_order": "the freezes of the GradES run at the same steps, of matrices chosen at random",
+    "bottom_up": "the freezes of the GradES run at the same steps, of matrices from the lowest layer up",
     "paper": "GradES with the paper's metric and settings",
 }
-# Where a tower stands on the way from input to output.
+# The position of a tower on the way from input to output.
 TOWER_ORDER = {"vision": 0, "audio": 0, "projector": 1, "language": 2}
 PARTS = ("training", "validation", "saving", "grades")
 COLORS = {
-    "plain": "#52606d",
+    "baseline": "#52606d",
     "grades": "#2563eb",
-    "shortened": "#d97706",
+    "baseline_matched_steps": "#d97706",
     "early_stopping": "#059669",
-    "random": "#9333ea",
-    "together": "#65a30d",
+    "random_order": "#9333ea",
     "bottom_up": "#be185d",
     "paper": "#0891b2",
 }
 
 
-def replayed(events: list[dict[str, Any]], watched: list[dict[str, Any]], order: str, seed: int) -> list[dict]:
-    """The freeze steps of a run, given to other matrices: what freezing does, without the choice of what to freeze.
+def exit_with_comparison() -> None:
+    """Lets a recipe that compare.py has started end with it, however that ends. Does nothing otherwise.
+
+    compare.py holds the other end of the pipe that is the recipe's stdin: when it is gone, the pipe is closed. That is
+    so on every system, and after `kill -9` too.
+    """
+    if RUN_ID in os.environ:
+        threading.Thread(target=_exit_at_end_of_stdin, daemon=True).start()
+
+
+def _exit_at_end_of_stdin() -> None:
+    while os.read(sys.stdin.fileno(), 1024):  # blocks; sys.stdin itself would hold a lock at the end of the process
+        pass
+    os._exit(1)
+
+
+def reordered(
+    events: list[dict[str, Any]], tracked: list[dict[str, Any]], variant: str, seed: int
+) -> list[dict[str, Any]]:
+    """Gives the freeze steps of a run to other matrices: the control for the choice of what to freeze.
 
     Args:
         events (`list[dict]`): the lines of the run's `events.jsonl`, in their order.
-        watched (`list[dict]`): all matrices of the model, as in `result.json`.
-        order (`str`): `"random"`, or `"bottom_up"`: vision tower first, then by layer.
+        tracked (`list[dict]`): all tracked matrices, as in `result.json`.
+        variant (`str`): `"random_order"`; or `"bottom_up"`: the vision tower first, then layer by layer.
         seed (`int`): of the random order.
 
     Returns:
-        `list[dict]`: the events, each with another matrix.
+        `list[dict]`: `matrix` and `step`, one per event.
     """
-    if order == "bottom_up":
-        watched = sorted(watched, key=lambda m: (TOWER_ORDER[m["tower"]], m["layer"]))
+    if variant == "bottom_up":
+        tracked = sorted(tracked, key=lambda m: (TOWER_ORDER[m["tower"]], m["layer"]))
     else:
-        watched = random.Random(seed).sample(watched, len(watched))
-    return [event | matrix for event, matrix in zip(events, watched, strict=False)]
+        tracked = random.Random(seed).sample(tracked, len(tracked))
+    return [{"matrix": m["matrix"], "step": e["step"]} for e, m in zip(events, tracked, strict=False)]
 
 
-def summarize(cells: list[Cell]) -> dict[str, Any]:
-    """Mean and standard deviation of every arm over the seeds, and the arms against each other, seed by seed.
+def summarize(runs: list[Run]) -> dict[str, Any]:
+    """Mean and standard deviation of every variant over the seeds, and GradES against the others, seed by seed.
 
     Returns:
-        `dict`: `arms`, arm -> figure -> `{"mean", "sd"}` (`sd` is `None` for a single seed; an arm without a run has
-        `{"skipped": reason}`), and `seeds`, one entry per seed. `flops` is a fraction of the plain run of the whole
-        schedule; `plain_over_this` compares the total seconds of the same seed.
+        `dict`: `variants`, variant -> number -> `{"mean", "sd"}` (`sd` is `None` for a single seed; a variant without
+        a run has `{"skipped": reason}`), and `seeds`, one entry per seed. `flops` is a fraction of the baseline of the
+        whole schedule; `baseline_time_ratio` is the time of the baseline divided by that of the run of the same seed.
     """
-    runs = [cell for cell in cells if "skipped" not in cell]
-    by_seed: dict[int, dict[str, Cell]] = {}
-    for cell in runs:
-        by_seed.setdefault(cell["seed"], {})[cell["arm"]] = cell
-    arms: dict[str, Any] = {}
-    for arm in (arm for arm in ARMS if any(cell["arm"] == arm for cell in cells)):
-        own = [_figures(cell, by_seed[cell["seed"]]) for cell in runs if cell["arm"] == arm]
-        if own:
-            arms[arm] = {key: _mean_and_sd([figures[key] for figures in own]) for key in own[0]}
-            arms[arm]["runs"] = len(own)
+    scored = [run for run in runs if "skipped" not in run]
+    by_seed: dict[int, dict[str, Run]] = {}
+    for run in scored:
+        by_seed.setdefault(run["seed"], {})[run["variant"]] = run
+    variants: dict[str, Any] = {}
+    for variant in (variant for variant in VARIANTS if any(run["variant"] == variant for run in runs)):
+        numbers = [_numbers(run, by_seed[run["seed"]]) for run in scored if run["variant"] == variant]
+        if numbers:
+            variants[variant] = {key: _mean_and_sd([of_run[key] for of_run in numbers]) for key in numbers[0]}
+            variants[variant]["runs"] = len(numbers)
         else:
-            arms[arm] = {"skipped": next(cell["skipped"] for cell in cells if cell["arm"] == arm)}
-    return {"arms": arms, "seeds": [{"seed": seed, **_against(of_seed)} for seed, of_seed in by_seed.items()]}
+            variants[variant] = {"skipped": next(run["skipped"] for run in runs if run["variant"] == variant)}
+    return {"variants": variants, "seeds": [{"seed": seed, **_against(of_seed)} for seed, of_seed in by_seed.items()]}
 
 
-def _figures(cell: Cell, of_seed: dict[str, Cell]) -> dict[str, float | None]:
-    """The figures of a run that are averaged over seeds."""
-    schedule = max(other["total_steps"] for other in of_seed.values())  # the shortened run's own is not the measure
-    plain = of_seed.get("plain")
+def _numbers(run: Run, of_seed: dict[str, Run]) -> dict[str, float | None]:
+    """The numbers of a run that are averaged over seeds."""
+    schedule = max(other["total_steps"] for other in of_seed.values())  # that of `baseline_matched_steps` is shorter
+    baseline = of_seed.get("baseline")
     return {
-        "steps": cell["steps"],
-        "test_loss": cell["results"]["final/test_loss"],
-        "validation_loss": cell["results"]["final/validation_loss"],
-        "exact_match": exact_match(cell),
-        **{f"{part}_seconds": cell["seconds"][part] for part in ("total", *PARTS)},
-        "flops": cell["flops"] * cell["total_steps"] / schedule,
-        "peak_memory_mib": cell["peak_memory_mib"],
-        "plain_over_this": plain["seconds"]["total"] / cell["seconds"]["total"] if plain else None,
+        "steps": run["steps"],
+        "test_loss": run["results"]["final/test_loss"],
+        "validation_loss": run["results"]["final/validation_loss"],
+        "exact_match": exact_match(run),
+        **{f"{part}_seconds": run["seconds"][part] for part in ("total", *PARTS)},
+        "flops": run["flops"] * run["total_steps"] / schedule,
+        "peak_memory_mib": run["peak_memory_mib"],
+        "baseline_time_ratio": baseline["seconds"]["total"] / run["seconds"]["total"] if baseline else None,
     }
 
 
-def exact_match(cell: Cell) -> float | None:
+def exact_match(run: Run) -> float | None:
     """Fraction of test prompts answered exactly; `None` where the recipe asked none."""
-    results = cell["results"]
+    results = run["results"]
     return results.get("final/exact_match", results.get("final/exact_match_test"))
 
 
@@ -115,77 +137,79 @@ def _mean_and_sd(values: list[float | None]) -> dict[str, float | None]:
     }
 
 
-def _against(of_seed: dict[str, Cell]) -> dict[str, Any]:
-    """GradES against the other arms of one seed; `None` where one of the two was not run."""
-    plain, grades = of_seed.get("plain"), of_seed.get("grades")
+def _against(of_seed: dict[str, Run]) -> dict[str, Any]:
+    """GradES against the other variants of one seed; `None` where one of the two was not run."""
+    baseline, grades = of_seed.get("baseline"), of_seed.get("grades")
 
-    def test_loss_over(arm: str) -> float | None:
-        if grades is None or arm not in of_seed:
+    def test_loss_minus(variant: str) -> float | None:
+        if grades is None or variant not in of_seed:
             return None
-        return grades["results"]["final/test_loss"] - of_seed[arm]["results"]["final/test_loss"]
+        return grades["results"]["final/test_loss"] - of_seed[variant]["results"]["final/test_loss"]
 
-    best = min((entry["eval_loss"] for entry in plain["validation"]), default=None) if plain else None
+    best = min((entry["eval_loss"] for entry in baseline["validation"]), default=None) if baseline else None
     final = grades["results"]["final/validation_loss"] if grades else None
     return {
-        "plain_best_validation_loss": best,
+        "baseline_best_validation_loss": best,
         "grades_validation_loss": final,
         "as_good": None if best is None or final is None else final <= best,
-        "share_of_plain_time": grades["seconds"]["total"] / plain["seconds"]["total"] if plain and grades else None,
-        "grades_minus_shortened": test_loss_over("shortened"),
-        "grades_minus_early_stopping": test_loss_over("early_stopping"),
+        "fraction_of_baseline_time": (
+            grades["seconds"]["total"] / baseline["seconds"]["total"] if baseline and grades else None
+        ),
+        "grades_minus_matched_steps": test_loss_minus("baseline_matched_steps"),
+        "grades_minus_early_stopping": test_loss_minus("early_stopping"),
     }
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """Two tables: the arms, and below them GradES against the others for each seed."""
+    """Two tables: the variants, and below them GradES against the others for each seed."""
     header = (
-        "arm",
+        "variant",
         "steps",
         "test loss",
         "exact match, %",
         "seconds",
-        "of it validation",
-        "of it GradES",
-        "FLOPs of plain",
+        "in validation",
+        "in GradES",
+        "FLOPs / baseline",
         "peak MiB",
-        "plain's time / this",
+        "baseline's time / this",
     )
     rows = []
-    for arm, figures in summary["arms"].items():
-        if "skipped" in figures:
-            rows.append([arm, f"not applicable: {figures['skipped']}", *[""] * (len(header) - 2)])
+    for variant, numbers in summary["variants"].items():
+        if "skipped" in numbers:
+            rows.append([variant, f"not applicable: {numbers['skipped']}", *[""] * (len(header) - 2)])
             continue
         rows.append(
             [
-                arm,
-                _text(figures["steps"]["mean"], ".0f"),
-                _spread(figures["test_loss"], ".4f"),
-                _spread(figures["exact_match"], ".1f", times=100),
-                _text(figures["total_seconds"]["mean"], ".1f"),
-                _text(figures["validation_seconds"]["mean"], ".1f"),
-                _text(figures["grades_seconds"]["mean"], ".2f"),
-                _text(figures["flops"]["mean"], ".2f"),
-                _text(figures["peak_memory_mib"]["mean"], ",.0f"),
-                _text(figures["plain_over_this"]["mean"], ".2f", unit="x"),
+                variant,
+                _text(numbers["steps"]["mean"], ".0f"),
+                _spread(numbers["test_loss"], ".4f"),
+                _spread(numbers["exact_match"], ".1f", times=100),
+                _text(numbers["total_seconds"]["mean"], ".1f"),
+                _text(numbers["validation_seconds"]["mean"], ".1f"),
+                _text(numbers["grades_seconds"]["mean"], ".2f"),
+                _text(numbers["flops"]["mean"], ".2f"),
+                _text(numbers["peak_memory_mib"]["mean"], ",.0f"),
+                _text(numbers["baseline_time_ratio"]["mean"], ".2f", unit="x"),
             ]
         )
     below = (
         "seed",
-        "plain's best validation loss",
-        "GradES's at its end",
+        "best validation loss of the baseline",
+        "validation loss of GradES",
         "at or below",
-        "ended after, of plain's time",
-        "test loss, GradES - shortened",
+        "time / baseline",
+        "test loss, GradES - matched steps",
         "GradES - early stopping",
     )
     seeds = [
         [
             str(entry["seed"]),
-            _text(entry["plain_best_validation_loss"], ".4f"),
+            _text(entry["baseline_best_validation_loss"], ".4f"),
             _text(entry["grades_validation_loss"], ".4f"),
             {True: "yes", False: "no", None: "-"}[entry["as_good"]],
-            _text(entry["share_of_plain_time"], ".0%"),
-            _text(entry["grades_minus_shortened"], "+.4f"),
+            _text(entry["fraction_of_baseline_time"], ".0%"),
+            _text(entry["grades_minus_matched_steps"], "+.4f"),
             _text(entry["grades_minus_early_stopping"], "+.4f"),
         ]
         for entry in summary["seeds"]
@@ -197,8 +221,8 @@ def _text(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def _spread(figure: dict[str, float | None], form: str, times: float = 1) -> str:
-    mean, sd = figure["mean"], figure["sd"]
+def _spread(number: dict[str, float | None], form: str, times: float = 1) -> str:
+    mean, sd = number["mean"], number["sd"]
     if mean is None or sd is None:
         return _text(None if mean is None else mean * times, form)
     return f"{mean * times:{form}} ± {sd * times:{form}}"
@@ -207,7 +231,7 @@ def _spread(figure: dict[str, float | None], form: str, times: float = 1) -> str
 def _table(header: tuple[str, ...], rows: list[list[str]]) -> str:
     """Markdown, its columns padded so that it reads well on a screen too."""
     lines = [list(header), *rows]
-    # A remark in place of figures runs over the columns it leaves empty.
+    # A remark in place of numbers runs over the columns it leaves empty.
     widths = [max(len(line[i]) for line in lines if i != 1 or line[-1]) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
@@ -215,34 +239,32 @@ def _table(header: tuple[str, ...], rows: list[list[str]]) -> str:
     )
 
 
-def draw(cells: list[Cell], summary: dict[str, Any], path: Path) -> None:
-    """Writes a picture: on the left, what each run reached in what time; on the right, where the time went."""
-    runs = [cell for cell in cells if "skipped" not in cell]
+def draw(runs: list[Run], summary: dict[str, Any], path: Path) -> None:
+    """Saves a figure: on the left, what each run reached in what time; on the right, where the time went."""
+    runs = [run for run in runs if "skipped" not in run]
     figure = Figure(figsize=(12, 4.8), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    for cell in runs:
-        if cell["arm"] in ("plain", "grades"):
-            curve = [(entry["seconds"], entry["eval_loss"]) for entry in cell["validation"]]
-            left.plot(
-                *zip(*curve, strict=True), color=COLORS[cell["arm"]], linewidth=0.7, alpha=0.6
-            ) if curve else None
-    drawn = [arm for arm, figures in summary["arms"].items() if "skipped" not in figures]
-    for arm in drawn:
+    for run in runs:
+        if run["variant"] in ("baseline", "grades") and run["validation"]:
+            curve = [(entry["seconds"], entry["eval_loss"]) for entry in run["validation"]]
+            left.plot(*zip(*curve, strict=True), color=COLORS[run["variant"]], linewidth=0.7, alpha=0.6)
+    drawn = [variant for variant, numbers in summary["variants"].items() if "skipped" not in numbers]
+    for variant in drawn:
         points = [
-            (cell["seconds"]["total"], cell["results"]["final/test_loss"]) for cell in runs if cell["arm"] == arm
+            (run["seconds"]["total"], run["results"]["final/test_loss"]) for run in runs if run["variant"] == variant
         ]
-        left.scatter(*zip(*points, strict=True), color=COLORS[arm], label=arm, s=28, zorder=3)
+        left.scatter(*zip(*points, strict=True), color=COLORS[variant], label=variant, s=28, zorder=3)
     left.set(xlabel="seconds of training, validation included", ylabel="loss", yscale="log")
     left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter(NullFormatter())
-    left.set_title("Test loss (points), validation loss of plain and grades (lines)", fontsize=10)
+    left.set_title("Test loss (points), validation loss of baseline and grades (lines)", fontsize=10)
     left.legend(frameon=False, fontsize=9)
 
     start = [0.0] * len(drawn)
     for part, color in zip(PARTS, ("#9aa5b1", "#f59e0b", "#e4e7eb", "#2563eb"), strict=True):
-        widths = [summary["arms"][arm][f"{part}_seconds"]["mean"] for arm in drawn]
+        widths = [summary["variants"][variant][f"{part}_seconds"]["mean"] for variant in drawn]
         label = "GradES" if part == "grades" else part
         right.barh(drawn, widths, left=start, color=color, label=label, height=0.6)
         start = [a + b for a, b in zip(start, widths, strict=True)]

@@ -1,4 +1,4 @@
-"""Greedy answers to a prompt-completion data set, and how many of them are exactly right."""
+"""Greedy answers to a prompt-completion dataset, and how many of them are exactly right."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
-def greedily(
+def generate_greedily(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | ProcessorMixin,
     batches: Iterable[BatchEncoding],
     max_new_tokens: int,
 ) -> list[str]:
     """
-    What the model says after each prompt, without special tokens and outer spaces. `batches` are on its device, padded
-    on the left. Afterwards, also after an error, every module is back in the train or eval mode it was in.
+    Returns what the model says after each prompt, without special tokens and outer spaces.
+
+    `batches` are on its device, padded on the left. Afterwards, also after an error, every module is back in the train
+    or eval mode it was in.
     """
     texts = []
     modes = {module: module.training for module in model.modules()}
@@ -65,7 +67,7 @@ def answers(
         max_new_tokens (`int`, *optional*, defaults to `64`): longest answer, in tokens.
 
     Returns:
-        `list[str]`: one answer per example, in the order of the data set, without special tokens and outer spaces.
+        `list[str]`: one answer per example, in the order of the dataset, without special tokens and outer spaces.
 
     Raises:
         `ValueError`: if the tokenizer has no padding token.
@@ -91,7 +93,7 @@ def answers(
         ).to(model.device)
         for start in tqdm(range(0, len(prompts), batch_size), desc="answers", unit="batch")
     )
-    found = dict(zip(longest_first, greedily(model, tokenizer, batches, max_new_tokens), strict=True))
+    found = dict(zip(longest_first, generate_greedily(model, tokenizer, batches, max_new_tokens), strict=True))
     return [found[i] for i in range(len(prompts))]
 
 
@@ -119,7 +121,7 @@ def exact_match(answers: list[str], dataset: Dataset) -> float:
     Fraction of the answers that are the completion's text, outer spaces aside.
 
     Args:
-        answers (`list[str]`): one per example, in the order of the data set.
+        answers (`list[str]`): one per example, in the order of the dataset.
         dataset ([`~datasets.Dataset`]): with a column `completion`.
 
     Returns:
@@ -131,7 +133,7 @@ def exact_match(answers: list[str], dataset: Dataset) -> float:
     if not answers or len(answers) != len(dataset):
         raise ValueError(
             f"exact_match() got {len(answers)} answers to {len(dataset)} examples. It needs one answer per "
-            "example, in the data set's order, and at least one."
+            "example, in the order of the dataset, and at least one."
         )
     right = [
         answer.strip() == text_of(completion).strip()
@@ -140,14 +142,15 @@ def exact_match(answers: list[str], dataset: Dataset) -> float:
     return sum(right) / len(right)
 
 
-def show_samples(dataset: Dataset, answers: dict[str, list[str]]) -> None:
-    """Prints prompts with what was expected and what was answered, by each of those named in `answers`."""
+def format_samples(dataset: Dataset, answers: dict[str, list[str]]) -> str:
+    """Prompts with what was expected and what was answered, by each of those named in `answers`."""
     width = max(map(len, ["expected", *answers]))
+    lines = []
     for i, (prompt, completion) in enumerate(zip(dataset["prompt"], dataset["completion"], strict=True)):
-        print(f"\n  {'prompt':<{width}}  {_one_line(text_of(prompt))}")
-        print(f"  {'expected':<{width}}  {_one_line(text_of(completion))}")
-        for name, given in answers.items():
-            print(f"  {name:<{width}}  {_one_line(given[i])}")
+        lines += ["", f"  {'prompt':<{width}}  {_one_line(text_of(prompt))}"]
+        lines.append(f"  {'expected':<{width}}  {_one_line(text_of(completion))}")
+        lines += [f"  {name:<{width}}  {_one_line(given[i])}" for name, given in answers.items()]
+    return "\n".join(lines)
 
 
 def _one_line(text: str) -> str:

@@ -6,14 +6,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, set_seed
 from trl import ModelConfig, get_quantization_config
 
-from grades_trl.config import TOWERS
-from grades_trl.model import linear_layers, towers_of_parameters
+from grades_trl.model import TOWERS, linear_layers, towers_of_parameters
 
 
 def load_model(
@@ -68,15 +68,24 @@ def load_model(
             **common,
         )
         processor = auto_processor.from_pretrained(name, **common)
+        _keep_4bit_layout(model)
     return make_trainable(model, args, towers, seed), processor
 
 
-def make_trainable(model: nn.Module, args: ModelConfig, towers: Collection[str] = TOWERS, seed: int = 42) -> nn.Module:
-    """LoRA adapters if `args.use_peft`, else all weights; in the given towers only.
+def _keep_4bit_layout(model: nn.Module) -> None:
+    """Some CPUs: bitsandbytes (0.50) repacks 4-bit weights in the first forward pass of inference. Nothing is
+    back-propagated through repacked weights, so that training after generation would be silently wrong."""
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
-    Adapters go on `args.lora_target_modules`; if not given, on every linear layer inside the blocks, which are the
-    matrices that GradES watches (the paper adapts all seven projections). They are drawn with `seed`: the Trainer sets
-    its own later.
+
+def make_trainable(model: nn.Module, args: ModelConfig, towers: Collection[str] = TOWERS, seed: int = 42) -> nn.Module:
+    """Lets LoRA adapters train if `args.use_peft`, else all weights; in the given towers only.
+
+    Adapters go on `args.lora_target_modules`. If that is not given, they go on every linear layer inside the repeated
+    layers, which are the matrices that GradES tracks (the paper adapts all seven projections). Their initial weights
+    are drawn with `seed`, since the Trainer sets its own seed later.
     """
     if not args.use_peft:
         for name, tower in towers_of_parameters(model).items():
@@ -119,7 +128,7 @@ def load_gguf(path: Path, dtype: str | None = "float32") -> tuple[Any, Any]:
     """De-quantizes a GGUF file into a model that trains and saves like any other, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    # The weights are plain tensors now; these marks would make the Trainer and save_pretrained refuse them.
+    # The weights are ordinary tensors now; these marks would make the Trainer and save_pretrained refuse them.
     model.is_quantized = False
     for mark in ("hf_quantizer", "quantization_method"):
         delattr(model, mark)
@@ -172,8 +181,8 @@ def _load_with_unsloth(
     elif vision:
         model = make_trainable(model, args, towers, seed)
     if vision and max_length is None:
-        # Unsloth's trainer takes what it was loaded with for `max_length`, and a row that is cut there loses tokens of
-        # its pictures but not the pictures.
+        # Unsloth's trainer takes what it was loaded with for `max_length`, and a row that is truncated there loses
+        # tokens of its images but not the images.
         limit = model.config.get_text_config().max_position_embeddings
         for module in model.modules():
             if hasattr(module, "max_seq_length"):

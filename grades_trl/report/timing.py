@@ -177,6 +177,8 @@ class RunClock(TrainerCallback):
             self._state.saving += self._advance(synchronise=True)
 
     def on_train_end(self, args, state, control, **kwargs):
+        if not self._running:  # ended already, by a recipe that saves the model before the other callbacks
+            return
         self._state.step += self._advance(synchronise=True)
         self._read_events()
         self.data_ended = self.data_ended or not control.should_training_stop

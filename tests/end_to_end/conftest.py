@@ -1,4 +1,21 @@
+import runpy
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests"))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a recipe in this process, in a folder of its own, and returns what it printed and logged."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(recipe, *flags):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / recipe), *(w for f in flags for w in str(f).split())])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return "".join(capsys.readouterr())
+
+    return run

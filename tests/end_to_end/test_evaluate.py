@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-QUICK = "--report_to none --max_steps 4 --eval_steps 4 --interval 2 --warmup_steps 0 --samples 2"
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs a recipe in this process, in a folder of its own, and returns what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(recipe, *flags):
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / recipe), *(w for f in flags for w in str(f).split())])
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
+QUICK = "--report_to none --max_steps 4 --eval_steps 4 --warmup_steps 0 --num_samples 2"
 
 
 def results(folder):
@@ -50,19 +36,25 @@ def yes_or_no(path):
             file.write(json.dumps({"messages": turns}) + "\n")
 
 
-def test_text_demo_and_its_plain_twin(run, tmp_path):
-    quick = f"{QUICK} --max_train_samples 64 --max_eval_samples 25 --generate 4 --per_device_eval_batch_size 10"
+def test_text_demo_and_its_baseline(run, tmp_path):
+    quick = f"{QUICK} --max_train_samples 64 --max_eval_samples 25 --num_eval_generations 4"
+    quick += " --per_device_eval_batch_size 10"
     printed = run("sft_text.py", quick)
     assert re.search(r"other models: python \S+/evaluate.py outputs/demo_text\n", printed)
-    printed = run("sft_text.py", quick, "--grades false --output_dir outputs/demo_text_plain --learning_rate 1e-4")
-    assert "evaluate.py outputs/demo_text outputs/demo_text_plain\n" in printed
+    printed = run("sft_text.py", quick, "--grades false --output_dir outputs/demo_text_baseline --learning_rate 1e-4")
+    assert "evaluate.py outputs/demo_text outputs/demo_text_baseline\n" in printed
 
     # As a user does it, in a process of its own
-    command = [sys.executable, str(ROOT / "recipes" / "evaluate.py"), "outputs/demo_text", "outputs/demo_text_plain"]
+    command = [
+        sys.executable,
+        str(ROOT / "recipes" / "evaluate.py"),
+        "outputs/demo_text",
+        "outputs/demo_text_baseline",
+    ]
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Scored on the data and with the settings of outputs/demo_text;" in done.stdout
+    assert "Scored with the rows and settings of outputs/demo_text;" in done.stderr
     assert "25 examples to score, 4 to answer" in done.stdout
     assert done.stdout.count("  expected  ") == 2
     found = scores(tmp_path)
@@ -80,16 +72,16 @@ def test_vision_demo(run, tmp_path):
     run(
         "sft_vlm.py",
         QUICK,
-        "--max_train_samples 64 --max_eval_samples 25 --generate 4 --per_device_eval_batch_size 10",
+        "--max_train_samples 64 --max_eval_samples 25 --num_eval_generations 4 --per_device_eval_batch_size 10",
     )
     printed = run("evaluate.py", "outputs/demo_vlm/")
     (found,) = scores(tmp_path).values()
     expected = results(tmp_path / "outputs" / "demo_vlm")
     as_in_the_run(found, expected)
     assert found["exact_match"] == expected["final/exact_match"]
-    assert found["exact_match_blank_pictures"] == expected["final/exact_match_blank_pictures"]
+    assert found["exact_match_blank_images"] == expected["final/exact_match_blank_images"]
     assert "evaluate.py ANOTHER_MODEL outputs/demo_vlm/\n" in printed
-    with pytest.raises(SystemExit, match="The embedded set dates is for language models; expected digits"):
+    with pytest.raises(SystemExit, match="The built-in dataset dates is for language models; expected digits"):
         run("evaluate.py", "outputs/demo_vlm --dataset_name dates")
 
 
@@ -99,7 +91,8 @@ def test_an_adapter_beside_its_base(run, tmp_path, folder, bits):
     flags = (
         f"--model_name_or_path {folder} --use_peft --lora_r 8 --learning_rate 0.005 --max_length 64 {bits} --seed 7"
     )
-    flags += " --dataset_name chats.jsonl --test_size 0.4 --generate 9 --max_new_tokens 4 --output_dir outputs/adapter"
+    flags += " --dataset_name chats.jsonl --test_size 0.4 --num_eval_generations 9 --max_new_tokens 4"
+    flags += " --output_dir outputs/adapter"
     config = f"--config {ROOT / 'configs' / 'demo_text.yaml'}"
     run("sft_text.py", config, QUICK, flags, "--max_steps 25 --grades false --lr_scheduler_type constant")
 
@@ -114,15 +107,15 @@ def test_an_adapter_beside_its_base(run, tmp_path, folder, bits):
     assert base["exact_match"] == expected["before/exact_match_test"] == 0
     assert base["test_loss"] > adapter["test_loss"] + 1
 
-    printed = run("evaluate.py", "outputs/adapter", "--seed 8 --generate 0")
-    assert "CAUTION: outputs/adapter held out other rows" in printed
+    printed = run("evaluate.py", "outputs/adapter", "--seed 8 --num_eval_generations 0")
+    assert "WARNING: outputs/adapter held out other rows" in printed
     assert f"evaluate.py {folder} outputs/adapter --seed 8" in printed
     (other,) = scores(tmp_path).values()
     assert set(other) == {"test_loss", "perplexity", "token_accuracy"}
     assert other["test_loss"] != adapter["test_loss"]
 
 
-def test_plain_text_and_models_of_two_kinds(run, tmp_path, folder):
+def test_baseline_text_and_models_of_two_kinds(run, tmp_path, folder):
     from vlm.builtin import tiny_llava
 
     rows = [json.dumps({"body": f"{i} and {i + 1}"}) for i in range(12)]
@@ -143,7 +136,7 @@ def test_help_is_short(run, capsys):
         run("evaluate.py", "--help")
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) < 55
-    for flag in ("MODEL ", "--dataset_name", "--generate", "--load_in_4bit", "--output_dir"):
+    for flag in ("MODEL ", "--dataset_name", "--num_eval_generations", "--load_in_4bit", "--output_dir"):
         assert flag in printed, flag
     assert "--learning_rate" not in printed
     with pytest.raises(SystemExit):

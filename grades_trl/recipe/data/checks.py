@@ -1,0 +1,195 @@
+"""Whether rows can be trained on, found before the model is loaded, so that a bad row costs seconds and not an hour.
+
+The formats are TRL's own: `messages`, `prompt` and `completion` (both text or both messages), or plain `text`, and
+`image` or `images` beside them for vision.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from .errors import DataError
+from .formats import ROLES, SYSTEM_ROLES, count_placeholders, text_columns, text_of_content
+from .images import count_images, image_column, open_images
+
+# Image tokens of models that do not write "<image>", in plain text prompts
+OTHER_IMAGE_TOKEN = re.compile(r"<[^<>]*(image|img)[^<>]*>|\[IMG\]", re.IGNORECASE)
+
+logger = logging.getLogger(__name__)
+
+
+def check(dataset: Dataset, vision: bool, name: str = "train", text_column: str = "text") -> None:
+    """
+    Looks at every row for what would stop or spoil the training. [`load`] calls it.
+
+    The images of up to 2,000 rows are opened and decoded (with more rows: of 2,000 spread evenly). An image that is
+    broken in another row raises the error of PIL or the file system in the data loader during training, which does not
+    tell the row.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): rows in one of TRL's formats.
+        vision (`bool`): whether rows must have images (`image` or `images`). A row may have an empty list.
+        name (`str`, *optional*, defaults to `"train"`): what the split is called in messages.
+        text_column (`str`, *optional*, defaults to `"text"`): column that holds plain text.
+
+    Raises:
+        [`DataError`]: with the split, the number of the row (counted from 0), what was found and what was expected.
+    """
+    if len(dataset) == 0:
+        raise DataError(f"{name}: the split is empty, expected at least one row")
+    columns = dataset.column_names
+    of_text = text_columns(columns, text_column)
+    if not of_text:
+        raise DataError(
+            f'{name}: expected a column "messages", or "prompt" and "completion", or "{text_column}"; '
+            f"found: {', '.join(columns)}"
+        )
+    of_images = image_column(columns)
+    if of_images and not vision:
+        raise DataError(f'{name}: the rows have images (column "{of_images}"): use recipes/sft_vlm.py')
+    if vision and not of_images:
+        raise DataError(
+            f'{name}: expected a column "image" or "images"; found: {", ".join(columns)}. '
+            "For data without images use recipes/sft_text.py"
+        )
+    if vision and of_text == [text_column]:
+        raise DataError(
+            f'{name}: TRL does not train on "{text_column}" with images, expected a column "messages", or "prompt" '
+            'and "completion"'
+        )
+
+    counts = count_images(dataset, of_images) if of_images else [0] * len(dataset)
+    conversational = None
+    rows = tqdm(dataset.select_columns(of_text), desc=f"Checking {name}", delay=2, leave=False)
+    for row, (example, count) in enumerate(zip(rows, counts, strict=True)):
+        problem = _problem(example, of_text, vision, count)
+        # TRL asks the first row only
+        this = isinstance(example[of_text[0]], list)
+        if conversational is None:
+            conversational = this
+        elif not problem and this != conversational:
+            kinds = ("text", "messages")
+            problem = f"is {kinds[this]}, but row 0 is {kinds[conversational]}, expected the same in every row"
+        if problem:
+            raise DataError(f"{name}: row {row} (the first is 0): {problem}")
+    if of_images:
+        open_images(dataset, of_images, name)
+
+
+def _problem(example: dict[str, Any], columns: list[str], vision: bool, count: int) -> str | None:
+    values = [example[column] for column in columns]
+    # Conversational or not is for TRL what the first column is
+    if columns == ["messages"] or (len(columns) == 2 and isinstance(values[0], list)):
+        for column, messages in zip(columns, values, strict=True):
+            problem = _problem_in_messages(column, messages)
+            if problem:
+                return problem
+        problem = _problem_in_turns(*values)
+        return problem or (_problem_in_placeholders(values, count) if vision else None)
+    for column, text in zip(columns, values, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            return f"{column} is {_short(text)}, expected {'text' if column == columns[0] else 'text, as in prompt'}"
+    # Other models than LLaVA have other tokens, which only their processors know
+    found = values[0].count("<image>")
+    if vision and found != count and (found or not OTHER_IMAGE_TOKEN.search(values[0])):
+        return f'prompt has {found} "<image>" and the row has {count} images, expected as many'
+    return None
+
+
+def _problem_in_messages(column: str, messages: Any) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return f'{column} is {_short(messages)}, expected a list of {{"role": ..., "content": ...}}'
+    for i, message in enumerate(messages):
+        here = f"{column}[{i}]"
+        if not isinstance(message, dict) or "role" not in message:
+            return f'{here} is {_short(message)}, expected {{"role": ..., "content": ...}}'
+        role, content = message["role"], message.get("content")
+        if role not in ROLES:
+            return f"{here} has the role {_short(role)}, expected one of {', '.join(ROLES)}"
+        if role == "assistant" and message.get("tool_calls") and not content:
+            continue
+        for part in content if isinstance(content, list) else []:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "image" and role in ("assistant", "tool"):
+                return f"{here} has an image, but its role is {role}: expected images in system or user messages"
+            if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+                return (
+                    f"{here} has the part {_short(part)}, "
+                    'expected {"type": "text", "text": ...} or {"type": "image"}'
+                )
+        if not isinstance(content, (str, list)):
+            return f"{here} has the content {_short(content)}, expected text or a list of parts"
+        if (
+            role in ("user", "assistant")
+            and not text_of_content(content).strip()
+            and not count_placeholders([message])
+        ):
+            return f"{here} has the content {_short(content)}, expected some text"
+    return None
+
+
+def _problem_in_turns(prompt: list[dict], completion: list[dict] | None = None) -> str | None:
+    if completion is not None:
+        if completion[-1]["role"] != "assistant":
+            return f"completion ends with the role {completion[-1]['role']}, expected an assistant message"
+        if prompt[-1]["role"] in SYSTEM_ROLES:
+            return f"prompt ends with the role {prompt[-1]['role']}, expected a user or tool message"
+        return None
+    roles = [message["role"] for message in prompt]
+    if "assistant" not in roles:
+        return f"messages has no assistant message, expected at least one; its roles are {', '.join(roles)}"
+    turn = roles.index("assistant")
+    if turn == 0 or roles[turn - 1] in SYSTEM_ROLES:
+        return f"messages[{turn}] is an assistant message without a prompt, expected a user message before it"
+    return None
+
+
+def _problem_in_placeholders(columns: list[list[dict]], count: int) -> str | None:
+    messages = [message for column in columns for message in column]
+    if any("<image>" in text_of_content(message.get("content")) for message in messages):
+        return 'the text of a message has "<image>", expected a part {"type": "image"} instead, or none at all'
+    if len(columns) == 2 and count_placeholders(columns[1]):
+        return "completion has image placeholders, expected them in prompt only"
+    found = count_placeholders(messages)
+    # Without any, TRL puts all images into the first user message, if that is a string
+    implicit = not found and all(isinstance(m.get("content"), str) for m in messages if m["role"] == "user")
+    if found != count and not implicit:
+        return f'the messages have {found} {{"type": "image"}} parts and the row has {count} images, expected as many'
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def warn_truncated_examples(trainer: Any, given: dict[str, Dataset]) -> None:
+    """Warns of examples that `max_length` truncates. TRL drops those that lose their whole reply without a word.
+
+    Args:
+        trainer: an SFTTrainer, which has prepared its data.
+        given (`dict[str, Dataset]`): what it was given as `train` and `validation`.
+
+    Raises:
+        SystemExit: nothing is left to train on, or to validate on.
+    """
+    length = trainer.args.max_length
+    if length is None or trainer.args.packing:  # packing puts several examples into a row
+        return
+    for split, prepared in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
+        dropped = len(given[split]) - len(prepared)
+        tables = prepared.select_columns("input_ids").with_format("arrow").iter(1000)
+        full = sum(pc.sum(pc.equal(pc.list_value_length(table["input_ids"]), length)).as_py() for table in tables)
+        found = f"{split}: of {len(given[split]):,} examples, {dropped:,} have no reply left"
+        if len(prepared) == 0:
+            raise SystemExit(f"{found} within --max_length {length}: raise it.")
+        if dropped or full:
+            logger.warning(
+                f"{found} within --max_length {length}: dropped. {full:,} more reach it and may be truncated."
+            )

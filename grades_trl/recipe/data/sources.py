@@ -1,0 +1,109 @@
+"""Where rows come from: the hub, a file, a folder, or what `save_to_disk` has written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from .errors import DataError
+from .images import read_images
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# The words by which `datasets` recognizes a split in the name of a folder or file
+SPLIT_WORDS = {
+    "train": "train|training",
+    "validation": "validation|valid|dev|val",
+    "test": "test|testing|eval|evaluation",
+}
+
+
+def read(name: str, config: str | None = None, text_column: str = "text") -> dict[str, Dataset]:
+    """
+    Reads the splits of a dataset, with their images decodable and all else as it is.
+
+    Args:
+        name (`str`): id of a dataset on the hub, or path of a local file or folder.
+        config (`str`, *optional*): configuration of a dataset on the hub.
+        text_column (`str`, *optional*, defaults to `"text"`): column that holds plain text; a CSV file keeps it as
+            text.
+
+    Returns:
+        `dict[str, Dataset]`: by name of the split; `train` alone where the names of files and folders tell none.
+
+    Raises:
+        [`DataError`]: the path is not there, or the files cannot be read.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        if name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name or path.suffix in BUILDERS:
+            raise DataError(f"{name}: there is no such file or folder")
+        return {split: read_images(dataset, Path()) for split, dataset in load_dataset(name, config).items()}
+    if config is not None:
+        raise DataError(f'{name}: is a local path, expected no config, got "{config}"')
+    if (path / "dataset_dict.json").exists():
+        return {split: read_images(dataset, path) for split, dataset in load_from_disk(str(path)).items()}
+    if (path / "state.json").exists():
+        return {"train": read_images(load_from_disk(str(path)), path)}
+
+    expected = f"expected {', '.join(BUILDERS)}"
+    if path.is_file() and path.suffix not in BUILDERS:
+        raise DataError(f"{name}: cannot be read, {expected}")
+    files = [path] if path.is_file() else _data_files(path)
+    if not files:
+        raise DataError(f"{name}: the folder has no data file, {expected}")
+    if len({BUILDERS[file.suffix] for file in files}) > 1:
+        raise DataError(
+            f"{name}: expected files of one kind, found {', '.join(sorted({file.suffix for file in files}))}"
+        )
+    splits = {"train": files} if path.is_file() else _files_by_split(path, files)
+    return {split: _read_files(files, text_column) for split, files in splits.items()}
+
+
+def _data_files(folder: Path) -> list[Path]:
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix in BUILDERS and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    # In a folder of images, this file is the data
+    return [file for file in files if file.stem == "metadata"] or files
+
+
+def _files_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        if match := re.fullmatch(r"(.+)-\d{5}-of-\d{5}", file.stem):
+            splits.setdefault(match[1], []).append(file)
+    if splits:
+        return splits
+    # As in `datasets`: names of folders go before names of files, and files without a split are left out once one has
+    for parts in (lambda file: file.parent.parts, lambda file: (file.name,)):
+        for split, words in SPLIT_WORDS.items():
+            for file in files:
+                pattern = rf"(^|[-._ 0-9])({words})([-._ 0-9]|$)"
+                if any(re.search(pattern, part) for part in parts(file.relative_to(folder))):
+                    splits.setdefault(split, []).append(file)
+        if splits:
+            return splits
+    return {"train": files}
+
+
+def _read_files(files: list[Path], text_column: str) -> Dataset:
+    builder = BUILDERS[files[0].suffix]
+    # A CSV has no types: without this, the answer 007 is read as 7, and NA as missing
+    columns = ("prompt", "completion", "text", text_column)
+    options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False} if builder == "csv" else {}
+    datasets = []
+    # Folder by folder, since paths of images are relative to the file they are written in
+    for folder in sorted({file.parent for file in files}):
+        here = [str(file) for file in files if file.parent == folder]
+        try:
+            dataset = load_dataset(builder, data_files=here, split="train", **options)
+        except (DatasetGenerationError, StopIteration, ValueError) as error:  # the last two for files without rows
+            reason = str(error.__cause__ or error) or "it has no rows"
+            raise DataError(f"{', '.join(here)}: cannot be read: {reason}") from error
+        datasets.append(read_images(dataset, folder))
+    return concatenate_datasets(datasets) if len(datasets) > 1 else datasets[0]

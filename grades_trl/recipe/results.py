@@ -1,0 +1,192 @@
+"""After training: the model on disk, its scores, `result.json`, and what is shown on the terminal."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shlex
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import EarlyStoppingCallback, TrainerCallback
+from trl import ModelConfig
+
+from grades_trl.recipe.arguments import RecipeArguments, scored_with
+from grades_trl.recipe.comparison import RUN_ID
+from grades_trl.report.environment import Environment
+from grades_trl.report.strict_json import write_json
+from grades_trl.report.summary import format_summary, run_result
+from grades_trl.report.timing import RunClock
+from grades_trl.report.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+def train_and_save(trainer: Any, clock: RunClock, resume_from_checkpoint: str | None) -> bool:
+    """Trains, and saves the model as soon as it is trained: before anything that may fail, such as the callbacks of
+    W&B, reports and scores.
+
+    Args:
+        trainer: not trained yet.
+        clock (`RunClock`): among its callbacks. It ends before the model is saved.
+        resume_from_checkpoint (`str`, *optional*): as in the training arguments.
+
+    Returns:
+        `bool`: `False` if the checkpoint is that of a finished run, as when a job is requeued. Nothing is trained
+            then, and the model is on disk.
+    """
+    save_model = _SaveModel(trainer, clock)
+    trainer.callback_handler.callbacks.insert(0, save_model)
+    with suppress(_AlreadyFinished):
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    if not save_model.saved:
+        output_dir = Path(trainer.args.output_dir)
+        if not (output_dir / "result.json").exists():  # it was killed between its last step and its scores
+            trainer.save_model()
+        logger.warning(f"Nothing is left to train: {output_dir} has the model. recipes/evaluate.py scores it.")
+    return save_model.saved
+
+
+class _AlreadyFinished(Exception):
+    """The run that is resumed has finished."""
+
+
+class _SaveModel(TrainerCallback):
+    def __init__(self, trainer: Any, clock: RunClock):
+        self._trainer, self._clock = trainer, clock
+        self.saved = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Where GradES is off, the Trainer would run one more step (5.17).
+        if self._trainer.grades_config is None and state.global_step >= state.max_steps:
+            raise _AlreadyFinished
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._clock.on_train_end(args, state, control)
+        self._trainer.save_model()
+        self.saved = True
+
+
+def final_eval(trainer: Any, test: Dataset) -> dict[str, float]:
+    """Scores of the trained model: on the validation half, used for decisions, and on the test half.
+
+    Returns:
+        `dict`: `final/validation_loss`, and of the test half `final/test_loss` and `final/eval_mean_token_accuracy`.
+            Of a run that has diverged, the losses are NaN.
+
+    Raises:
+        SystemExit: no test example has a reply left within `max_length`.
+    """
+    if trainer.diverged_at is not None:
+        return {"final/validation_loss": math.nan, "final/test_loss": math.nan}
+    trainer.remove_callback(EarlyStoppingCallback)  # it would miss "eval_loss" in the scores of the test half
+    validation = trainer.evaluate()
+    scores = trainer.evaluate(test, metric_key_prefix="test")
+    if "test_loss" not in scores:  # TRL drops examples without a reply, and evaluates none
+        raise SystemExit(
+            f"test: none of {len(test)} examples has a reply left within --max_length {trainer.args.max_length}. The "
+            f"model is in {trainer.args.output_dir}: score it with recipes/evaluate.py and a larger --max_length."
+        )
+    results = {"final/validation_loss": validation["eval_loss"], "final/test_loss": scores["test_loss"]}
+    if "eval_mean_token_accuracy" in scores:  # TRL's own prefix; Unsloth's loss does not have it
+        results["final/eval_mean_token_accuracy"] = scores["eval_mean_token_accuracy"]
+    return results
+
+
+def save_results(
+    trainer: Any,
+    clock: RunClock,
+    environment: Environment,
+    results: dict[str, float],
+    recipe: RecipeArguments,
+    model_args: ModelConfig,
+) -> None:
+    """Writes `result.json`, and the scores into the report and W&B.
+
+    Args:
+        trainer: after `train()`.
+        clock (`RunClock`): was among its callbacks.
+        environment (`Environment`): gathered before training.
+        results (`dict[str, float]`): the final scores.
+        recipe (`RecipeArguments`), model_args (`ModelConfig`): as [`arguments.parse`] gave them.
+    """
+    summary = trainer.grades_summary
+    result = run_result(
+        summary,
+        clock,
+        steps=trainer.state.global_step,
+        total_steps=trainer.state.max_steps,
+        environment=environment,
+        scores=results,
+        warmup_steps=trainer.args.warmup_steps,
+        argv=sys.argv,
+        scored_with=scored_with(recipe, trainer.args, model_args),
+        matrices=trainer.tracked.values() if summary is not None else (),
+        diverged_at=trainer.diverged_at,
+    )
+    result.id = os.environ.get(RUN_ID, result.id)
+    write_json(Path(trainer.args.output_dir) / "result.json", result.to_json())
+    Tracker(trainer.args.report_to).log_scores(results)
+    if summary is not None:
+        summary.results = results
+        trainer.report.write(summary)
+
+
+def format_run(trainer: Any, results: dict[str, float]) -> str:
+    """A finished run for the terminal: its scores, what GradES did, where everything is, and what to run next."""
+    output_dir = Path(trainer.args.output_dir)
+    parts = ["\n".join(f"{key:<34} {value:.4g}" for key, value in sorted(results.items()))]
+    if trainer.grades_summary is not None:
+        parts.append(format_summary(trainer.grades_summary))
+        parts.append(f"What froze when, with figures: {output_dir / 'grades' / 'report.html'}")
+    parts.append(
+        "\n".join([f"The model: {output_dir}", *next_commands(output_dir, trainer.grades_config is not None)])
+    )
+    return "\n" + "\n\n".join(parts)
+
+
+def next_commands(output_dir: Path, with_grades: bool) -> list[str]:
+    """What to run next, a line each: the baseline, and evaluate.py beside it, whichever of the two this is."""
+    lines = []
+    baseline = f"{output_dir}_baseline"
+    if with_grades:
+        command = ["python", *sys.argv, "--grades", "false", "--output_dir", baseline]
+        lines.append(f"Next, the same run without GradES: {shlex.join(command)}")
+    sibling = baseline if with_grades else str(output_dir).removesuffix("_baseline")
+    folders = [sibling, str(output_dir)] if (Path(sibling) / "result.json").exists() else [str(output_dir)]
+    evaluate = str(Path(sys.argv[0]).with_name("evaluate.py"))
+    lines.append(
+        f"Score it again, or beside other models: {shlex.join(['python', evaluate, *dict.fromkeys(folders)])}"
+    )
+    return lines
+
+
+def exit_if_diverged(trainer: Any, results: dict[str, float]) -> None:
+    """Ends the process of a run that has diverged with exit code 1.
+
+    Raises:
+        SystemExit: it has; with the step, where it is known, and what to do.
+    """
+    if trainer.diverged_at is None and all(map(math.isfinite, results.values())):
+        return
+    since = "" if trainer.diverged_at is None else f" at step {trainer.diverged_at}"
+    raise SystemExit(
+        f"The run has diverged{since}: its model is of no use. Lower --learning_rate (it was "
+        f"{trainer.args.learning_rate:g}) or raise --warmup_steps, and look at the rows of that step."
+    )
+
+
+def format_scores(scores: dict[str, dict[str, float]]) -> str:
+    """Scores of several models, a line each. All but losses and perplexities are fractions, and shown in percent."""
+    columns = list(next(iter(scores.values())))
+    lines = [["", *columns]]
+    for model, of_model in scores.items():
+        numbers = [f"{of_model[c]:.4g}" if c in ("test_loss", "perplexity") else f"{of_model[c]:.1%}" for c in columns]
+        lines.append([model, *numbers])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [[entry.rjust(width) for entry, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(line) for line in lines)

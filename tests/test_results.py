@@ -1,0 +1,66 @@
+"""What a recipe does when training ends."""
+
+import pytest
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from grades_trl.recipe import builtin
+from grades_trl.recipe.results import next_commands, train_and_save
+from grades_trl.report import timing
+from grades_trl.report.timing import RunClock
+
+
+class SlowSaving(SFTTrainer):
+    """Saving takes 1,000 seconds by a clock that else stands still."""
+
+    grades_config = None
+    seconds = 0.0
+
+    def save_model(self, *args, **kwargs):
+        type(self).seconds += 1000
+        self.saved_before = list(self.ended)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    model, tokenizer = builtin.tiny_qwen3()
+    rows = Dataset.from_list([{"prompt": "1", "completion": "2"}] * 4)
+    args = SFTConfig(str(tmp_path), max_steps=2, use_cpu=True, bf16=False, report_to=[], save_strategy="no")
+    trainer = SlowSaving(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=[RunClock()])
+    trainer.ended = []
+    return trainer
+
+
+def test_the_clock_does_not_run_while_the_model_is_saved(trainer, monkeypatch):
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: SlowSaving.seconds)
+    clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, RunClock))
+    assert train_and_save(trainer, clock, None)
+    assert SlowSaving.seconds >= 1000
+    assert clock.seconds.total == 0
+    assert clock.peak_memory_mib > 0
+
+
+def test_the_model_is_saved_before_other_callbacks_see_the_end(trainer):
+    class Late(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            trainer.ended.append(self)
+
+    trainer.add_callback(Late)
+    trainer.callback_handler.callbacks.insert(0, Late())
+    clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, RunClock))
+    assert train_and_save(trainer, clock, None)
+    assert trainer.saved_before == []
+    assert len(trainer.ended) == 2
+
+
+def test_what_to_run_next(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["recipes/sft_text.py", "--seed", "3"])
+    monkeypatch.chdir(tmp_path)
+    first = next_commands(tmp_path.joinpath("run").relative_to(tmp_path), with_grades=True)
+    assert first[0].endswith("python recipes/sft_text.py --seed 3 --grades false --output_dir run_baseline")
+    assert first[1].endswith("python recipes/evaluate.py run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").touch()
+    (then,) = next_commands(tmp_path.joinpath("run_baseline").relative_to(tmp_path), with_grades=False)
+    assert then.endswith("python recipes/evaluate.py run run_baseline")
