@@ -176,7 +176,8 @@ class GradES:
     def _update_stop_reason(self) -> None:
         self.stop_reason = self.stopping.reason
         if not self.stop_reason and self.all_frozen:
-            something_trains = any(p.requires_grad for p in self._model.parameters())
+            untouched = {id(p) for p in self._without_gradient.values()}
+            something_trains = any(p.requires_grad and id(p) not in untouched for p in self._model.parameters())
             self.stop_reason = ALL_FROZEN if self.stopping.ends_when_all_frozen or not something_trains else ""
 
     @property
@@ -196,9 +197,12 @@ class GradES:
         The model gets the best average of its weights, if one is to be kept and its held-out loss is below that of the
         weights it has. What GradES froze can be trained again, its hooks are gone, and its buffers are released.
         """
-        self.restore_best_average()
-        self.close()
+        try:
+            self.restore_best_average()
+        finally:
+            self.close()
 
+    @torch.no_grad()
     def restore_best_average(self) -> None:
         """Gives the model the best average of its weights, if one is to be kept and its held-out loss is lower than
         that of the weights it has. Only the first call does anything."""
@@ -283,6 +287,7 @@ class GradES:
         state: dict[str, Any] = {
             "metric": self.config.metric,
             "last_step": self._last_step,
+            "matrices": list(self.matrices),
             "frozen": dict(self.frozen),
             "without_gradient": list(self._without_gradient),
             "criterion": criterion,
@@ -299,7 +304,7 @@ class GradES:
 
         Raises:
             ValueError: the state is of another metric, of a run with or without held-out measurements where this is
-                the other, or names matrices that this model does not have.
+                the other, or of a model with other matrices.
         """
         if state["metric"] != self.config.metric:
             raise ValueError(
@@ -312,19 +317,20 @@ class GradES:
                 f"The checkpoint was written {was} measurements of the held-out loss and this run is {is_now} them: "
                 "resume with the same stopping, keep and eval_dataset."
             )
-        unknown = set(state["frozen"]) - set(self.matrices)
-        if unknown:
+        other = set(state["matrices"]) ^ set(self.matrices)
+        if other:
             raise ValueError(
-                f"The checkpoint has frozen {len(unknown)} matrices that this model does not train, {min(unknown)} "
-                "among them: resume with the model and the LoRA settings it was written with."
+                f"The checkpoint and this run differ in {len(other)} matrices, {min(other)} among them: resume with "
+                "the model, the LoRA settings and the track_projector that it was written with."
             )
 
         def tensors_of(kind: str) -> dict[str, Tensor]:
             return {name.removeprefix(kind): t for name, t in state["tensors"].items() if name.startswith(kind)}
 
-        self._last_step = state["last_step"]
-        self._without_gradient = {name: self._without_gradient[name] for name in state["without_gradient"]}
         self.criterion.load_state_dict(state["criterion"], tensors_of("criterion/"))
+        self._last_step = state["last_step"]
+        before = set(state["without_gradient"])
+        self._without_gradient = {name: p for name, p in self._without_gradient.items() if name in before}
         if self.heldout is not None and self.average is not None:
             self.heldout.load_state_dict(state["heldout"]["rule"])
             self.average.load_state_dict(state["heldout"]["average"], tensors_of("weights/"))
