@@ -47,7 +47,8 @@ class GradESConfig:
             Which matrices freeze, and when. `"grad_change"`: `sum |g_t - g_{t-1}|` of a matrix is below tau (paper,
             Eq. 1). `"grad_norm"`: `sum |g_t|` is (paper v1, and Eq. 3 for LoRA). `"weight_change"`:
             `sum |W_t - W_{t-1}|` is (the authors' package `grades` 1.0.6; the published thresholds are on this
-            scale). `"schedule"`: at the steps of `schedule`. `"none"`: none freezes. Gradients are those of the whole
+            scale). `"gain"`: leading layers whose updates buy less of the loss than they cost (experimental).
+            `"schedule"`: at the steps of `schedule`. `"none"`: none freezes. Gradients are those of the whole
             optimizer step, before clipping.
         tau (`float`, `dict[str, float]` or `"auto"`, *optional*, defaults to `"auto"`):
             Threshold of the first three metrics, in their unit: a matrix whose value is below it has converged. A
@@ -57,7 +58,7 @@ class GradESConfig:
             With `tau="auto"`: the fraction of its level in the grace period that a matrix must fall below.
         alpha (`float`, *optional*, defaults to `0.55`):
             Grace period of the first three metrics, as a fraction of all optimizer steps: nothing freezes while
-            `step <= ceil(alpha * total_steps)`.
+            `step <= ceil(alpha * total_steps)`. 0.1 for `"gain"`.
         patience (`int`, *optional*, defaults to `1`):
             Consecutive values below tau that freeze a matrix. 1 is the paper's.
         measure_every (`int`, *optional*, defaults to `1`):
@@ -67,6 +68,8 @@ class GradESConfig:
             Fraction of each large matrix that is measured and kept for comparison. The estimate is unbiased, with an
             error of 0.6 % for a matrix of 16M elements and 2 % for small ones (`criteria/metrics.py`). 1 measures all
             elements, as the paper does.
+        margin (`float`, *optional*, defaults to `0.02`):
+            For `metric="gain"`: by how much the gain per time must rise for leading layers to freeze.
         schedule (`str` or `dict[str, int]`, *optional*):
             For `metric="schedule"`: when each matrix freezes. The path of another run's `events.jsonl`, or a mapping
             from a matrix, a pattern of names (`"*.layers.[0-4].*"`) or a tower to the step whose update is the first

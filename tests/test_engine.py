@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
 from test_kernels import DEVICE, INTERPRETED, check, triton_environment
-from test_weight_average import equal, weights
+from test_weight_average import equal, live_bytes, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grades_trl import FreezeEvent, GradES, GradESConfig
@@ -594,6 +594,22 @@ def test_a_measurement_that_fails_leaves_the_weights_and_gradients_of_the_step(d
         assert equal({name: p.grad for name, p in model.named_parameters()}, gradients)
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("ends_with", ["close", "finish"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_everything_is_released_at_the_end(metric, ends_with):
+    """The averages, what values were compared with, and which elements are sampled."""
+    model = qwen3(intermediate_size=4096)
+    with live_bytes() as held:
+        grades = GradES(model, GradESConfig(metric=metric, heldout_every=1), 6, None, lambda: 1.0)
+        for step in range(1, 5):
+            give_gradients(model, 1.0 / step)
+            grades.step(step)
+        model.zero_grad()
+        assert held() > grades.average.host_bytes / 2
+        getattr(grades, ends_with)()
+        assert held() == 0
 
 
 # ---- resuming ----

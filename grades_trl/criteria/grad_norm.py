@@ -25,3 +25,6 @@ class GradNorm(ThresholdCriterion):
             return {}
         norms = self._measurement.norms(self._measurement.gradients(live), grad_scale)
         return {name: norm for name, norm in norms.items() if is_measured(norm)}
+
+    def forget(self, name: str) -> None:
+        self._measurement.forget(name)

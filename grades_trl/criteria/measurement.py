@@ -120,8 +120,9 @@ class L1Measurement:
         self.remembered_at[name] = step
 
     def forget(self, name: str) -> None:
-        """Releases what is remembered of a matrix."""
+        """Releases what is remembered of a matrix, and which of its elements are sampled."""
         self._previous.pop(name, None)
+        self._samples.pop(name, None)
         self.remembered_at.pop(name, None)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
