@@ -201,7 +201,8 @@ def test_a_run_that_ends_before_or_after_its_first_update_is_reported(tmp_path, 
 
     trainer = build(text, tmp_path, never(), callbacks=[Stop()], gradient_accumulation_steps=2)
     assert trainer.train().global_step == step
-    assert json.loads((tmp_path / "grades" / "summary.json").read_text())["steps"] == step
+    summary = json.loads((tmp_path / "grades" / "summary.json").read_text())
+    assert (summary["steps"], summary["stop_reason"]) == (step, "early stopping")
 
 
 def test_a_log_in_the_first_step_has_what_is_known(tmp_path, text):

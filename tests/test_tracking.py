@@ -160,11 +160,12 @@ def environment(monkeypatch):
 
 
 @pytest.mark.parametrize("logged_in", [True, False])
-def test_start_never_asks(tmp_path, monkeypatch, capsys, environment, logged_in):
+def test_start_never_asks(tmp_path, monkeypatch, caplog, environment, logged_in):
+    caplog.set_level("INFO")
     monkeypatch.setattr(wandb, "login", lambda prompt: logged_in and prompt is False)
     assert tracking.start(str(tmp_path / "a" / "b")) == "b"
     assert environment.get("WANDB_MODE") == (None if logged_in else "offline")
-    assert ("recording offline" in capsys.readouterr().out) != logged_in
+    assert ("recording offline" in caplog.text) != logged_in
     assert environment["WANDB_DIR"] == str(tmp_path / "a" / "b") and (tmp_path / "a" / "b").is_dir()
 
 

@@ -106,7 +106,7 @@ class RunClock(TrainerCallback):
         self._device = torch.device("cpu")
         self._running = self._resumed = self._in_overhead = False
         self._warm_up = WARM_UP_STEPS
-        self._epoch_steps = 0
+        self._epoch_batches = 0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.data_ended = False
 
@@ -127,7 +127,10 @@ class RunClock(TrainerCallback):
         self._mark = self._now()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self._epoch_steps = 0
+        self._epoch_batches = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._epoch_batches += 1
 
     def on_step_end(self, args, state, control, **kwargs):
         run = self._state
@@ -136,7 +139,6 @@ class RunClock(TrainerCallback):
         seconds, overhead = run.step, run.step_overhead
         run.step = run.step_overhead = 0.0
         run.steps += 1
-        self._epoch_steps += 1
 
         run.window.append(seconds - overhead)
         if len(run.window) == WINDOW:
@@ -153,7 +155,7 @@ class RunClock(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         self._state.step += self._advance(_something_follows(control))
         # The Trainer itself ends a run when an epoch had no batch. Callbacks end it after a step or an evaluation.
-        self.data_ended = self._epoch_steps == 0 and control.should_training_stop
+        self.data_ended = self._epoch_batches == 0 and control.should_training_stop
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._running and "loss" in (logs or {}):  # of training; validation and saving come next, if they are due

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import PIL.Image
 import wandb
+
+logger = logging.getLogger(__name__)
 
 
 def start(output_dir: str, run_name: str | None = None) -> str:
@@ -31,10 +34,8 @@ def start(output_dir: str, run_name: str | None = None) -> str:
     if not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False):
         os.environ["WANDB_MODE"] = "offline"
         wandb.teardown()  # login() has read the environment; init() must read it again
-        print(
-            f"W&B: not logged in, recording offline. Later: wandb login; wandb sync {os.environ['WANDB_DIR']}/wandb/*",
-            flush=True,
-        )
+        folder = os.environ["WANDB_DIR"]
+        logger.info(f"W&B: not logged in, recording offline. Later: wandb login; wandb sync {folder}/wandb/*")
     return run_name or Path(output_dir).name
 
 

@@ -138,7 +138,6 @@ class GradESMixin(_Trainer):
         self.grades = GradES(self.model, config, self.state.max_steps, self.optimizer, rows, cache_bytes)
         self.grades.prefix.compiled = self.args.torch_compile
         self._heldout_rows = 0 if rows is None else len(rows.rows)
-        self._heldout_step = 0
         text_config = self.model.config.get_text_config() if hasattr(self.model, "config") else None
         self._divergence = Divergence(getattr(text_config, "vocab_size", None))
         if self.grades.average is not None and self.grades.average.host_bytes > 2**30:

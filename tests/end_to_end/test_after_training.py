@@ -114,6 +114,21 @@ def test_a_run_that_was_killed_before_its_scores_leaves_the_model_when_requeued(
 
 
 @pytest.mark.parametrize("grades", ["true", "false"])
+def test_a_run_that_ends_before_its_first_update(run, tmp_path, monkeypatch, grades):
+    """As by a signal in the middle of an accumulated step."""
+
+    def stop(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+    monkeypatch.setattr(transformers.trainer_callback.DefaultFlowCallback, "on_substep_end", stop, raising=False)
+    run("sft_text.py", QUICK, f"--gradient_accumulation_steps 2 --report_to none --grades {grades}")
+    found = result(tmp_path)
+    assert (found["steps"], found["total_steps"]) == (0, 3)
+    assert found["results"]["final/test_loss"] > 0
+    assert weights(tmp_path)
+
+
+@pytest.mark.parametrize("grades", ["true", "false"])
 def test_a_run_that_diverges_says_so_and_fails(run, tmp_path, grades):
     flags = f"--learning_rate 1e6 --max_steps 30 --max_grad_norm 0 --report_to none --grades {grades}"
     with pytest.raises(SystemExit) as ended:
