@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 from transformers import HfArgumentParser
@@ -236,5 +237,5 @@ def test_every_setting_of_a_metric_or_rule_is_a_field_and_the_other_way_round():
 
 def test_every_field_is_documented():
     for field in dataclasses.fields(GradESConfig):
-        assert f"        {field.name} (" in GradESConfig.__doc__, field.name
+        assert re.search(rf"^ +{field.name} \(", GradESConfig.__doc__, re.MULTILINE), field.name
         assert field.metadata["help"]

@@ -366,7 +366,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, text):
     dataset, tokenizer = text
     args = arguments(tmp_path)
     args._n_gpu = 2
-    with pytest.raises(ValueError, match=r"2 GPUs are visible.*CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(ValueError, match="GPUs are visible"):
         GradESTrainer(
             model=model_for(tokenizer), args=args, train_dataset=dataset["train"], processing_class=tokenizer
         )
