@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from grades_trl.model.matrices import WeightMatrix
 
@@ -119,7 +118,7 @@ def _tokens_of(matrix: WeightMatrix, tokens: dict[str, float] | None) -> float:
 
 def experts_per_token(config: Any) -> float | None:
     """Experts that a token passes through, from a model's config; `None` if it does not say."""
-    if not isinstance(config, PreTrainedConfig):
+    if not hasattr(config, "get_text_config"):  # not imported from Transformers: Unsloth must come before it
         return None
     text = config.get_text_config()
     for name in EXPERTS_PER_TOKEN:
