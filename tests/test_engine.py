@@ -147,6 +147,23 @@ def test_an_event_tells_which_matrix_when_and_why():
     assert model.layers[0].proj.bias.requires_grad
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_step_takes_the_loss_scale_of_its_gradients(metric):
+    """Which may change from step to step, as that of a loss scaler does."""
+    seen = []
+    for scales in ([1.0] * 4, [1024.0, 512.0, 512.0, 1024.0]):
+        model, grades = toy(GradESConfig(metric=metric, tau=0.0, alpha=0.0))
+        for step, scale in enumerate(scales, 1):
+            give_gradients(model, scale / step)
+            grades.step(step, grad_scale=scale)
+            for p in model.parameters():
+                p.grad /= scale
+            grades.optimizer.step()
+        seen.append(grades.criterion.values)
+    expected = {"grad_norm": 6 / 4, "grad_change": 6 * (1 / 3 - 1 / 4), "weight_change": 6 / 3}[metric]
+    assert seen == [dict.fromkeys((ONE, TWO), pytest.approx(expected, rel=1e-5))] * 2
+
+
 def test_steps_must_count_up():
     grades = toy(GradESConfig())[1]
     grades.step(3)
@@ -597,7 +614,7 @@ def test_a_measurement_that_fails_leaves_the_weights_and_gradients_of_the_step(d
 
 
 @pytest.mark.parametrize("ends_with", ["close", "finish"])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", [*METRICS, "gain"])
 def test_everything_is_released_at_the_end(metric, ends_with):
     """The averages, what values were compared with, and which elements are sampled."""
     model = qwen3(intermediate_size=4096)
@@ -636,6 +653,7 @@ RESUMED = {
     "weight_change": {"alpha": 0.3, "auto_ratio": 0.3, "patience": 2},
     "weight_change every 2": {"alpha": 0.3, "auto_ratio": 0.4, "sample_fraction": 1.0, "measure_every": 2},
     "schedule": {"schedule": {"*.layers.0.*": 6, "*.layers.1.mlp.*": 17}},
+    "gain": {"alpha": 0.3, "margin": 1e9},
     "none": {},
 }
 
@@ -650,7 +668,7 @@ def test_a_resumed_run_is_the_same_run(build, heldout, name):
     )
     straight = Run(build, config, heldout).train()
     frozen = straight.grades.frozen.values()
-    assert bool(frozen) == (name != "none")
+    assert bool(frozen) == (name not in ("gain", "none"))
     for at in (5, min(min(frozen, default=10) + 1, len(straight.losses))):
         again = resumed(build, config, heldout, at)
         assert again.losses == straight.losses
@@ -721,7 +739,7 @@ def test_a_state_of_a_model_with_other_matrices_is_refused_when_nothing_has_froz
 
 @pytest.mark.parametrize("heldout", [False, True], ids=["alone", "heldout"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("metric", [*METRICS, "none"])
+@pytest.mark.parametrize("metric", [*METRICS, "gain", "none"])
 def test_measuring_changes_nothing_of_a_run(metric, dtype, heldout):
     """Where nothing freezes it is the run without GradES, bit for bit, dropout's random numbers included."""
 
@@ -730,12 +748,12 @@ def test_measuring_changes_nothing_of_a_run(metric, dtype, heldout):
         torch.manual_seed(7)
         return model
 
-    settings = {} if metric == "none" else {"tau": 0.0, "alpha": 0.0}
+    settings = {"none": {}, "gain": {"margin": 1e9, "alpha": 1.0}}.get(metric, {"tau": 0.0, "alpha": 0.0})
     config = GradESConfig(metric=metric, keep="last", heldout_every=3, heldout_patience=99, **settings)
     without, measured = Run(build, None).train(), Run(build, config, heldout).train()
     assert without.losses == measured.losses
     assert equal(weights(without.model), weights(measured.model))
-    assert measured.grades.heldout.measurements == 8 - 0 if heldout else measured.grades.heldout is None
+    assert measured.grades.heldout.measurements == 8 if heldout else measured.grades.heldout is None
     assert (len(measured.grades.criterion.values) == 14) == (metric != "none")
 
 
@@ -809,7 +827,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-@pytest.mark.parametrize("metric", [*METRICS, "schedule", "none"])
+@pytest.mark.parametrize("metric", [*METRICS, "gain", "schedule", "none"])
 def test_a_step_waits_once_for_the_device(monkeypatch, metric, scale):
     transfers = []
     for name in ("tolist", "numpy", "cpu"):  # not seen by a dispatch mode on the CPU
@@ -821,21 +839,22 @@ def test_a_step_waits_once_for_the_device(monkeypatch, metric, scale):
 
         monkeypatch.setattr(torch.Tensor, name, counted)
     model = qwen3(intermediate_size=4096)
-    settings = {"schedule": {"schedule": {"*": 4}}, "none": {}}.get(metric, {"tau": 1e9, "alpha": 0.3})
+    others = {"gain": {"margin": 1e9}, "schedule": {"schedule": {"*": 4}}, "none": {}}
+    settings = others.get(metric, {"tau": 1e9, "alpha": 0.3})
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
     grades = GradES(model, GradESConfig(metric=metric, **settings), 10, optimizer)
-    measures = metric in METRICS
+    lasts = {"gain": 5, "schedule": 0, "none": 0}.get(metric, 4)
     for step in range(1, 6):
         step_of(model, step, scale=scale)
         transfers.clear()
         with Waits() as waits:
             grades.step(step, grad_scale=scale)
         if step > 1:  # in the first one, samples are drawn
-            assert transfers == (["tolist"] if measures and step <= 4 else [])
+            assert transfers == (["tolist"] if step <= lasts else [])
             assert waits.count == 0
         optimizer.step()
         optimizer.zero_grad()
-    assert grades.done == (metric != "none")  # in step 4, and there was nothing to measure in step 5
+    assert grades.done == (metric not in ("gain", "none"))  # in step 4: there was nothing to measure in step 5
 
 
 @pytest.mark.gpu

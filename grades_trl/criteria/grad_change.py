@@ -38,7 +38,8 @@ class GradChange(ThresholdCriterion):
         if due_next:
             for name in measured:
                 self._measurement.remember(step, name, gradients[name], grad_scale)
-        return {name: changes[name] for name in measured if name in changes}
+        # Exactly 0: the same batch once more, after an update that was skipped.
+        return {name: changes[name] for name in measured if changes.get(name, 0.0) != 0.0}
 
     def forget(self, name: str) -> None:
         self._measurement.forget(name)
