@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
-from torch import Tensor
-
-from grades_trl.model.matrices import WeightMatrix
-
-from .measurement import L1Measurement, is_measured
+from .measurement import is_measured
 from .threshold import ThresholdCriterion
 
 
@@ -22,10 +17,6 @@ class GradChange(ThresholdCriterion):
     """
 
     metric = "grad_change"
-
-    def __init__(self, matrices: dict[str, WeightMatrix], total_steps: int, **settings: Any):
-        super().__init__(matrices, total_steps, **settings)
-        self._measurement = L1Measurement(matrices, self.sample_fraction)
 
     def measure(self, step: int, live: Collection[str], grad_scale: float) -> dict[str, float]:
         due, due_next = self.is_due(step), self.is_due(step + 1)
@@ -40,14 +31,3 @@ class GradChange(ThresholdCriterion):
                 self._measurement.remember(step, name, gradients[name], grad_scale)
         # Exactly 0: the same batch once more, after an update that was skipped.
         return {name: changes[name] for name in measured if changes.get(name, 0.0) != 0.0}
-
-    def forget(self, name: str) -> None:
-        self._measurement.forget(name)
-
-    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        remembered, tensors = self._measurement.state_dict()
-        return super().state_dict()[0] | remembered, tensors
-
-    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        super().load_state_dict(state, tensors)
-        self._measurement.load_state_dict(state, tensors)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
-from grades_trl.model.matrices import WeightMatrix
-
-from .measurement import L1Measurement, is_measured
+from .measurement import is_measured
 from .threshold import ThresholdCriterion
 
 
@@ -16,15 +13,8 @@ class GradNorm(ThresholdCriterion):
 
     metric = "grad_norm"
 
-    def __init__(self, matrices: dict[str, WeightMatrix], total_steps: int, **settings: Any):
-        super().__init__(matrices, total_steps, **settings)
-        self._measurement = L1Measurement(matrices, self.sample_fraction)
-
     def measure(self, step: int, live: Collection[str], grad_scale: float) -> dict[str, float]:
         if not self.is_due(step):
             return {}
         norms = self._measurement.norms(self._measurement.gradients(live), grad_scale)
         return {name: norm for name, norm in norms.items() if is_measured(norm)}
-
-    def forget(self, name: str) -> None:
-        self._measurement.forget(name)

@@ -13,6 +13,7 @@ from torch import Tensor
 from grades_trl.model.matrices import WeightMatrix
 
 from .base import Converged, Criterion
+from .measurement import L1Measurement
 from .metrics import MIN_ELEMENTS
 
 # Fewer measurements than this are no level: a matrix that was hardly measured in the grace period (a tower without
@@ -53,6 +54,7 @@ class ThresholdCriterion(Criterion):
         self._level: dict[str, list[float]] = {}  # with tau="auto": values of the grace period
         self._measurements: dict[str, int] = {}
         self._below: dict[str, int] = {}
+        self._measurement = L1Measurement(matrices, self.sample_fraction)
 
     @abstractmethod
     def measure(self, step: int, live: Collection[str], grad_scale: float) -> dict[str, float]:
@@ -84,7 +86,11 @@ class ThresholdCriterion(Criterion):
         """Whether values are wanted in this step."""
         return step % self.measure_every == 0
 
+    def forget(self, name: str) -> None:
+        self._measurement.forget(name)
+
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        remembered, tensors = self._measurement.state_dict()
         state = {
             "sample_fraction": self.sample_fraction,
             "min_elements": MIN_ELEMENTS,
@@ -93,7 +99,7 @@ class ThresholdCriterion(Criterion):
             "measurements": self._measurements,
             "below": self._below,
         }
-        return state, {}
+        return state | remembered, tensors
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         if state["sample_fraction"] != self.sample_fraction:
@@ -104,6 +110,7 @@ class ThresholdCriterion(Criterion):
         self.taus = dict(state["taus"])
         self._level = {name: list(values) for name, values in state["level"].items()}
         self._measurements, self._below = dict(state["measurements"]), dict(state["below"])
+        self._measurement.load_state_dict(state, tensors)
 
 
 def threshold(tau: Any, tower: str) -> float | None:
