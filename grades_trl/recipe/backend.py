@@ -6,7 +6,11 @@ it is imported at all. Hence this module reads the command line when it is impor
 
 import importlib.util
 import itertools
+import logging
 import sys
+
+# Whenever it is imported on a CPU, bitsandbytes offers a faster kernel that has to be downloaded.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 BACKENDS = ("auto", "unsloth", "transformers")
 
