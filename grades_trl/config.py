@@ -9,13 +9,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grades_trl.criteria import CRITERIA
 from grades_trl.model.towers import TOWERS
 from grades_trl.stopping import STOPPING_RULES
 
 KEEP = ("auto", "last", "best_average")
+
+if TYPE_CHECKING:
+    Tau = float | dict[str, float] | str
+    Schedule = dict[str, int] | str
+else:  # what HfArgumentParser can read from a command line
+    Tau = Schedule = str
 
 # Settings that only some criteria or stopping rules have. `None` means the default of the one in use.
 CRITERION_SETTINGS = (
@@ -118,7 +124,7 @@ class GradESConfig:
         default="grad_change",
         metadata={"help": "Which matrices freeze: grad_change and grad_norm are the paper's.", "choices": [*CRITERIA]},
     )
-    tau: str | None = field(
+    tau: Tau | None = field(
         default=None,
         metadata={
             "help": "A matrix whose value is below tau has converged: a number, a JSON object with one per tower "
@@ -141,7 +147,7 @@ class GradESConfig:
     margin: float | None = field(
         default=None, metadata={"help": "With metric=gain: by how much the gain per time must rise (default: 0.02)."}
     )
-    schedule: str | None = field(
+    schedule: Schedule | None = field(
         default=None,
         metadata={
             "help": "With metric=schedule: the events.jsonl of another run, or a JSON object from matrix, pattern or "

@@ -215,7 +215,7 @@ def test_a_run_that_ends_by_its_heldout_loss_resumes_exactly(tmp_path, text, lor
             tmp_path,
             grades,
             max_steps=24,
-            learning_rate=0.3,
+            learning_rate=1.0,
             lr_scheduler_type="constant",
             peft_config=LORA if lora else None,
             save_strategy="steps",
