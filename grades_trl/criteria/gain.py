@@ -152,7 +152,6 @@ class Gain(Criterion):
             tokens=costs.tokens,
             checkpointing=costs.checkpointing,
             experts_per_token=costs.experts_per_token,
-            forward_of_skipped=1 - costs.cached_share,
         )
 
     def forget(self, name: str) -> None:

@@ -14,7 +14,6 @@ from grades_trl.model.matrices import WeightMatrix
 
 from .base import Converged, Criterion
 from .measurement import L1Measurement
-from .metrics import MIN_ELEMENTS
 
 # Fewer measurements than this are no level: a matrix that was hardly measured in the grace period (a tower without
 # images, an expert without tokens) goes on collecting after it.
@@ -93,7 +92,6 @@ class ThresholdCriterion(Criterion):
         remembered, tensors = self._measurement.state_dict()
         state = {
             "sample_fraction": self.sample_fraction,
-            "min_elements": MIN_ELEMENTS,
             "taus": self.taus,
             "level": self._level,
             "measurements": self._measurements,

@@ -39,14 +39,12 @@ class StepCosts:
         tokens (`dict[str, float]` or `None`): tower -> tokens per step; `None` for as many in each.
         checkpointing (`bool`): the forward pass is run again in backward.
         experts_per_token (`float` or `None`): experts that a token passes through; `None` for all.
-        cached_share (`float`): fraction of the steps to come in which the output of frozen leading layers is cached.
         language_prefix_can_be_skipped (`bool`): nothing trains in front of the language layers but what is tracked.
     """
 
     tokens: dict[str, float] | None = None
     checkpointing: bool = False
     experts_per_token: float | None = None
-    cached_share: float = 0.0
     language_prefix_can_be_skipped: bool = False
 
 
@@ -58,7 +56,6 @@ def step_flops(
     tokens: dict[str, float] | None = None,
     checkpointing: bool = False,
     experts_per_token: float | None = None,
-    forward_of_skipped: float = 1.0,
 ) -> float:
     """FLOPs of one training step in the tracked layers, forward and backward.
 
@@ -71,16 +68,12 @@ def step_flops(
             is missing from the dict has 0.
         checkpointing (`bool`, *optional*, defaults to `False`): the forward pass is run again in backward.
         experts_per_token (`float`, *optional*): experts that a token passes through. By default all of them.
-        forward_of_skipped (`float`, *optional*, defaults to `1.0`): fraction of steps in which the skipped layers are
-            run forward; in the others their output comes from the activation cache.
     """
     skipped = skipped_layers or {}
     total = 0.0
     for matrix, through, update in _costs(matrices, experts_per_token):
         cost = through
-        if 0 <= matrix.layer < skipped.get(matrix.stack, 0):
-            cost *= forward_of_skipped
-        else:
+        if not 0 <= matrix.layer < skipped.get(matrix.stack, 0):
             cost += through * (2 if checkpointing else 1)
             cost += 0.0 if matrix.name in frozen else update
         total += cost * _tokens_of(matrix, tokens)

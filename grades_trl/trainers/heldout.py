@@ -145,15 +145,18 @@ class HeldoutRows:
             vars(self._trainer).update(logged)
 
 
+def first_dataset(datasets: Any) -> Any:
+    """An `eval_dataset`; of a dict of several the first one."""
+    return next(iter(datasets.values())) if isinstance(datasets, dict) else datasets
+
+
 def heldout_dataset(trainer: Any) -> Any:
     """The rows that the held-out loss is measured on: `eval_dataset`, of several the first.
 
     Raises:
         ValueError: there are no rows, or they are streamed.
     """
-    dataset = trainer.eval_dataset
-    if isinstance(dataset, dict):
-        dataset = next(iter(dataset.values()))
+    dataset = first_dataset(trainer.eval_dataset)
     if not hasattr(dataset, "__len__"):
         raise ValueError(
             "The held-out loss is measured on the same rows each time, and eval_dataset is streamed: pass a dataset "

@@ -31,7 +31,7 @@ from grades_trl.stopping import heldout_loss
 from .binding import on_sft_trainer, refuse_stale_base
 from .checkpoint import load_renamed_weights, load_state, save_state
 from .divergence import Divergence
-from .heldout import HeldoutRows, heldout_dataset
+from .heldout import HeldoutRows, first_dataset, heldout_dataset
 
 if TYPE_CHECKING:
     from typing import Any as _Trainer  # a mixin: what it stands on is known when it is mixed
@@ -154,8 +154,7 @@ class GradESMixin(_Trainer):
         return self.state.max_steps * per_step > rows
 
     def _has_heldout_rows(self) -> bool:
-        dataset = self.eval_dataset
-        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+        dataset = first_dataset(self.eval_dataset)
         return hasattr(dataset, "__len__") and len(dataset) > 0  # not streamed
 
     def _plan_heldout(self, config: GradESConfig) -> tuple[GradESConfig, HeldoutRows | None]:
