@@ -56,7 +56,10 @@ class Gain(Criterion):
         self._ask_at = self.grace_steps
         self._layer_of = {name: f"{m.tower}/{m.stack}/{m.layer}" for name, m in matrices.items()}
         order = sorted(matrices.values(), key=lambda m: (TOWER_ORDER[m.tower], m.stack, m.layer))
-        self.layers = list(dict.fromkeys(self._layer_of[m.name] for m in order))  # from input to output
+        self._members: dict[str, list[WeightMatrix]] = {}
+        for matrix in order:
+            self._members.setdefault(self._layer_of[matrix.name], []).append(matrix)
+        self.layers = list(self._members)  # from input to output
 
     def update(self, step: int, live: Collection[str], grad_scale: float) -> list[Converged]:
         self.values = self._measure(step, live, grad_scale)
@@ -132,8 +135,7 @@ class Gain(Criterion):
         """Path of a layer list -> leading layers that backward skips when these matrices are frozen."""
         skipped: dict[str, int] = {}
         in_front_of_language = True
-        for layer in self.layers:
-            members = [m for name, m in self.matrices.items() if self._layer_of[name] == layer]
+        for members in self._members.values():
             tower, stack = members[0].tower, members[0].stack
             done = all(m.name in frozen for m in members)
             if tower == "language" and not (in_front_of_language and costs.language_prefix_can_be_skipped):
