@@ -1,19 +1,24 @@
-"""The built-in model and data for vision: nothing is downloaded.
+"""The built-in models and data for vision: nothing is downloaded.
 
 The data are images of numbers of two to four digits, made of real scans: scikit-learn's 1,797 handwritten digits.
-The model is a LLaVA (CLIP vision + Qwen2 text) of 0.7 million parameters that learns to read them on a CPU in about
-a minute.
+The models are LLaVAs (CLIP vision + Qwen2 text): an untrained one of 0.7 million parameters that learns to read on a CPU
+in about a minute, and a pretrained one of 1.4 million that reads already (`reader/`, made by `vlm/pretrain.py`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
+from PIL import ImageOps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessorPil,
+    AutoProcessor,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -23,6 +28,20 @@ from transformers import (
 )
 
 PROMPT = "Read the number."
+# Prompt -> the answer to it, of the digits of a number. The pretrained model has seen all of these,
+PRETRAINED_TASKS: dict[str, Callable[[str], str]] = {
+    PROMPT: str,
+    "Read the first digit.": lambda number: number[0],
+    "Read the second digit.": lambda number: number[1],
+    "Read the last digit.": lambda number: number[-1],
+    "Count the digits.": lambda number: str(len(number)),
+    "Read the largest digit.": max,
+    "Read the smallest digit.": min,
+}
+# and not these.
+BACKWARDS, DIGITS = "Read the number backwards.", "Read the digits."
+TASKS = PRETRAINED_TASKS | {BACKWARDS: lambda number: number[::-1], DIGITS: "-".join}
+READER = Path(__file__).parent / "reader"
 CANVAS_SIZE = (112, 32)  # width and height of an image, in pixels: four cells of 28 x 32, one for each digit
 CELL_WIDTH = 28
 TEST_SCANS = 297  # of 1,797
@@ -77,24 +96,49 @@ def _draw(scans: np.ndarray, rng: np.random.Generator) -> PILImage.Image:
     return PILImage.fromarray((paper * (1 - 0.9 * ink)).astype(np.uint8))
 
 
-def _draw_images(scans: np.ndarray, labels: np.ndarray, count: int, rng: np.random.Generator) -> Dataset:
-    rows: dict[str, list] = {"images": [], "prompt": [], "completion": []}
+def draw_numbers(split: str, count: int, rng: np.random.Generator) -> tuple[list[PILImage.Image], list[str]]:
+    """Draws images of numbers of two to four digits, evenly often, from the scans of one split of [`split_scans`].
+
+    Args:
+        split (`str`): `"train"` or `"test"`.
+        count (`int`): how many.
+        rng (`np.random.Generator`): of the choice, the sizes and the places.
+
+    Returns:
+        `tuple[list[PIL.Image.Image], list[str]]`: grey images of 112 x 32 pixels, and their numbers.
+    """
+    # Imported here: it is slow to import, and only this function needs it.
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    indices = split_scans()[split]
+    scans, labels = digits.images[indices], digits.target[indices]
+    images, numbers = [], []
     for _ in range(count):
         chosen = rng.integers(len(scans), size=rng.integers(2, 5))
-        number = "".join(str(label) for label in labels[chosen])
-        rows["images"].append([_draw(scans[chosen], rng)])
-        rows["prompt"].append([{"role": "user", "content": PROMPT}])
-        rows["completion"].append([{"role": "assistant", "content": number}])
+        numbers.append("".join(str(label) for label in labels[chosen]))
+        images.append(_draw(scans[chosen], rng))
+    return images, numbers
+
+
+def _rows(images: list[PILImage.Image], numbers: list[str], prompt: str) -> Dataset:
+    rows: dict[str, list] = {"images": [], "prompt": [], "completion": []}
+    for image, number in zip(images, numbers, strict=True):
+        rows["images"].append([image])
+        rows["prompt"].append([{"role": "user", "content": prompt}])
+        rows["completion"].append([{"role": "assistant", "content": TASKS[prompt](number)}])
     message = {"role": Value("string"), "content": Value("string")}
     features = Features({"images": List(Image()), "prompt": List(message), "completion": List(message)})
     return Dataset.from_dict(rows, features=features)
 
 
-def digit_images(train: int = 4000, test: int = 300, seed: int = 0) -> DatasetDict:
+def digit_images(
+    train: int = 4000, test: int = 300, seed: int = 0, prompt: str = PROMPT, inverted: bool = False
+) -> DatasetDict:
     """Makes images of numbers from real handwriting, in TRL's conversational prompt-completion format.
 
-    The scans are split first (see [`split_scans`]), so no scan of a test image is in any training image. Numbers
-    have two to four digits, evenly often; size, place, ink and paper vary a little.
+    The scans are split first (see [`split_scans`]), so no scan of a test image is in any training image, whatever the
+    seed. Numbers have two to four digits, evenly often; size, place, ink and paper vary a little.
 
     Args:
         train (`int`, *optional*, defaults to `4000`):
@@ -102,25 +146,21 @@ def digit_images(train: int = 4000, test: int = 300, seed: int = 0) -> DatasetDi
         test (`int`, *optional*, defaults to `300`):
             Number of test images.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the split and of the images.
+            Seed of the images.
+        prompt (`str`, *optional*, defaults to `"Read the number."`):
+            What is asked, one of `TASKS`.
+        inverted (`bool`, *optional*, defaults to `False`):
+            Light ink on dark paper: images of a kind that the pretrained model has never seen.
 
     Returns:
         `DatasetDict`: splits `"train"` and `"test"` with columns `images` (a list of one grey PIL image of
         112 x 32 pixels, stored as PNG), `prompt` and `completion` (a list of one message each).
     """
-    # Imported here: it is slow to import, and only this function needs it.
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    parts = split_scans(seed)
-    return DatasetDict(
-        {
-            split: _draw_images(
-                digits.images[parts[split]], digits.target[parts[split]], count, np.random.default_rng([seed, i])
-            )
-            for i, (split, count) in enumerate([("train", train), ("test", test)])
-        }
-    )
+    splits = {}
+    for i, (split, count) in enumerate([("train", train), ("test", test)]):
+        images, numbers = draw_numbers(split, count, np.random.default_rng([seed, i]))
+        splits[split] = _rows([ImageOps.invert(image) if inverted else image for image in images], numbers, prompt)
+    return DatasetDict(splits)
 
 
 def blank(images: list[PILImage.Image]) -> list[PILImage.Image]:
@@ -144,12 +184,12 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=384,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([PROMPT, "user\n", "assistant\n", "system\n"] * 2, trainer)
+    tokenizer.train_from_iterator([*PRETRAINED_TASKS, BACKWARDS, "user\n", "assistant\n", "system\n"] * 2, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -159,8 +199,10 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Builds an untrained LLaVA (CLIP vision, Qwen2 text) of under a million parameters, and its processor.
+def tiny_llava(
+    seed: int = 0, vision_layers: int = 3, vision_size: int = 96
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Builds an untrained LLaVA (CLIP vision, Qwen2 text), by default of under a million parameters, and its processor.
 
     Images of any shape are stretched to a square of 32 x 32 pixels, 16 patches. The tokenizer is byte-level BPE,
     trained on the spot; each digit is one token. Every weight matrix gets a gradient: `vision_feature_layer` is the
@@ -169,6 +211,8 @@ def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProce
     Args:
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights. The global random state is left as it was.
+        vision_layers (`int`, *optional*, defaults to `3`), vision_size (`int`, *optional*, defaults to `96`):
+            Depth and width of the vision tower.
 
     Returns:
         `tuple[LlavaForConditionalGeneration, LlavaProcessor]`: the model in float32, and its processor with chat
@@ -177,9 +221,9 @@ def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProce
     tokenizer = _tokenizer()
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     vision = CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=384,
-        num_hidden_layers=3,
+        hidden_size=vision_size,
+        intermediate_size=4 * vision_size,
+        num_hidden_layers=vision_layers,
         num_attention_heads=4,
         initializer_range=0.2,  # positions must stand out from the first step; with 0.02 reading starts much later
         initializer_factor=2.0,
@@ -233,3 +277,17 @@ def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProce
         chat_template=CHAT_TEMPLATE,
     )
     return model, processor
+
+
+def pretrained_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Loads the pretrained LLaVA that comes with this repository, and its processor.
+
+    It has 1.4 million parameters and answers the `PRETRAINED_TASKS`. Its vision tower makes up a bit more than half of
+    the FLOPs of a training step, as in vision-language models of 2 to 4 billion parameters. `python -m vlm.pretrain`
+    makes it.
+
+    Returns:
+        `tuple[LlavaForConditionalGeneration, LlavaProcessor]`: the model in float32, and its processor.
+    """
+    model = LlavaForConditionalGeneration.from_pretrained(READER, dtype=torch.float32)
+    return model, AutoProcessor.from_pretrained(READER, backend="pil")
