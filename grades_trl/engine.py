@@ -105,6 +105,7 @@ class GradES:
             encoder_cache_bytes = cache_bytes
         self.prefix = FrozenPrefix(model, cache_bytes, encoder_cache_bytes)
         self._prefix_is_stale = False
+        self._called: set[str] = set()  # layers and modules that a training pass has called so far
 
     def step_costs(self) -> StepCosts:
         """What a step costs as far as the model tells: the criterion's default, see `Criterion.costs`."""
@@ -157,6 +158,9 @@ class GradES:
             self._freeze_norms_and_embeddings()
             self.prefix.update(unreached)
             self._prefix_is_stale = False
+        elif not self._called.issuperset(called):  # what the user froze before training is skipped from now on
+            self.prefix.update(self._without_gradient.values())
+        self._called.update(called)
         self._measure_heldout_loss(step)
         self._update_stop_reason()
         return events

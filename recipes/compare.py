@@ -25,15 +25,16 @@ from typing import Any
 import yaml
 
 from grades_trl.config import CRITERION_SETTINGS, HELDOUT_SETTINGS
-from grades_trl.recipe.comparison import RUN_ID, VARIANTS, Run, draw, markdown, reordered, summarize
+from grades_trl.recipe.comparison import RUN_ID, VARIANTS, Run, draw, markdown, matched_steps, reordered, summarize
 from grades_trl.report.strict_json import write_json
 
 RECIPES = Path(__file__).parent
-DEFAULT_VARIANTS = ["baseline", "baseline_matched_steps", "early_stopping", "grades", "random_order", "paper"]
-FROM_GRADES = ("baseline_matched_steps", "random_order", "bottom_up")  # made from the GradES run of the same seed
+DEFAULT_VARIANTS = ["baseline", "baseline_matched_flops", "early_stopping", "grades", "random_order", "paper"]
+FROM_GRADES = ("baseline_matched_flops", "random_order", "bottom_up")  # made from the GradES run of the same seed
 # Variants with a metric of their own: these settings are not taken from the flags and the config file.
 SCHEDULED = ("random_order", "bottom_up")
 REPLACED = {
+    "vision_frozen": ("metric", *CRITERION_SETTINGS, "stopping", "keep", *HELDOUT_SETTINGS, "train_towers"),
     **dict.fromkeys(SCHEDULED, ("metric", *CRITERION_SETTINGS)),
     "paper": ("metric", *CRITERION_SETTINGS, "stopping", "keep", *HELDOUT_SETTINGS),
 }
@@ -144,12 +145,16 @@ def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str,
         if not events:
             return {"variant": variant, "seed": seed, "skipped": "nothing froze"}
         made_of["schedule"] = reordered(events, grades["tracked"], variant, seed)
+    towers = train_towers(recipe_flags, config)
+    if variant == "vision_frozen" and (args.recipe == "sft_text" or "vision" not in towers or len(towers) == 1):
+        has = "the model has no vision tower" if args.recipe == "sft_text" else f"what trains is {' '.join(towers)}"
+        return {"variant": variant, "seed": seed, "skipped": has}
     if variant in REPLACED:
         made_of["config"] = {name: value for name, value in config.items() if name not in REPLACED[variant]}
-        recipe_flags = without_flags(recipe_flags, REPLACED[variant])
+        _, recipe_flags = split_flags(recipe_flags, REPLACED[variant])
     command = [sys.executable, str(RECIPES / f"{args.recipe}.py")]
     command += ["--config", str(folder / "config.yaml")] if args.config else []
-    command += [*recipe_flags, *variant_flags(variant, folder, grades, args.paper_tau)]
+    command += [*recipe_flags, *variant_flags(variant, folder, grades, args.paper_tau, towers)]
     command += ["--seed", str(seed), "--output_dir", str(folder)]
     made_of["command"] = command[1:]  # the same from another virtual environment
 
@@ -212,18 +217,28 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def without_flags(flags: list[str], names: Collection[str]) -> list[str]:
-    """The flags without those named, and without their values."""
-    kept, is_dropped = [], False
+def split_flags(flags: list[str], names: Collection[str]) -> tuple[list[str], list[str]]:
+    """The flags named, with their values, and all others."""
+    named: list[str] = []
+    others: list[str] = []
+    is_named = False
     for word in flags:
         if word.startswith("--"):
-            is_dropped = word.removeprefix("--").partition("=")[0] in names
-        if not is_dropped:
-            kept.append(word)
-    return kept
+            is_named = word.removeprefix("--").partition("=")[0] in names
+        (named if is_named else others).append(word)
+    return named, others
 
 
-def variant_flags(variant: str, folder: Path, grades: Run | None, paper_tau: str) -> list[str]:
+def train_towers(flags: list[str], config: dict[str, Any]) -> list[str]:
+    """The towers that train in the baseline: by the flags, else by the config file, else all."""
+    flag, _ = split_flags(flags, ("train_towers",))
+    given = [word.removeprefix("--train_towers").removeprefix("=") for word in flag]
+    return [tower for tower in given if tower] or config.get("train_towers") or ["vision", "projector", "language"]
+
+
+def variant_flags(
+    variant: str, folder: Path, grades: Run | None, paper_tau: str, towers: Collection[str] = ()
+) -> list[str]:
     """What makes a run of the recipe a run of that variant."""
     if variant == "grades":
         return ["--grades", "true"]
@@ -236,11 +251,17 @@ def variant_flags(variant: str, folder: Path, grades: Run | None, paper_tau: str
         return ["--grades", "true", "--metric", "schedule", "--schedule", str(folder / "schedule.jsonl")]
     if variant == "early_stopping":
         return ["--grades", "false", "--early_stopping_patience", "3"]
-    if variant == "baseline_matched_steps":
+    if variant == "bema":
+        return ["--grades", "false", "--bema", "true"]
+    if variant == "vision_frozen":  # with what makes frozen layers cheap, and without what freezes or ends
+        engine = "--grades true --metric none --stopping end_of_schedule --keep last --train_towers"
+        return [*engine.split(), *(tower for tower in towers if tower != "vision")]
+    if variant == "baseline_matched_flops":
         assert grades is not None
-        flags = ["--grades", "false", "--max_steps", str(grades["steps"])]
+        steps = matched_steps(grades)
+        flags = ["--grades", "false", "--max_steps", str(steps)]
         if grades["warmup_steps"] >= 1:  # below 1 it is a fraction of the schedule already
-            fraction = grades["steps"] / grades["total_steps"]
+            fraction = steps / grades["total_steps"]
             flags += ["--warmup_steps", str(max(1, round(grades["warmup_steps"] * fraction)))]
         return flags
     return ["--grades", "false"]

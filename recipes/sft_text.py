@@ -17,7 +17,8 @@ from datasets import Dataset
 
 from grades_trl import GradESTrainer
 from grades_trl.recipe import builtin
-from grades_trl.recipe.arguments import configure_early_stopping, parse
+from grades_trl.recipe.arguments import configure_bema, configure_early_stopping, parse
+from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
 from grades_trl.recipe.console import set_up_console
 from grades_trl.recipe.data import load_data, warn_truncated_examples
@@ -35,7 +36,12 @@ def main() -> None:
     set_up_console()
     exit_with_comparison()
     recipe, training, model_args, grades = parse(__doc__, CONFIGS / "demo_text.yaml")
-    early_stopping = configure_early_stopping(recipe, training)
+    if recipe.train_towers is not None:
+        raise ValueError(
+            "--train_towers chooses among the towers of a vision-language model, which recipes/sft_vlm.py trains. Of "
+            "a text model, choose layers with --train_layers."
+        )
+    callbacks = [*configure_early_stopping(recipe, training), *configure_bema(recipe, training)]
     if "wandb" in training.report_to:
         training.run_name = tracking.start(training.output_dir, training.run_name)
 
@@ -49,12 +55,13 @@ def main() -> None:
     if model_args.model_name_or_path is None:
         torch.set_num_threads(1)  # faster than more, on matrices this small
         model, tokenizer = builtin.tiny_qwen3(seed=training.seed)
-        model = make_trainable(model, model_args, seed=training.seed)
+        model = make_trainable(model, model_args, layers=recipe.train_layers, seed=training.seed)
     else:
         model, tokenizer = load_model(
             model_args,
             BACKEND,
             towers=("language",),  # of a vision-language model, only its text
+            layers=recipe.train_layers,
             trust_remote_code=training.trust_remote_code,
             max_length=training.max_length,
             seed=training.seed,
@@ -67,8 +74,10 @@ def main() -> None:
         eval_dataset=validation,
         processing_class=tokenizer,
         grades=grades if recipe.grades else None,
-        callbacks=[clock, *early_stopping],
+        callbacks=[clock, *callbacks],
     )
+    choice = choice_flops(trainer)
+    print(format_choice(trainer.model, choice))
     warn_truncated_examples(trainer, {"train": train, "validation": validation})
 
     # 3. Train, with a few answers and their exact match before and after. The model is saved as soon as it is trained.
@@ -96,7 +105,7 @@ def main() -> None:
             print(format_samples(shown, {"before": before, "after": ask(shown)}))
 
     # 5. Save and show the results.
-    save_results(trainer, clock, environment, results, recipe, model_args)
+    save_results(trainer, clock, environment, results, recipe, model_args, choice)
     print(format_run(trainer, results))
     tracking.finish()
     exit_if_diverged(trainer, results)

@@ -15,7 +15,8 @@ from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is 
 import torch
 from datasets import Dataset
 
-from grades_trl.recipe.arguments import configure_early_stopping, parse
+from grades_trl.recipe.arguments import configure_bema, configure_early_stopping, parse
+from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
 from grades_trl.recipe.console import set_up_console
 from grades_trl.recipe.data import load_data
@@ -36,7 +37,7 @@ def main() -> None:
     set_up_console()
     exit_with_comparison()
     recipe, training, model_args, grades = parse(__doc__, CONFIGS / "demo_vlm.yaml")
-    early_stopping = configure_early_stopping(recipe, training)
+    callbacks = [*configure_early_stopping(recipe, training), *configure_bema(recipe, training)]
     if "wandb" in training.report_to:
         training.run_name = tracking.start(training.output_dir, training.run_name)
 
@@ -50,13 +51,14 @@ def main() -> None:
     if model_args.model_name_or_path is None:
         torch.set_num_threads(1)  # faster than more, on matrices this small
         model, processor = builtin.tiny_llava(seed=training.seed)
-        model = make_trainable(model, model_args, recipe.train_towers, training.seed)
+        model = make_trainable(model, model_args, recipe.train_towers, recipe.train_layers, training.seed)
     else:
         model, processor = load_model(
             model_args,
             BACKEND,
             vision=True,
             towers=recipe.train_towers,
+            layers=recipe.train_layers,
             trust_remote_code=training.trust_remote_code,
             max_length=training.max_length,
             seed=training.seed,
@@ -69,8 +71,10 @@ def main() -> None:
         eval_dataset=validation,
         processing_class=processor,
         grades=grades if recipe.grades else None,
-        callbacks=[clock, *early_stopping],
+        callbacks=[clock, *callbacks],
     )
+    choice = choice_flops(trainer)
+    print(format_choice(trainer.model, choice))
 
     # 3. Train, with a few answers before and after. The model is saved as soon as it is trained.
     shown = test.select(range(min(recipe.num_samples, len(test))))
@@ -99,7 +103,7 @@ def main() -> None:
             tracking.Tracker(training.report_to).log_samples(sheet)
 
     # 5. Save and show the results.
-    save_results(trainer, clock, environment, results, recipe, model_args)
+    save_results(trainer, clock, environment, results, recipe, model_args, choice)
     print(format_run(trainer, results))
     tracking.finish()
     exit_if_diverged(trainer, results)

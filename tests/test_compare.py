@@ -14,8 +14,18 @@ import yaml
 from datasets import Dataset, DatasetDict
 
 from grades_trl.recipe import data
-from grades_trl.recipe.arguments import parse
-from grades_trl.recipe.comparison import RUN_ID, VARIANTS, draw, markdown, reordered, summarize
+from grades_trl.recipe.arguments import configure_bema, parse
+from grades_trl.recipe.comparison import (
+    COLORS,
+    RUN_ID,
+    VARIANTS,
+    draw,
+    flops_of_run,
+    markdown,
+    matched_steps,
+    reordered,
+    summarize,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +40,18 @@ def compare_py():
 
 
 def run_of(
-    variant, seed, *, steps=100, total_steps=100, test=1.0, validation=1.0, seconds=100.0, flops=1.0, history=(), **x
+    variant,
+    seed,
+    *,
+    steps=100,
+    total_steps=100,
+    test=1.0,
+    validation=1.0,
+    seconds=100.0,
+    flops=1.0,
+    history=(),
+    choice=(1.0, 1.0),
+    **x,
 ):
     return {
         "variant": variant,
@@ -38,6 +59,7 @@ def run_of(
         "steps": steps,
         "total_steps": total_steps,
         "flops": flops,
+        "choice": dict(zip(("step", "tracked"), choice, strict=True)),
         "seconds": {"total": seconds, "training": seconds - 30, "validation": 20.0, "saving": 6.0, "grades": 4.0},
         "validation": [{"step": i, "seconds": 9.0 * i, "eval_loss": loss} for i, loss in enumerate(history)],
         "results": {"final/test_loss": test, "final/validation_loss": validation, **x},
@@ -48,11 +70,11 @@ def run_of(
 RUNS = [
     run_of("baseline", 0, test=0.5, history=(0.9, 0.4, 0.45), **{"final/exact_match": 0.9}),
     run_of("grades", 0, steps=60, test=0.6, validation=0.4, seconds=50.0, flops=0.5),
-    run_of("baseline_matched_steps", 0, steps=60, total_steps=60, test=0.55, seconds=60.0),
+    run_of("baseline_matched_flops", 0, steps=60, total_steps=60, test=0.55, seconds=60.0),
     run_of("early_stopping", 0, steps=70, test=0.7, flops=0.7),
     run_of("baseline", 1, test=0.7, history=(0.9, 0.4), **{"final/exact_match": 0.8}),
     run_of("grades", 1, steps=40, test=0.4, validation=0.41, seconds=25.0, flops=0.3),
-    run_of("baseline_matched_steps", 1, steps=40, total_steps=40, test=0.45, seconds=40.0),
+    run_of("baseline_matched_flops", 1, steps=40, total_steps=40, test=0.45, seconds=40.0),
     {"variant": "random_order", "seed": 0, "skipped": "nothing froze"},
     {"variant": "random_order", "seed": 1, "skipped": "nothing froze"},
 ]
@@ -64,14 +86,14 @@ RUNS = [
 def test_summary_by_hand():
     summary = summarize(RUNS)
     variants = summary["variants"]
-    assert list(variants) == ["baseline", "grades", "baseline_matched_steps", "early_stopping", "random_order"]
+    assert list(variants) == ["baseline", "grades", "baseline_matched_flops", "early_stopping", "random_order"]
     assert variants["baseline"]["test_loss"] == {"mean": pytest.approx(0.6), "sd": pytest.approx(0.1 * 2**0.5)}
     assert variants["baseline"]["exact_match"]["mean"] == pytest.approx(0.85)
     assert variants["grades"]["exact_match"] == {"mean": None, "sd": None}
     assert variants["grades"]["steps"]["mean"] == 50
     assert variants["grades"]["flops"]["mean"] == pytest.approx(0.4)
     # All of a schedule of 60 and of 40 steps, where the whole one has 100
-    assert variants["baseline_matched_steps"]["flops"]["mean"] == pytest.approx(0.5)
+    assert variants["baseline_matched_flops"]["flops"]["mean"] == pytest.approx(0.5)
     assert variants["grades"]["baseline_time_ratio"]["mean"] == pytest.approx(3.0)  # 2x and 4x
     assert variants["grades"]["validation_seconds"]["mean"] == 20
     assert variants["early_stopping"]["test_loss"] == {"mean": 0.7, "sd": None}
@@ -81,7 +103,7 @@ def test_summary_by_hand():
     assert first["baseline_best_validation_loss"] == 0.4
     assert (first["as_good"], second["as_good"]) == (True, False)
     assert (first["fraction_of_baseline_time"], second["fraction_of_baseline_time"]) == (0.5, 0.25)
-    assert first["grades_minus_matched_steps"] == pytest.approx(0.05)
+    assert first["grades_minus_matched_flops"] == pytest.approx(0.05)
     assert first["grades_minus_early_stopping"] == pytest.approx(-0.1)
     assert second["grades_minus_early_stopping"] is None
 
@@ -104,6 +126,43 @@ def test_a_comparison_without_baseline_or_validation():
     assert summary["variants"]["paper"]["flops"]["mean"] == 0.8
     assert set(summary["seeds"][0].values()) == {3, 1.0, None}
     assert "| 3 " in markdown(summary)
+
+
+def test_flops_of_a_choice_count_what_does_not_train_too():
+    """A step costs 0.8 of one in which everything trains, 0.6 in what trains and 0.2 in what only runs forward."""
+    half = run_of("baseline", 0, steps=50, flops=0.25, choice=(0.8, 0.6))
+    assert flops_of_run(half) == pytest.approx(0.6 * 0.25 + 0.2 * 0.5)
+    vision_frozen = run_of("vision_frozen", 0, choice=(0.75, 0.6))
+    summary = summarize([run_of("baseline", 0), vision_frozen])
+    assert summary["variants"]["vision_frozen"]["flops"]["mean"] == pytest.approx(0.75)
+    of_choice = [run_of("baseline", 0, choice=(0.8, 0.6)), run_of("vision_frozen", 0, choice=(0.6, 0.5))]
+    assert summarize(of_choice)["variants"]["vision_frozen"]["flops"]["mean"] == pytest.approx(0.75)
+    assert summarize(of_choice)["variants"]["baseline"]["flops"]["mean"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("grades", "steps"),
+    [
+        (run_of("grades", 0, steps=60, flops=0.3), 30),
+        (run_of("grades", 0, steps=100, flops=1.02), 102),  # nothing froze, and measuring was not free
+        (run_of("grades", 0, steps=60, flops=0.3, choice=(0.8, 0.6)), round(100 * (0.6 * 0.3 + 0.2 * 0.6) / 0.8)),
+        (run_of("grades", 0, steps=1, flops=0.001), 1),
+    ],
+)
+def test_a_baseline_with_the_flops_of_a_grades_run(grades, steps):
+    assert matched_steps(grades) == steps
+    matched = run_of("baseline_matched_flops", 0, steps=steps, total_steps=steps, choice=(0.8, 0.8))
+    whole = run_of("baseline", 0, choice=(0.8, 0.8))
+    assert summarize([whole, matched])["variants"]["baseline_matched_flops"]["flops"]["mean"] == pytest.approx(
+        steps / 100
+    )
+
+
+def test_every_variant_has_a_color_and_a_place():
+    assert COLORS.keys() == VARIANTS.keys()
+    assert len(set(COLORS.values())) == len(COLORS)
+    runs = [run_of(variant, 0) for variant in reversed(VARIANTS)]
+    assert list(summarize(runs)["variants"]) == list(VARIANTS)
 
 
 def test_reordered_keeps_the_steps_and_gives_them_to_other_matrices():
@@ -145,33 +204,69 @@ def test_validation_and_test_share_no_row():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_recipe_understands_the_flags_of_every_variant(compare_py, variant, tmp_path):
-    made_by = {"steps": 50, "total_steps": 100, "warmup_steps": 10}
+    made_by = run_of("grades", 0, steps=60, flops=0.5) | {"warmup_steps": 10}
     (tmp_path / "schedule.jsonl").touch()
     config = str(ROOT / "configs" / "demo_text.yaml")
-    of_variant = compare_py.variant_flags(variant, tmp_path, made_by, '{"language": 6.0}')
+    towers = ["vision", "projector", "language"]
+    of_variant = compare_py.variant_flags(variant, tmp_path, made_by, '{"language": 6.0}', towers)
     recipe, training, _, grades = parse("", Path(config), ["--config", config, "--report_to", "none", *of_variant])
-    assert recipe.grades == (variant in ("grades", "random_order", "bottom_up", "paper"))
+    with_engine = ("grades", "random_order", "bottom_up", "paper", "vision_frozen")
+    assert recipe.grades == (variant in with_engine)
+    assert recipe.train_towers == (["projector", "language"] if variant == "vision_frozen" else None)
+    assert [type(callback).__name__ for callback in configure_bema(recipe, training)] == ["BEMA"] * (variant == "bema")
     assert (training.max_steps, training.warmup_steps) == ((50, 5) if "matched" in variant else (500, 50))
     is_scheduled = variant in ("random_order", "bottom_up")
-    assert grades.metric == ("schedule" if is_scheduled else "grad_change")
+    metric = "schedule" if is_scheduled else "none" if variant == "vision_frozen" else "grad_change"
+    assert grades.metric == metric
     assert (grades.schedule is not None) == is_scheduled
     assert grades.tau == ({"language": 6.0} if variant == "paper" else None)
     assert grades.sample_fraction == (1 if variant == "paper" else None)
-    assert (grades.stopping, grades.keep) == (("all_frozen", "last") if variant == "paper" else ("auto", "auto"))
+    ends = {"paper": ("all_frozen", "last"), "vision_frozen": ("end_of_schedule", "last")}
+    assert (grades.stopping, grades.keep) == ends.get(variant, ("auto", "auto"))
+
+
+@pytest.mark.parametrize(
+    ("recipe_name", "flags", "config", "towers"),
+    [
+        ("sft_vlm", [], {}, ["projector", "language"]),
+        ("sft_vlm", ["--train_towers", "vision", "language", "--use_peft"], {}, ["language"]),
+        ("sft_vlm", [], {"train_towers": ["vision", "language"]}, ["language"]),
+        ("sft_vlm", ["--train_towers=language", "vision"], {"train_towers": ["vision"]}, ["language"]),
+        ("sft_vlm", ["--train_towers", "language"], {}, "what trains is language"),
+        ("sft_vlm", ["--train_towers", "vision"], {}, "what trains is vision"),
+        ("sft_text", [], {}, "the model has no vision tower"),
+    ],
+)
+def test_the_vision_tower_is_frozen_where_it_would_train(
+    compare_py, recipe, tmp_path, recipe_name, flags, config, towers
+):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config | {"stopping": "heldout_loss", "max_steps": 8}))
+    run = run_variant(compare_py, tmp_path, *flags, variant="vision_frozen", config=str(file), recipe_name=recipe_name)
+    if isinstance(towers, str):
+        assert (run["skipped"], recipe.commands) == (towers, [])
+        return
+    (command,) = recipe.commands
+    assert [word.partition("=")[0] for word in command].count("--train_towers") == 1
+    start = command.index("--train_towers") + 1
+    assert command[start : start + len(towers) + 1] == [*towers, "--seed"]
+    written = yaml.safe_load((result_file(tmp_path, "vision_frozen").parent / "config.yaml").read_text())
+    assert written == {"max_steps": 8}
 
 
 def test_flags_are_taken_out_with_their_values(compare_py):
     flags = ["--tau", "1e9", "--metric=none", "--max_steps", "8", "--train_towers", "vision", "language", "--use_peft"]
-    left = compare_py.without_flags(flags, ("tau", "metric", "train_towers"))
+    taken, left = compare_py.split_flags(flags, ("tau", "metric", "train_towers"))
     assert left == ["--max_steps", "8", "--use_peft"]
+    assert taken == ["--tau", "1e9", "--metric=none", "--train_towers", "vision", "language"]
 
 
 def test_variants_that_need_grades(compare_py, monkeypatch, capsys):
-    flags = "compare.py --recipe sft_text --variants baseline baseline_matched_steps random_order"
+    flags = "compare.py --recipe sft_text --variants baseline baseline_matched_flops random_order"
     monkeypatch.setattr(sys, "argv", flags.split())
     with pytest.raises(SystemExit):
         compare_py.parse()
-    assert "baseline_matched_steps, random_order need the GradES run of the same seed" in capsys.readouterr().err
+    assert "baseline_matched_flops, random_order need the GradES run of the same seed" in capsys.readouterr().err
 
 
 # What is taken over from earlier runs
@@ -202,8 +297,8 @@ def recipe(compare_py, monkeypatch):
     return recipe
 
 
-def run_variant(compare_py, tmp_path, *flags, variant="baseline", grades=None, config=None):
-    args = Namespace(recipe="sft_text", config=config, output_dir=str(tmp_path / "out"), paper_tau="auto")
+def run_variant(compare_py, tmp_path, *flags, variant="baseline", grades=None, config=None, recipe_name="sft_text"):
+    args = Namespace(recipe=recipe_name, config=config, output_dir=str(tmp_path / "out"), paper_tau="auto")
     return compare_py.run_variant(args, list(flags), variant, 0, grades)
 
 
@@ -276,7 +371,7 @@ def test_a_run_that_diverges_is_skipped_with_the_reason(compare_py, recipe, tmp_
     recipe.exit_code, recipe.result = 1, run_of("", 0, test=None, validation=None) | {"diverged_at": 7}
     grades = run_variant(compare_py, tmp_path, variant="grades")
     assert grades["skipped"] == "diverged at step 7"
-    shortened = run_variant(compare_py, tmp_path, variant="baseline_matched_steps", grades=grades)
+    shortened = run_variant(compare_py, tmp_path, variant="baseline_matched_flops", grades=grades)
     assert shortened["skipped"] == "there is no GradES run to make it from"
     assert summarize([grades, shortened])["variants"]["grades"] == {"skipped": "diverged at step 7"}
 
@@ -373,6 +468,7 @@ def test_a_real_comparison_that_is_resumed(tmp_path):
         assert {"final/test_loss", "final/validation_loss", "final/exact_match_test"} <= set(result["results"])
         assert result["results"]["final/test_loss"] != result["results"]["final/validation_loss"]
     assert (baseline["steps"], baseline["stop_reason"], baseline["flops"]) == (8, "schedule finished", 1.0)
+    assert baseline["choice"] == grades["choice"] == {"step": 1.0, "tracked": 1.0}
     assert [entry["step"] for entry in baseline["validation"]] == [3, 6, 8]
     assert baseline["validation"][-1]["eval_loss"] == pytest.approx(baseline["results"]["final/validation_loss"])
     assert baseline["seconds"]["grades"] == 0

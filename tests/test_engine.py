@@ -16,12 +16,14 @@ from peft import LoraConfig, get_peft_model
 from test_kernels import DEVICE, INTERPRETED, check, triton_environment
 from test_weight_average import equal, live_bytes, weights
 from torch.utils._python_dispatch import TorchDispatchMode
+from trl import ModelConfig
 
 from grades_trl import FreezeEvent, GradES, GradESConfig
 from grades_trl.criteria import kernels, measurement, metrics
 from grades_trl.engine import tracked_in
+from grades_trl.recipe.models import make_trainable
 from grades_trl.stopping import STOPPING_RULES, HeldoutLoss
-from helpers import Toy, llava, qwen3
+from helpers import CHECKPOINTING, Toy, backward, checkpoint, llava, qwen3
 
 METRICS = ["grad_change", "grad_norm", "weight_change"]
 ONE, TWO = "layers.0.proj", "layers.1.proj"
@@ -311,6 +313,42 @@ def test_a_lora_run_with_nothing_left_to_train_ends_whatever_the_rule(stopping):
     run = Run(qwen3_lora, schedule({"*": 3}, stopping=stopping)).train()
     assert len(run.losses) == 3
     assert run.grades.stop_reason == "all matrices frozen"
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize("lora", [False, True])
+def test_leading_layers_that_the_user_froze_are_skipped_after_the_first_step(lora, reentrant):
+    model = make_trainable(
+        qwen3(num_hidden_layers=4), ModelConfig(use_peft=lora, lora_r=4, lora_dropout=0), None, "2-3"
+    )
+    checkpoint(model, reentrant)
+    first, expected = backward(model)
+    grades = GradES(model, GradESConfig(metric="none"), 10)
+    for step in (1, 2):
+        count, found = backward(model)
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+        grades.step(step)
+        assert grades.prefix.skipped_layers == {"model.layers": 2}
+    assert (count < first) == (reentrant is not None)  # without checkpointing, no gradient went down there before
+    assert not grades.frozen
+    grades.finish()
+
+
+def test_a_tower_that_the_user_froze_is_read_from_the_cache_when_its_images_come_back():
+    """The first rows have no images: that the tower is there is not seen before the second step."""
+    model = make_trainable(llava(image_token_index=63), ModelConfig(), ["projector", "language"]).train()
+    grades = GradES(model, GradESConfig(metric="none"), 10, encoder_cache_bytes=2**24)
+    skipped, hits = [], []
+    for step in range(1, 7):
+        rows = {"input_ids": batch_of(0), "labels": batch_of(0)} if step == 1 else images(0)
+        model(**rows).loss.backward()
+        grades.step(step)
+        model.zero_grad()
+        skipped.append(sum(grades.prefix.skipped_layers.values()))
+        hits.append(grades.prefix.encoder_cache.hits)
+    assert skipped == [0, 2, 2, 2, 2, 2]
+    assert hits == [0, 0, 0, 0, 1, 2]  # one pass to see which layer is read, one to keep its output
 
 
 @pytest.mark.parametrize("stopping", ["all_frozen", "end_of_schedule"])

@@ -20,6 +20,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 from grades_trl.config import CRITERION_SETTINGS, GradESConfig
 from grades_trl.model import TOWERS
+from grades_trl.recipe.bema import BEMA
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,12 @@ class RecipeArguments:
             Stop after that many evaluations in which the validation loss did not fall by 0.0005, and load the best
             checkpoint. It sets all that this needs: what is saved, when, and what is loaded at the end.
         train_towers (`list[str]`, *optional*, defaults to all):
-            What trains of a vision-language model.
+            What trains of a vision-language model: `vision`, `projector`, `language`.
+        train_layers (`str`, *optional*, defaults to all):
+            The layers that train: indices of language layers (`14-29`), a part of the depth (`0.5-1.0`), or a glob
+            pattern of paths; several are separated by commas. See [`choice.chosen_modules`].
+        bema (`bool`, *optional*, defaults to `False`):
+            Average the weights of the baseline by TRL's `BEMACallback`; the model gets the average in the end.
         num_eval_generations (`int`, *optional*, defaults to `200`):
             Held-out prompts that are answered after training and compared with the expected answer; 0 for none.
         num_samples (`int`, *optional*, defaults to `4`):
@@ -142,9 +148,16 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Stop after N evaluations without improvement and load the best checkpoint."},
     )
-    train_towers: list[str] = field(
-        default_factory=lambda: ["vision", "projector", "language"],
-        metadata={"help": "What trains of a vision-language model.", "choices": list(TOWERS)},
+    train_towers: list[str] | None = field(
+        default=None,
+        metadata={"help": "What trains of a vision-language model; all by default.", "choices": list(TOWERS)},
+    )
+    train_layers: str | None = field(
+        default=None,
+        metadata={"help": "Layers that train: 14-29, 0.5-1.0, glob patterns; all by default."},
+    )
+    bema: bool = field(
+        default=False, metadata={"help": "Average the weights of the baseline (BEMA, arXiv 2508.00180)."}
     )
     num_eval_generations: int = field(
         default=200, metadata={"help": "Held-out prompts to answer and score after training."}
@@ -154,6 +167,8 @@ class RecipeArguments:
     dataset_text_field: str = field(default="text", init=False)  # what the column is called in the source
 
     def __post_init__(self) -> None:
+        if self.train_layers is not None:
+            self.train_layers = str(self.train_layers)  # one layer is a number to YAML
         if self.test_size >= 1 and self.test_size == int(self.test_size):
             self.test_size = int(self.test_size)
         elif not 0 < self.test_size < 1:
@@ -265,6 +280,24 @@ def configure_early_stopping(recipe: RecipeArguments, training: SFTConfig) -> li
     training.load_best_model_at_end = True
     training.metric_for_best_model, training.greater_is_better = "eval_loss", False
     return [EarlyStoppingCallback(recipe.early_stopping_patience, EARLY_STOPPING_THRESHOLD)]
+
+
+def configure_bema(recipe: RecipeArguments, training: SFTConfig) -> list[BEMA]:
+    """The callback of `--bema true`; an empty list if it is off.
+
+    Raises:
+        ValueError: something else decides which weights are kept, or a run is to be resumed.
+    """
+    if not recipe.bema:
+        return []
+    if recipe.grades or recipe.early_stopping_patience is not None or training.load_best_model_at_end:
+        raise ValueError(
+            "bema decides which weights are kept, and so do GradES, early_stopping_patience and "
+            "load_best_model_at_end: add --grades false, and leave out the others."
+        )
+    if training.resume_from_checkpoint:
+        raise ValueError("bema cannot be resumed: its averages are in no checkpoint. Start again, or resume without.")
+    return [BEMA()]
 
 
 def parse_scoring(

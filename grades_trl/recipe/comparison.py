@@ -27,8 +27,10 @@ RUN_ID = "GRADES_COMPARISON_RUN_ID"
 VARIANTS = {
     "baseline": "the whole schedule, nothing frozen",
     "grades": "GradES as configured",
-    "baseline_matched_steps": "the baseline, with a schedule as long as the GradES run of the seed",
+    "baseline_matched_flops": "the baseline, its whole schedule shortened to the FLOPs of the GradES run of the seed",
     "early_stopping": "the baseline, ended when the validation loss stops improving; its best checkpoint is scored",
+    "bema": "the baseline, scored with a running average of its weights (BEMA, arXiv 2508.00180)",
+    "vision_frozen": "the whole schedule with the vision tower frozen from the start, its outputs cached",
     "random_order": "the freezes of the GradES run at the same steps, of matrices chosen at random",
     "bottom_up": "the freezes of the GradES run at the same steps, of matrices from the lowest layer up",
     "paper": "GradES with the paper's metric and settings",
@@ -39,8 +41,10 @@ PARTS = ("training", "validation", "saving", "grades")
 COLORS = {
     "baseline": "#52606d",
     "grades": "#2563eb",
-    "baseline_matched_steps": "#d97706",
+    "baseline_matched_flops": "#d97706",
     "early_stopping": "#059669",
+    "bema": "#dc2626",
+    "vision_frozen": "#65a30d",
     "random_order": "#9333ea",
     "bottom_up": "#be185d",
     "paper": "#0891b2",
@@ -109,7 +113,8 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
 
 def _numbers(run: Run, of_seed: dict[str, Run]) -> dict[str, float | None]:
     """The numbers of a run that are averaged over seeds."""
-    schedule = max(other["total_steps"] for other in of_seed.values())  # that of `baseline_matched_steps` is shorter
+    lengths = [other["total_steps"] for name, other in of_seed.items() if name != "baseline_matched_flops"]
+    schedule = max(lengths, default=run["total_steps"])
     baseline = of_seed.get("baseline")
     return {
         "steps": run["steps"],
@@ -117,10 +122,25 @@ def _numbers(run: Run, of_seed: dict[str, Run]) -> dict[str, float | None]:
         "validation_loss": run["results"]["final/validation_loss"],
         "exact_match": exact_match(run),
         **{f"{part}_seconds": run["seconds"][part] for part in ("total", *PARTS)},
-        "flops": run["flops"] * run["total_steps"] / schedule,
+        "flops": flops_of_run(run) * run["total_steps"] / schedule / (baseline or run)["choice"]["step"],
         "peak_memory_mib": run["peak_memory_mib"],
         "baseline_time_ratio": baseline["seconds"]["total"] / run["seconds"]["total"] if baseline else None,
     }
+
+
+def flops_of_run(run: Run) -> float:
+    """FLOPs of a run, held-out measurements included, as a fraction of its whole schedule with everything training.
+
+    `run["flops"]` counts the tracked matrices alone; what was frozen before training takes its forward pass in every
+    step.
+    """
+    step, tracked = run["choice"]["step"], run["choice"]["tracked"]
+    return tracked * run["flops"] + (step - tracked) * run["steps"] / run["total_steps"]
+
+
+def matched_steps(grades: Run) -> int:
+    """Steps of a baseline that takes as many FLOPs as a GradES run, its held-out measurements included."""
+    return max(1, round(flops_of_run(grades) / grades["choice"]["step"] * grades["total_steps"]))
 
 
 def exact_match(run: Run) -> float | None:
@@ -155,7 +175,7 @@ def _against(of_seed: dict[str, Run]) -> dict[str, Any]:
         "fraction_of_baseline_time": (
             grades["seconds"]["total"] / baseline["seconds"]["total"] if baseline and grades else None
         ),
-        "grades_minus_matched_steps": test_loss_minus("baseline_matched_steps"),
+        "grades_minus_matched_flops": test_loss_minus("baseline_matched_flops"),
         "grades_minus_early_stopping": test_loss_minus("early_stopping"),
     }
 
@@ -199,7 +219,7 @@ def markdown(summary: dict[str, Any]) -> str:
         "validation loss of GradES",
         "at or below",
         "time / baseline",
-        "test loss, GradES - matched steps",
+        "test loss, GradES - matched FLOPs",
         "GradES - early stopping",
     )
     seeds = [
@@ -209,7 +229,7 @@ def markdown(summary: dict[str, Any]) -> str:
             _text(entry["grades_validation_loss"], ".4f"),
             {True: "yes", False: "no", None: "-"}[entry["as_good"]],
             _text(entry["fraction_of_baseline_time"], ".0%"),
-            _text(entry["grades_minus_matched_steps"], "+.4f"),
+            _text(entry["grades_minus_matched_flops"], "+.4f"),
             _text(entry["grades_minus_early_stopping"], "+.4f"),
         ]
         for entry in summary["seeds"]

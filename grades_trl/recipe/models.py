@@ -9,11 +9,13 @@ from typing import Any
 import bitsandbytes
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, set_seed
 from trl import ModelConfig, get_quantization_config
 
-from grades_trl.model import TOWERS, linear_layers, towers_of_parameters
+from grades_trl.model import TOWERS, linear_layers
+from grades_trl.recipe.choice import chosen_modules, whole_language_layers
 
 
 def load_model(
@@ -21,7 +23,8 @@ def load_model(
     backend: str,
     *,
     vision: bool = False,
-    towers: Collection[str] = TOWERS,
+    towers: Collection[str] | None = None,
+    layers: str | None = None,
     trust_remote_code: bool = False,
     max_length: int | None = 1024,
     seed: int = 42,
@@ -35,6 +38,7 @@ def load_model(
         vision (`bool`, *optional*, defaults to `False`): a vision-language model; the second value is its processor.
         towers (`Collection[str]`, *optional*, defaults to all): what trains of a vision-language model: `"vision"`,
             `"projector"`, `"language"`.
+        layers (`str`, *optional*, defaults to all): which layers train, see [`choice.chosen_modules`].
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the model's repository brings.
         max_length (`int`, *optional*, defaults to `1024`): tokens; Unsloth wants to know it at load time.
         seed (`int`, *optional*, defaults to `42`): of the adapters.
@@ -43,7 +47,8 @@ def load_model(
         `tuple`: the model, with LoRA adapters if `args.use_peft`, and its tokenizer or processor.
 
     Raises:
-        ValueError: quantization without adapters, or a GGUF file with Unsloth or with 4-bit loading.
+        ValueError: quantization without adapters, a GGUF file with Unsloth or with 4-bit loading, or a choice of what
+            trains that the model does not have.
     """
     name = args.model_name_or_path
     if (args.load_in_4bit or args.load_in_8bit) and not args.use_peft:
@@ -54,7 +59,7 @@ def load_model(
             raise ValueError(f"{gguf} is a GGUF file: it loads with --backend transformers and without 4 or 8 bits.")
         model, processor = load_gguf(gguf, args.dtype)
     elif backend == "unsloth":
-        return _load_with_unsloth(args, vision, towers, trust_remote_code, max_length, seed)
+        return _load_with_unsloth(args, vision, towers, layers, trust_remote_code, max_length, seed)
     else:
         auto_model, auto_processor = (
             (AutoModelForImageTextToText, AutoProcessor) if vision else (AutoModelForCausalLM, AutoTokenizer)
@@ -69,7 +74,7 @@ def load_model(
         )
         processor = auto_processor.from_pretrained(name, **common)
         _keep_4bit_layout(model)
-    return make_trainable(model, args, towers, seed), processor
+    return make_trainable(model, args, towers, layers, seed), processor
 
 
 def _keep_4bit_layout(model: nn.Module) -> None:
@@ -80,23 +85,44 @@ def _keep_4bit_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def make_trainable(model: nn.Module, args: ModelConfig, towers: Collection[str] = TOWERS, seed: int = 42) -> nn.Module:
-    """Lets LoRA adapters train if `args.use_peft`, else all weights; in the given towers only.
+def make_trainable(
+    model: nn.Module,
+    args: ModelConfig,
+    towers: Collection[str] | None = None,
+    layers: str | None = None,
+    seed: int = 42,
+) -> nn.Module:
+    """Lets LoRA adapters train if `args.use_peft`, else all weights; in the given towers and layers only.
 
     Adapters go on `args.lora_target_modules`. If that is not given, they go on every linear layer inside the repeated
     layers, which are the matrices that GradES tracks (the paper adapts all seven projections). Their initial weights
     are drawn with `seed`, since the Trainer sets its own seed later.
+
+    Raises:
+        ValueError: a choice that the model does not have, see [`choice.chosen_modules`], or without anything to adapt.
     """
+    chosen = chosen_modules(model, towers, layers)
     if not args.use_peft:
-        for name, tower in towers_of_parameters(model).items():
-            model.get_parameter(name).requires_grad_(tower in towers)
+        model.requires_grad_(False)
+        for path in chosen:
+            for parameter in model.get_submodule(path).parameters(recurse=False):
+                parameter.requires_grad_(True)
         return model
+    targets, target_parameters = _targets(args) or linear_layers(model), args.lora_target_parameters
+    if towers is not None or layers is not None:
+        targets = _targets_inside(model, chosen, _targets(args), args)
+        target_parameters = _target_parameters_inside(model, chosen, args)
+        if not targets and not target_parameters:
+            raise ValueError(
+                f"Nothing to adapt: train_towers ({' '.join(towers or ['all'])}) and train_layers ({layers or 'all'}) "
+                f"choose none of the layers that lora_target_modules ({args.lora_target_modules or 'all'}) names."
+            )
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=_targets(args) or linear_layers(model, towers),
-        target_parameters=args.lora_target_parameters,
+        target_modules=targets,
+        target_parameters=target_parameters,
         modules_to_save=args.lora_modules_to_save,
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
@@ -104,6 +130,25 @@ def make_trainable(model: nn.Module, args: ModelConfig, towers: Collection[str] 
     )
     set_seed(seed)
     return get_peft_model(model, config)
+
+
+def _targets_inside(
+    model: nn.Module, chosen: Collection[str], targets: list[str] | str | None, args: ModelConfig
+) -> list[str]:
+    """Full paths of what LoRA adapts inside of the chosen modules."""
+    if targets is None or targets == "all-linear":
+        return [path for path in linear_layers(model) if path in chosen]
+    config = LoraConfig(target_modules=targets, modules_to_save=args.lora_modules_to_save)
+    return [path for path in chosen if path and check_target_module_exists(config, path)]
+
+
+def _target_parameters_inside(model: nn.Module, chosen: Collection[str], args: ModelConfig) -> list[str] | None:
+    """Full names of the parameters that LoRA adapts (experts in one tensor) inside of the chosen modules."""
+    if args.lora_target_parameters is None:
+        return None
+    endings = tuple(f".{target}" for target in args.lora_target_parameters)
+    names = [name for name, _ in model.named_parameters() if f".{name}".endswith(endings)]
+    return [name for name in names if name.rpartition(".")[0] in chosen]
 
 
 def _targets(args: ModelConfig) -> list[str] | str | None:
@@ -144,7 +189,8 @@ def load_gguf(path: Path, dtype: str | None = "float32") -> tuple[Any, Any]:
 def _load_with_unsloth(
     args: ModelConfig,
     vision: bool,
-    towers: Collection[str],
+    towers: Collection[str] | None,
+    layers: str | None,
     trust_remote_code: bool,
     max_length: int | None,
     seed: int,
@@ -163,8 +209,19 @@ def _load_with_unsloth(
         revision=None if args.model_revision == "main" else args.model_revision,
     )
     if args.use_peft:
-        parts = {f"finetune_{tower}_layers": tower in towers for tower in ("vision", "language")} if vision else {}
-        targets = {} if args.lora_target_modules is None else {"target_modules": _targets(args)}
+        parts: dict[str, Any] = {}
+        if vision:
+            parts = {f"finetune_{tower}_layers": tower in (towers or TOWERS) for tower in ("vision", "language")}
+        targets: Any = {} if args.lora_target_modules is None else {"target_modules": _targets(args)}
+        target_parameters = args.lora_target_parameters
+        if layers is not None:
+            chosen = chosen_modules(model, towers, layers)
+            indices = whole_language_layers(model, chosen)
+            target_parameters = _target_parameters_inside(model, chosen, args)
+            if indices is None:
+                targets = {"target_modules": _targets_inside(model, chosen, _targets(args), args)}
+            else:
+                parts |= {"layers_to_transform": indices} | ({"finetune_vision_layers": False} if vision else {})
         model = loader.get_peft_model(
             model,
             r=args.lora_r,
@@ -173,13 +230,13 @@ def _load_with_unsloth(
             use_rslora=args.use_rslora,
             use_dora=args.use_dora,
             modules_to_save=args.lora_modules_to_save,
-            target_parameters=args.lora_target_parameters,
+            target_parameters=target_parameters,
             random_state=seed,
             **targets,
             **parts,
         )
-    elif vision:
-        model = make_trainable(model, args, towers, seed)
+    elif vision or layers is not None:
+        model = make_trainable(model, args, towers, layers, seed)
     if vision and max_length is None:
         # Unsloth's trainer takes what it was loaded with for `max_length`, and a row that is truncated there loses
         # tokens of its images but not the images.

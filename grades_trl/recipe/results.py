@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import ModelConfig
 
 from grades_trl.recipe.arguments import RecipeArguments, scored_with
+from grades_trl.recipe.bema import BEMA
+from grades_trl.recipe.choice import ChoiceFlops
 from grades_trl.recipe.comparison import RUN_ID
 from grades_trl.report.environment import Environment
 from grades_trl.report.strict_json import write_json
@@ -39,8 +42,9 @@ def train_and_save(trainer: Any, clock: RunClock, resume_from_checkpoint: str | 
         `bool`: `False` if the checkpoint is that of a finished run, as when a job is requeued. Nothing is trained
             then, and the model is on disk.
     """
-    save_model = _SaveModel(trainer, clock)
-    trainer.callback_handler.callbacks.insert(0, save_model)
+    save_model, callbacks = _SaveModel(trainer, clock), trainer.callback_handler.callbacks
+    callbacks.insert(0, save_model)
+    callbacks.sort(key=lambda callback: not isinstance(callback, BEMA))  # which gives the model its weights first
     with suppress(_AlreadyFinished):
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     if not save_model.saved:
@@ -104,6 +108,7 @@ def save_results(
     results: dict[str, float],
     recipe: RecipeArguments,
     model_args: ModelConfig,
+    choice: ChoiceFlops,
 ) -> None:
     """Writes `result.json`, and the scores into the report and W&B.
 
@@ -113,6 +118,7 @@ def save_results(
         environment (`Environment`): gathered before training.
         results (`dict[str, float]`): the final scores.
         recipe (`RecipeArguments`), model_args (`ModelConfig`): as [`arguments.parse`] gave them.
+        choice (`ChoiceFlops`): what trained from the start.
     """
     summary = trainer.grades_summary
     result = run_result(
@@ -129,7 +135,7 @@ def save_results(
         diverged_at=trainer.diverged_at,
     )
     result.id = os.environ.get(RUN_ID, result.id)
-    write_json(Path(trainer.args.output_dir) / "result.json", result.to_json())
+    write_json(Path(trainer.args.output_dir) / "result.json", result.to_json() | {"choice": asdict(choice)})
     Tracker(trainer.args.report_to).log_scores(results)
     if summary is not None:
         summary.results = results
