@@ -435,9 +435,9 @@ GradES: 30 of 100 steps, 6 of 6 matrices frozen; all matrices frozen
   against a baseline of the same length   not measurable
   against the full schedule               2.50x
   held-out measurements  7 of 64 examples: 1.4% of the training examples, forward only
-  The vision tower brought 12% (+/- 1) of the gain for 25% of the FLOPs;\n"
-        "    the language tower brought 88% (+/- 1) of the gain for 75% of the FLOPs, over the 28 steps measured.\n"
-        "  weights of the model   best average, of step 25: held-out loss 1.2346
+  The vision tower brought 12% (+/- 1) of the gain for 25% of the FLOPs;
+    the language tower brought 88% (+/- 1) of the gain for 75% of the FLOPs, over the 28 steps measured.
+  weights of the model   best average, of step 25: held-out loss 1.2346
   training 50.1 s, GradES 1.90 s, validation 10.0 s, saving 8.0 s; peak memory 812 MiB on CPU, toy"""
     )
     short = format_summary(
