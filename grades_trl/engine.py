@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grades_trl.config import GradESConfig
-from grades_trl.criteria import CRITERIA, Converged
+from grades_trl.criteria import CRITERIA, Converged, GainMeter
 from grades_trl.events import FreezeEvent
 from grades_trl.freezing.freeze import Freezer
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
@@ -53,6 +53,7 @@ class GradES:
         matrices (`dict[str, WeightMatrix]`): all that is tracked.
         frozen (`dict[str, int]`): matrix -> step.
         stop_reason (`str`): why nothing is left to train; empty while the run goes on.
+        gain (`GainMeter`): what the updates of each layer have gained; measured in every run.
         criterion (`Criterion`): what decides which matrices freeze; `criterion.values` has the last measurements.
         heldout (`HeldoutLoss` or `None`): the held-out losses so far, where they are measured.
         restored_best (`bool`): the model has its best average, of step `heldout.best_step`.
@@ -82,6 +83,7 @@ class GradES:
         self.matrices = find_matrices(model, projector=config.track_projector)
         self.criterion = CRITERIA[config.metric](self.matrices, total_steps, **config.criterion_settings())
         self.criterion.costs = self.step_costs
+        self.criterion.gain_meter = self.gain = GainMeter(self.matrices, total_steps)
         self.frozen: dict[str, int] = {}
         self.stop_reason = ""
 
@@ -151,7 +153,10 @@ class GradES:
         called = self.prefix.called  # in the training pass, before those of a held-out measurement
         self._without_gradient = {name: p for name, p in self._without_gradient.items() if p.grad is None}
         live = [name for name in self.matrices if name not in self.frozen]
-        events = self._freeze(step, self.criterion.update(step, live, grad_scale))
+        self.gain.measure(step, live, grad_scale)  # before the criterion, which waits for the device
+        converged = self.criterion.update(step, live, grad_scale)
+        self.gain.read()
+        events = self._freeze(step, converged)
         if events or self._prefix_is_stale:
             unreached = list(self._without_gradient.values())
             self._freezer.freeze(self.prefix.parameters_without_gradient(called, unreached))
@@ -230,6 +235,7 @@ class GradES:
         self._freezer.unfreeze()
         for name in self.matrices:
             self.criterion.forget(name)
+            self.gain.forget(name)
         if self.average is not None:
             self.average.release()
 
@@ -258,6 +264,7 @@ class GradES:
     def _freeze_matrix(self, name: str, step: int) -> None:
         self.frozen[name] = step
         self.criterion.forget(name)
+        self.gain.forget(name)
         self._freezer.freeze(self.matrices[name].parameters)
 
     def _freeze_norms_and_embeddings(self) -> None:
@@ -283,11 +290,13 @@ class GradES:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: JSON-able values, and under `"tensors"` a flat dict of tensors.
 
-        Beside what the criterion compares with, it holds the average of the weights (4 bytes per trained parameter)
-        and the best one (as large as the weights), where they are kept.
+        Beside what the criterion and the gain compare with, it holds the average of the weights (4 bytes per trained
+        parameter) and the best one (as large as the weights), where they are kept.
         """
-        criterion, tensors = self.criterion.state_dict()
-        tensors = {f"criterion/{name}": t for name, t in tensors.items()}
+        criterion, of_criterion = self.criterion.state_dict()
+        gain, of_gain = self.gain.state_dict()
+        tensors = {f"criterion/{name}": t for name, t in of_criterion.items()}
+        tensors |= {f"gain/{name}": t for name, t in of_gain.items()}
         state: dict[str, Any] = {
             "metric": self.config.metric,
             "last_step": self._last_step,
@@ -295,6 +304,7 @@ class GradES:
             "frozen": dict(self.frozen),
             "without_gradient": list(self._without_gradient),
             "criterion": criterion,
+            "gain": gain,
             "heldout": None,
         }
         if self.heldout is not None and self.average is not None:
@@ -332,6 +342,7 @@ class GradES:
             return {name.removeprefix(kind): t for name, t in state["tensors"].items() if name.startswith(kind)}
 
         self.criterion.load_state_dict(state["criterion"], tensors_of("criterion/"))
+        self.gain.load_state_dict(state["gain"], tensors_of("gain/"))
         self._last_step = state["last_step"]
         before = set(state["without_gradient"])
         self._without_gradient = {name: p for name, p in self._without_gradient.items() if name in before}

@@ -163,6 +163,26 @@ def test_resume_before_the_first_measurement(tmp_path):
     assert recorded(tmp_path) == {}
 
 
+def test_gains_are_on_disk_and_come_back_up_to_the_checkpoint(tmp_path):
+    matrices, layer = toy_matrices(), "language/layers/{}".format
+    history = make(tmp_path, matrices)
+    gains = {step: {layer(i): 0.1 * step + i for i in range(3) if i or step < 5} for step in range(2, 9)}
+    for step in range(1, 9):
+        history.record(step, [], {}, gains.get(step))
+    history.flush()
+    table = pq.read_table(tmp_path / "gain.parquet")
+    assert [(name, str(type_)) for name, type_ in zip(table.schema.names, table.schema.types, strict=True)] == [
+        ("step", "int32"),
+        ("layer", "dictionary<values=string, indices=int32, ordered=0>"),
+        ("gain", "double"),
+    ]
+    assert table.num_rows == 3 * 3 + 4 * 2
+    assert make(tmp_path, matrices, resume_step=8).gains == gains
+    assert make(tmp_path, matrices, resume_step=6).gains == {s: g for s, g in gains.items() if s <= 6}
+    assert make(tmp_path, matrices).gains == {}
+    assert not (tmp_path / "gain.parquet").exists()
+
+
 def test_unknown_matrices_are_errors(tmp_path):
     matrices = toy_matrices()
     history = make(tmp_path, matrices)

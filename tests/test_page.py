@@ -12,10 +12,10 @@ from toy_runs import freeze, matrix, summary, toy_matrices
 from grades_trl.report import figure, page
 from grades_trl.report.environment import Environment
 from grades_trl.report.history import RunHistory
-from grades_trl.report.summary import Flops, SkippedLayers, TowerCount
+from grades_trl.report.summary import Flops, GainShare, GainSummary, SkippedLayers, TowerCount
 from grades_trl.report.timing import Speedup
 
-PNG = b"\x89PNG of the test"
+PNG, HEATMAP = b"\x89PNG of the test", b"\x89PNG of its gain"
 
 
 def make(tmp_path, matrices, **kwargs):
@@ -60,15 +60,15 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
     changes = dict.fromkeys(("metric", "stop_reason", "weights"), evil)
     changes |= {"environment": Environment(evil, evil, {evil: evil}), "settings": {evil: {evil: [evil]}}}
     changes |= {"towers": {evil: TowerCount(1, 1)}, "skipped_layers": [SkippedLayers(3, {evil: 1})]}
-    changes |= {"results": {evil: 1.0}}
-    text = page.build(history, summary(**changes), PNG)
+    shares = {evil: GainShare(0.5, 0.1, 0.5), "b": GainShare(0.5, 0.1, 0.5)}
+    changes |= {"results": {evil: 1.0}, "gain": GainSummary(2, 1.0, shares, shares)}
+    text = page.build(history, summary(**changes), PNG, HEATMAP)
     found = Page(text)
     assert "script" not in found.tags and "</script" not in text
     assert not {"link", "iframe", "object"} & set(found.tags)
     assert "url(" not in text and "@import" not in text and not re.search(r"https?://", text)
-    assert "".join(found.texts).count(evil) >= 14
-    (image,) = found.links
-    assert base64.b64decode(image.removeprefix("data:image/png;base64,")) == PNG
+    assert "".join(found.texts).count(evil) >= 17
+    assert all(link.startswith("data:image/png;base64,") for link in found.links)
 
 
 def test_the_page_says_what_happened(tmp_path):
@@ -118,8 +118,9 @@ def numbers(value):
 def test_every_number_of_the_summary_is_on_the_page(tmp_path):
     """A field that is added must find its place."""
     facts = summary(without_gradient=11, diverged_at=29)
-    text = Page(page.build(make(tmp_path, toy_matrices()), facts, PNG)).text
-    shown = {page._show(number) for number in numbers(facts)} - {page._show(0.01)}  # shown in percent
+    text = Page(page.build(make(tmp_path, toy_matrices()), facts, PNG, HEATMAP)).text
+    in_percent = {page._show(number) for number in (0.01, 0.125, 0.875, 0.25, 0.75)}
+    shown = {page._show(number) for number in numbers(facts)} - in_percent
     shown = {number for number in shown if number not in text}
     assert shown <= {"1.03", "2.4", "2.5", "1.5e+15", "2e+15", "5e+15"}, shown
     assert "1.03x" in text and "2.40x" in text and "2.50x" in text and "1.0%" in text
@@ -131,13 +132,29 @@ def test_a_page_of_a_run_without_anything(tmp_path):
         flops=Flops(None, None, None, None),
         heldout=None,
         peak_memory_mib=None,
+        gain=None,
         results={},
         settings={},
         skipped_layers=[],
     )
     text = Page(page.build(make(tmp_path, toy_matrices()), nothing, PNG)).text
     assert "No matrix froze" in text and text.count("not measurable") >= 5
-    assert "None" not in text and "Held-out" not in text and "Scores" not in text
+    assert "None" not in text and "Held-out" not in text and "Scores" not in text and "the gain" not in text
+
+
+def test_the_page_shows_where_the_gain_comes_from(tmp_path):
+    found = Page(page.build(make(tmp_path, toy_matrices()), summary(), PNG, HEATMAP))
+    images = [base64.b64decode(link.removeprefix("data:image/png;base64,")) for link in found.links]
+    assert images == [PNG, HEATMAP]
+    for expected in (
+        "The vision tower brought 12% (+/- 1) of the gain for 25% of the FLOPs; the language tower brought 88%",
+        "over the 28 steps measured.",
+        "All gains together: 1.75 in the unit of the loss",
+        "Gain Standard error FLOPs vision 12.5% 1.0% 25.0% language 87.5% 1.0% 75.0%",
+        "All 2 layers",
+        "vision/v/0 12.5% 1.0% 25.0% language/t/0 87.5% 1.0% 75.0%",
+    ):
+        assert expected in found.text, expected
 
 
 def test_the_page_of_a_run_that_diverged_says_so(tmp_path):

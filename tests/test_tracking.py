@@ -55,7 +55,8 @@ def recorded(tmp_path_factory):
         names = iter(matrices)
         for step in range(1, 21):  # 2 % of the matrices in each
             events = [freeze(matrices, next(names), step) for _ in range(2)]
-            report.record(step, events, {}, {})
+            gains = {"language/layers/0": 1.0, "language/layers/1": 3.0} if step > 13 else None
+            report.record(step, events, {}, {}, gains)
             run.step(10.0 if step < 13 else 0.25)
         run.end()
         seconds = run.clock.seconds
@@ -85,6 +86,14 @@ def test_a_figure_for_every_twentieth_of_the_model_and_at_the_end(recorded):
     assert [row["train/global_step"] for row in rows] == [3, 6, 9, 12, 15, 18, 20]
     last = imread(path / "files" / rows[-1]["grades/timeline"]["path"])
     assert np.array_equal(last[..., :3], imread(directory / "grades" / "timeline.png")[..., :3])
+
+
+def test_the_heatmap_of_the_gain_comes_with_every_figure(recorded):
+    directory, path, _ = recorded
+    rows = [row for row in read_run(path)["history"] if "grades/gain_heatmap" in row]
+    assert [row["train/global_step"] for row in rows] == [15, 18, 20]  # measured from step 14 on
+    last = imread(path / "files" / rows[-1]["grades/gain_heatmap"]["path"])
+    assert np.array_equal(last[..., :3], imread(directory / "grades" / "gain.png")[..., :3])
 
 
 def test_drawing_counts_as_what_grades_takes(recorded):
@@ -120,6 +129,9 @@ def test_the_summary_is_that_of_the_file(recorded):
     assert found["grades/seconds"]["grades"] == 0.75
     assert found["grades/results"] == {"final/test_loss": 1.5} and found["final/test_loss"] == 1.5
     assert found["grades/matrices"]["_type"] == "table-file"
+    assert found["grades/gain"]["steps"] == 7
+    assert found["grades/gain"]["towers"]["language"] == {"gain": 1, "error": 0, "cost": 1}
+    assert found["grades/gain"]["layers"]["language/layers/1"]["gain"] == 0.75
 
 
 def test_the_folder_is_an_artifact_and_the_samples_an_image(recorded):
@@ -136,6 +148,7 @@ def test_without_a_run_nothing_is_written(tmp_path, report_to):
     assert not tracker.is_on
     tracker.log_settings({})
     tracker.log_figure(b"", 1)
+    tracker.log_gain(b"", 1)
     tracker.log_table([], [])
     tracker.log_summary({})
     tracker.log_report(tmp_path)

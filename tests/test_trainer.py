@@ -429,3 +429,5 @@ def test_a_run_that_was_killed_is_resumed_with_its_history(tmp_path, text):
     build().train(resume_from_checkpoint=True)
     steps = pq.read_table(tmp_path / "grades" / "history.parquet")["step"].to_pylist()
     assert sorted(set(steps)) == list(range(1, 13))
+    gains = pq.read_table(tmp_path / "grades" / "gain.parquet").to_pylist()
+    assert [(row["step"], row["layer"][-2:]) for row in gains] == [(s, f"/{i}") for s in range(2, 13) for i in (0, 1)]

@@ -8,7 +8,16 @@ from torch import nn
 from grades_trl.events import FreezeEvent
 from grades_trl.model.matrices import WeightMatrix
 from grades_trl.report.environment import Environment
-from grades_trl.report.summary import Flops, Heldout, Overhead, RunSummary, SkippedLayers, TowerCount
+from grades_trl.report.summary import (
+    Flops,
+    GainShare,
+    GainSummary,
+    Heldout,
+    Overhead,
+    RunSummary,
+    SkippedLayers,
+    TowerCount,
+)
 from grades_trl.report.timing import RunClock, Saving, Seconds, Speedup, StepsNotRun, ValidationNotRun
 
 ENVIRONMENT = Environment("toy", "CPU, toy", {"torch": "2.13"})
@@ -57,6 +66,12 @@ def summary(**changes):
         "flops": Flops(1.5e15, 2e15, 5e15, 0.3),
         "heldout": Heldout(64, 10, 7, 0.014, 25, 1.23456),
         "peak_memory_mib": 812.0,
+        "gain": GainSummary(
+            28,
+            1.75,
+            {"vision": GainShare(0.125, 0.01, 0.25), "language": GainShare(0.875, 0.01, 0.75)},
+            {"vision/v/0": GainShare(0.125, 0.01, 0.25), "language/t/0": GainShare(0.875, 0.01, 0.75)},
+        ),
         "results": {"final/test_loss": 1.5},
     }
     return RunSummary(**(facts | changes))

@@ -2,13 +2,14 @@
 
 from .base import Converged, Criterion
 from .gain import Gain
+from .gain_meter import GainMeter
 from .grad_change import GradChange
 from .grad_norm import GradNorm
 from .none import NoFreezing
 from .schedule import Schedule
 from .weight_change import WeightChange
 
-__all__ = ["CRITERIA", "Converged", "Criterion"]
+__all__ = ["CRITERIA", "Converged", "Criterion", "GainMeter"]
 
 CRITERIA: dict[str, type[Criterion]] = {
     "grad_change": GradChange,

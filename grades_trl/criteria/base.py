@@ -12,6 +12,8 @@ from torch import Tensor
 from grades_trl.model.flops import StepCosts
 from grades_trl.model.matrices import WeightMatrix
 
+from .gain_meter import GainMeter
+
 
 @dataclass(frozen=True)
 class Converged:
@@ -39,12 +41,15 @@ class Criterion(ABC):
         freezes_whole_layers (`bool`): norms and biases freeze with the matrices of their layer, and what feeds the
             first layer of an encoder with that.
         costs (`Callable[[], StepCosts]`): what a step costs now; set by whoever knows the batches.
+        gain_meter (`GainMeter`): what the updates of each layer gain; the engine's, which has measured the step when
+            `update` is called.
         values (`dict[str, float]`): matrix -> what was measured in the last `update`.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
     freezes_whole_layers: ClassVar[bool] = False
     grace_steps: int = 0
+    gain_meter: GainMeter
 
     def __init__(self, matrices: dict[str, WeightMatrix], total_steps: int, **settings: Any):
         self.matrices = matrices

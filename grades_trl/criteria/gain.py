@@ -1,9 +1,8 @@
 """`metric="gain"`: leading layers freeze when their updates buy less loss than their backward pass costs.
 
-What an update of a matrix has bought is told by the next batch: `-<g_{t+1}, W_{t+1} - W_t>` is, to first order, how
-much lower the loss of that batch is for it. The gradient is there anyway, and no held-out row is needed. Summed over
-steps it says where the training loss comes down; the FLOPs of the same layers say where the time goes. Freezing the
-leading layers pays where the first share is well below the second (figures in `dev/LOG.md`).
+What an update of a matrix has bought is told by the next batch (`gain_meter.py`). Summed over steps it says where the
+training loss comes down; the FLOPs of the same layers say where the time goes. Freezing the leading layers pays where
+the first share is well below the second (figures in `dev/LOG.md`).
 """
 
 from __future__ import annotations
@@ -16,16 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from grades_trl.model.flops import StepCosts, step_flops
-from grades_trl.model.matrices import WeightMatrix
+from grades_trl.model.matrices import WeightMatrix, layers_in_order
 
 from .base import Converged, Criterion
-from .measurement import L1Measurement
 
 MIN_STEPS = 5  # of a decision
-SPARSE = 10  # late in a run, one step in that many is measured
 SURE = 2.0  # standard errors
-# Where a tower stands on the way from input to output.
-TOWER_ORDER = {"vision": 0, "audio": 0, "projector": 1, "language": 2}
 
 
 class Gain(Criterion):
@@ -35,66 +30,34 @@ class Gain(Criterion):
     With s the share of the gain and c the share of the cost of a step that the leading layers have, freezing them
     leaves `1 - s` of the gain for `1 - c` of the time. They freeze when `(1 - s) / (1 - c)` is above `1 + margin` by
     two standard errors. It is asked at the end of the grace period, and again after twice, four times, ... as many
-    steps: late in a run the gain is noise, and then nothing is sure. From the second question on, one step in ten is
-    measured.
+    steps: late in a run the gain is noise, and then nothing is sure.
 
     Args:
         alpha (`float`): grace period as a fraction of all steps; at least 5 steps are measured.
         margin (`float`): by how much the gain per time must rise.
-        sample_fraction (`float`): of each large matrix that is measured.
     """
 
-    defaults = {"alpha": 0.1, "margin": 0.02, "sample_fraction": 1 / 64}  # noqa: RUF012
+    defaults = {"alpha": 0.1, "margin": 0.02}  # noqa: RUF012
     freezes_whole_layers = True
 
     def __init__(self, matrices: dict[str, WeightMatrix], total_steps: int, **settings: Any):
         super().__init__(matrices, total_steps)
         self.margin = settings["margin"]
         self.grace_steps = max(MIN_STEPS + 1, math.ceil(round(settings["alpha"] * total_steps, 9)))
-        self._measurement = L1Measurement(matrices, settings["sample_fraction"])
         self._steps: list[dict[str, float]] = []  # layer -> gain, of every measured step since the last freeze
         self._ask_at = self.grace_steps
-        self._layer_of = {name: f"{m.tower}/{m.stack}/{m.layer}" for name, m in matrices.items()}
-        order = sorted(matrices.values(), key=lambda m: (TOWER_ORDER[m.tower], m.stack, m.layer))
-        self._members: dict[str, list[WeightMatrix]] = {}
-        for matrix in order:
-            self._members.setdefault(self._layer_of[matrix.name], []).append(matrix)
+        self._members = layers_in_order(matrices)
+        self._layer_of = {m.name: layer for layer, members in self._members.items() for m in members}
         self.layers = list(self._members)  # from input to output
 
     def update(self, step: int, live: Collection[str], grad_scale: float) -> list[Converged]:
-        self.values = self._measure(step, live, grad_scale)
+        self.values = self.gain_meter.values
         if self.values:
-            gains: dict[str, float] = {}
-            for name, gain in self.values.items():
-                layer = self._layer_of[name]
-                gains[layer] = gains.get(layer, 0.0) + gain
-            self._steps.append(gains)
+            self._steps.append(self.gain_meter.steps[step])
         if step < self._ask_at:
             return []
         self._ask_at *= 2
         return self._decide(set(live))
-
-    def _measure(self, step: int, live: Collection[str], grad_scale: float) -> dict[str, float]:
-        """What the last update of each matrix has bought, in the unit of the loss."""
-        due, due_next = self._is_due(step), self._is_due(step + 1)
-        if not (due or due_next):
-            return {}
-        gradients = self._measurement.gradients(live)
-        weights = {
-            name: self._measurement.sampled(name, [p.detach() for p in self.matrices[name].parameters])
-            for name in gradients
-        }
-        remembered_at = self._measurement.remembered_at
-        compared = {name: own for name, own in weights.items() if due and remembered_at.get(name) == step - 1}
-        gains = self._measurement.products_with_change(gradients, compared, grad_scale)
-        if due_next:
-            for name, own in weights.items():
-                self._measurement.remember(step, name, own, scale=1.0)
-        # Exactly 0: the update was skipped, or no gradient has flowed.
-        return {name: -product for name, product in gains.items() if math.isfinite(product) and product != 0.0}
-
-    def _is_due(self, step: int) -> bool:
-        return step <= 2 * self.grace_steps or step % SPARSE == 0
 
     def _decide(self, live: set[str]) -> list[Converged]:
         if len(self._steps) < MIN_STEPS:
@@ -156,13 +119,8 @@ class Gain(Criterion):
             experts_per_token=costs.experts_per_token,
         )
 
-    def forget(self, name: str) -> None:
-        self._measurement.forget(name)
-
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        remembered, tensors = self._measurement.state_dict()
-        return {"steps": self._steps, "ask_at": self._ask_at} | remembered, tensors
+        return {"steps": self._steps, "ask_at": self._ask_at}, {}
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self._steps, self._ask_at = [dict(gains) for gains in state["steps"]], state["ask_at"]
-        self._measurement.load_state_dict(state, tensors)

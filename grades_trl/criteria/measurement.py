@@ -1,4 +1,4 @@
-"""Sums of absolute values over whole matrices, and over their change since an earlier step, for the paper's metrics.
+"""Sums over whole matrices, and over their change since an earlier step: what all metrics are made of.
 
 A matrix may consist of several tensors (the LoRA factors A and B): its value is the sum over all of them
 (arXiv 2509.01842, Eq. 3). Large tensors are sampled (see `metrics.py`).
@@ -91,18 +91,20 @@ class L1Measurement:
 
     def products_with_change(
         self, gradients: dict[str, list[Tensor]], weights: dict[str, list[Tensor]], scale: float
-    ) -> dict[str, float]:
-        """`<g / scale, W - p>` of each matrix in `weights`, p being what was remembered, with one transfer to the
-        host."""
+    ) -> Tensor:
+        """`<g / scale, W - p>` of the tensors of each matrix in `weights`, p being what was remembered: float32, on
+        the device. For `totals`."""
         rows = [
             torch.dot(g.float().flatten(), (w.float() - p.float()).flatten())
             for name, own in weights.items()
             for g, w, p in zip(gradients[name], own, self._previous[name], strict=True)
         ]
-        if not rows:
-            return {}
-        numbers = iter((torch.stack([row.to(rows[0].device) for row in rows]) / scale).tolist())
-        return {name: self._total(name, [next(numbers) for _ in own]) for name, own in weights.items()}
+        return torch.stack([row.to(rows[0].device) for row in rows]) / scale
+
+    def totals(self, names: Collection[str], numbers: Tensor) -> dict[str, float]:
+        """The sum over each of these matrices, from one number for each of their tensors. One transfer to the host."""
+        each = iter(numbers.tolist())
+        return {name: self._total(name, [next(each) for _ in self._samples[name]]) for name in names}
 
     def _total(self, name: str, sums: Sequence[float]) -> float:
         """The sum over the tensors of a matrix, each scaled up to all of its elements."""

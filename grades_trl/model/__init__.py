@@ -4,6 +4,7 @@ from grades_trl.model.matrices import (
     WeightMatrix,
     describe,
     find_matrices,
+    layers_in_order,
     matrices_by_layer,
     untracked_parameters,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "describe",
     "find_layers",
     "find_matrices",
+    "layers_in_order",
     "linear_layers",
     "matrices_by_layer",
     "towers_of_modules",

@@ -27,6 +27,9 @@ from grades_trl.model.structure import (
 )
 from grades_trl.model.towers import find_towers, tower_of
 
+# Where a tower stands on the way from input to output.
+TOWER_ORDER = {"vision": 0, "audio": 0, "projector": 1, "language": 2}
+
 
 @dataclass(frozen=True, eq=False)
 class WeightMatrix:
@@ -122,6 +125,18 @@ def matrices_by_layer(model: nn.Module, matrices: dict[str, WeightMatrix]) -> di
         names.setdefault((matrix.stack, matrix.layer), []).append(name)
     places = {path: (base_path(stack), index) for path, (stack, index) in find_layers(model).items()}
     return {path: names[place] for path, place in places.items() if place in names}
+
+
+def layers_in_order(matrices: dict[str, WeightMatrix]) -> dict[str, list[WeightMatrix]]:
+    """Key of a layer -> its tracked matrices, from input to output: encoders, projector, language layers.
+
+    A key is `"<tower>/<stack>/<layer>"`, as in `"vision/model.vision_tower.encoder.layers/0"`. Everything outside the
+    layers has one key, `"projector//-1"`.
+    """
+    layers: dict[str, list[WeightMatrix]] = {}
+    for matrix in sorted(matrices.values(), key=lambda m: (TOWER_ORDER[m.tower], m.tower, m.stack, m.layer)):
+        layers.setdefault(f"{matrix.tower}/{matrix.stack}/{matrix.layer}", []).append(matrix)
+    return layers
 
 
 def untracked_parameters(model: nn.Module, matrices: dict[str, WeightMatrix]) -> dict[str, int]:

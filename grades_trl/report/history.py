@@ -25,8 +25,9 @@ class RunHistory:
     """
     Keeps the freeze events of a run and the metric values of its matrices, and writes them to one directory.
 
-    Files: `events.jsonl` (one line per freeze, as it happens) and `history.parquet` (columns `step` int32, `matrix`
-    dictionary of strings, `value` float32).
+    Files: `events.jsonl` (one line per freeze, as it happens), `history.parquet` (columns `step` int32, `matrix`
+    dictionary of strings, `value` float32) and `gain.parquet` (`step` int32, `layer` dictionary of strings, `gain`
+    float64).
 
     Args:
         directory (`str` or `Path`): where the files go; made if missing.
@@ -40,6 +41,7 @@ class RunHistory:
 
     Attributes:
         events (`dict[str, FreezeEvent]`): the freeze of every frozen matrix, by name, in order.
+        gains (`dict[int, dict[str, float]]`): optimizer step -> layer -> gain, see `GainMeter`.
         step (`int`): the last optimizer step that was recorded.
         measurements (`int`): steps with values so far. A resumed run must set it for its history to go on in the same
             rhythm.
@@ -63,6 +65,7 @@ class RunHistory:
         self.metric = metric
         self.grace_steps = grace_steps
         self.events: dict[str, FreezeEvent] = {}
+        self.gains: dict[int, dict[str, float]] = {}
         self.step = resume_step
         self._column = {name: i for i, name in enumerate(matrices)}
         # History: one float32 row per kept step, NaN where a matrix was not measured; and each matrix's last value,
@@ -77,6 +80,7 @@ class RunHistory:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._events_path = self.directory / "events.jsonl"
         self._history_path = self.directory / "history.parquet"
+        self._gain_path = self.directory / "gain.parquet"
         kept = []
         if resume_step > 0 and self._events_path.exists():
             # A line without its end was cut off by a crash, so it is later than any checkpoint.
@@ -91,8 +95,19 @@ class RunHistory:
             self._load_history(resume_step)
         else:
             self._history_path.unlink(missing_ok=True)
+        if resume_step > 0 and self._gain_path.exists():
+            for row in pq.read_table(self._gain_path, filters=[("step", "<=", resume_step)]).to_pylist():
+                self.gains.setdefault(row["step"], {})[row["layer"]] = row["gain"]
+        else:
+            self._gain_path.unlink(missing_ok=True)
 
-    def record(self, step: int, events: list[FreezeEvent], values: dict[str, float]) -> None:
+    def record(
+        self,
+        step: int,
+        events: list[FreezeEvent],
+        values: dict[str, float],
+        gains: dict[str, float] | None = None,
+    ) -> None:
         """Takes in one optimizer step. Events are on disk when it returns; values wait for `flush`.
 
         Args:
@@ -100,11 +115,14 @@ class RunHistory:
             events (`list[FreezeEvent]`): what froze at this step.
             values (`dict[str, float]`): the metric of each matrix that was measured at this step, in the metric's
                 unit. Empty if nothing was measured. Non-finite values are no measurements and are left out.
+            gains (`dict[str, float]`, *optional*): the gain of each layer, if it was measured at this step.
 
         Raises:
             `KeyError`: if a value or an event names an unknown matrix.
         """
         self.step = step
+        if gains:
+            self.gains[step] = gains
         if values:
             columns = np.fromiter((self._column[name] for name in values), np.int64, len(values))
             numbers = np.fromiter(values.values(), np.float64, len(values))
@@ -125,7 +143,8 @@ class RunHistory:
                     file.write(json.dumps(jsonable(asdict(event)), allow_nan=False) + "\n")
 
     def flush(self) -> None:
-        """Writes `history.parquet`: at most about 2,000 steps per matrix, and every matrix's last value."""
+        """Writes `history.parquet`, at most about 2,000 steps per matrix, and every matrix's last value; and
+        `gain.parquet`, if the gain was measured."""
         row_steps, table_of_values = self.sampled()
         rows, columns = np.nonzero(~np.isnan(table_of_values))
         values, steps, columns = table_of_values[rows, columns], row_steps[rows], columns.astype(np.int32)
@@ -146,12 +165,22 @@ class RunHistory:
                 "value": pa.array(values, pa.float32()),
             }
         )
-        # Replaced as a whole: a crash while writing must not cost the history so far.
-        partial = self._history_path.with_suffix(".partial")
         # Which steps are whole rows: the last value of a matrix stands beside them.
         metadata = {"stride": str(self._stride), "rows": json.dumps(self._row_steps)}
-        pq.write_table(table.replace_schema_metadata(metadata), partial)
-        os.replace(partial, self._history_path)
+        _write(table.replace_schema_metadata(metadata), self._history_path)
+        if self.gains:
+            self._write_gains()
+
+    def _write_gains(self) -> None:
+        gains = [(step, layer, gain) for step, of_step in self.gains.items() for layer, gain in of_step.items()]
+        table = pa.table(
+            {
+                "step": pa.array([step for step, _, _ in gains], pa.int32()),
+                "layer": pa.array([layer for _, layer, _ in gains], pa.string()).dictionary_encode(),
+                "gain": pa.array([gain for _, _, gain in gains], pa.float64()),
+            }
+        )
+        _write(table, self._gain_path)
 
     def table(self) -> tuple[list[str], list[list]]:
         """One row per matrix, for a W&B Table or a printout.
@@ -210,3 +239,10 @@ class RunHistory:
                 f"{where} names {len(unknown)} matrices that are not tracked in this model, e.g. {unknown[0]!r}. "
                 "Resume with the model and the adapter targets of the first run, or use another output directory."
             )
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    """Replaces the file as a whole: a crash while writing must not cost the history so far."""
+    partial = path.with_suffix(".partial")
+    pq.write_table(table, partial)
+    os.replace(partial, path)

@@ -11,7 +11,7 @@ import numpy as np
 
 from grades_trl.events import FreezeEvent
 from grades_trl.report.history import RunHistory
-from grades_trl.report.summary import Flops, Heldout, RunSummary
+from grades_trl.report.summary import Flops, GainShare, GainSummary, Heldout, RunSummary
 from grades_trl.report.timing import Speedup
 
 MAX_EVENTS = 2000  # rows of a table; the rest is in the files
@@ -35,7 +35,7 @@ section { margin-bottom: 16px; overflow-x: auto; }
 .card b { display: block; font-size: 23px; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .card span { color: var(--soft); font-size: 13px; line-height: 1.35; display: block; }
 .figure { background: #fff; padding: 8px; }
-.figure img { display: block; width: 100%; height: auto; }
+.figure img { display: block; width: 100%; min-width: 680px; height: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; font-size: 13px; color: var(--soft); }
 th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -60,7 +60,7 @@ pre { overflow: auto; font-size: 12.5px; white-space: pre-wrap; overflow-wrap: a
 """
 
 
-def build(history: RunHistory, summary: RunSummary, png: bytes) -> str:
+def build(history: RunHistory, summary: RunSummary, png: bytes, gain: bytes | None = None) -> str:
     """
     The page as text.
 
@@ -68,6 +68,7 @@ def build(history: RunHistory, summary: RunSummary, png: bytes) -> str:
         history (`RunHistory`): events and metric values.
         summary (`RunSummary`): all other facts.
         png (`bytes`): the figure of the run.
+        gain (`bytes`, *optional*): the heatmap of the gain; without it the page has no section about it.
     """
     model = _e(summary.environment.model)
     parts = [
@@ -78,6 +79,7 @@ def build(history: RunHistory, summary: RunSummary, png: bytes) -> str:
         _speedup(summary.speedup),
         '<section class=figure><img alt="Freeze step of every matrix, and the frozen fraction over the steps" '
         f'src="data:image/png;base64,{base64.b64encode(png).decode()}"></section>',
+        _gain(summary.gain, gain),
         _curves(history),
         _details(summary),
         _events(history),
@@ -192,6 +194,33 @@ def _speedup(speedup: Speedup) -> str:
         ("All together, against a baseline of the full schedule", "", _times(speedup.against_full_schedule), ""),
     ]
     return _section("What freezing saved", rows, ("Part", "Amount", "Speed-up", "Time saved"), numbers=2)
+
+
+def _gain(gain: GainSummary | None, png: bytes | None) -> str:
+    if gain is None or png is None:
+        return ""
+    image = base64.b64encode(png).decode()
+    header = ("", "Gain", "Standard error", "FLOPs")
+
+    def rows(shares: dict[str, GainShare]) -> list[tuple]:
+        return [(name, _percent(s.gain), _percent(s.error), _percent(s.cost)) for name, s in shares.items()]
+
+    return (
+        '<section class=figure><img alt="Gain of every layer over the steps, relative to its FLOPs" '
+        f'src="data:image/png;base64,{image}"></section>'
+        f"<section><h2>Where the gain comes from</h2><p>{_e(str(gain))}</p>"
+        "<p class=soft>The gain of an update is by how much it lowers the loss of the next batch, to first order: "
+        "minus the product of that batch's gradient and the update. The steps measured are all of the first tenth of "
+        "the run, and later one in ten. Embeddings, norms and the output head are not tracked, and have no share. "
+        f"Late in a run gains are small and noisy. All gains together: {_e(gain.total)} in the unit of the loss.</p>"
+        f"{_table(rows(gain.towers), header, numbers=3)}"
+        f"<details><summary>All {len(gain.layers):,} layers</summary><div class=scroll>"
+        f"{_table(rows(gain.layers), header, numbers=3)}</div></details></section>"
+    )
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{fraction:.1%}"
 
 
 def _details(summary: RunSummary) -> str:

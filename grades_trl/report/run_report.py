@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from grades_trl.events import FreezeEvent
 from grades_trl.model.flops import TokenCounter, forward_flops, step_flops
-from grades_trl.model.matrices import WeightMatrix
-from grades_trl.report import figure, page
+from grades_trl.model.matrices import WeightMatrix, layers_in_order
+from grades_trl.report import figure, heatmap, page
 from grades_trl.report.environment import Environment
+from grades_trl.report.gain import GainTable
 from grades_trl.report.history import RunHistory
 from grades_trl.report.strict_json import write_json
 from grades_trl.report.summary import (
@@ -108,7 +110,12 @@ class RunReport:
         return self._tokens.experts_per_token
 
     def record(
-        self, step: int, events: list[FreezeEvent], values: dict[str, float], skipped_layers: dict[str, int]
+        self,
+        step: int,
+        events: list[FreezeEvent],
+        values: dict[str, float],
+        skipped_layers: dict[str, int],
+        gains: dict[str, float] | None = None,
     ) -> None:
         """
         Takes in one optimizer step. Call it in the step, after the freezes and before the update.
@@ -121,11 +128,12 @@ class RunReport:
             values (`dict[str, float]`): the metric of each matrix that was measured in this step.
             skipped_layers (`dict[str, int]`): path of a layer list -> number of its leading layers that backward skips
                 from the next step on.
+            gains (`dict[str, float]`, *optional*): the gain of each layer, if it was measured in this step.
 
         Raises:
             `KeyError`: an event or a value names an unknown matrix.
         """
-        self._history.record(step, events, values)
+        self._history.record(step, events, values, gains)
         self._unlogged |= values
         self._frozen += [event.matrix for event in events]
         if events or skipped_layers != self._skipped_layers:
@@ -136,6 +144,8 @@ class RunReport:
             start = time.perf_counter()
             with self.clock.overhead():
                 self._tracker.log_figure(figure.render(figure.draw(self._history)), step)
+                if self._history.gains:
+                    self._tracker.log_gain(self._draw_gain(), step)
             self._share_in_figure = share
             self._figure_seconds += time.perf_counter() - start
 
@@ -246,26 +256,32 @@ class RunReport:
             flops=self._flops_of_run(outcome.steps, schedule, diverged),
             heldout=self._heldout(outcome),
             peak_memory_mib=self.clock.peak_memory_mib,
+            gain=self._gain_table().summary(),
         )
 
     def write(self, summary: RunSummary) -> None:
-        """Writes `history.parquet`, `summary.json`, `timeline.png` and `report.html`, and the same to W&B. Call it
-        again after something was added to the summary."""
+        """Writes `history.parquet`, `gain.parquet`, `summary.json`, `timeline.png`, `gain.png` (if it was measured)
+        and `report.html`, and the same to W&B. Call it again after something was added to the summary."""
         self.flush()
         write_json(self.directory / "summary.json", summary.to_json())
         png = figure.render(figure.draw(self._history))
         (self.directory / "timeline.png").write_bytes(png)
-        text = page.build(self._history, summary, png)
+        gain = self._draw_gain() if self._history.gains else None
+        if gain is not None:
+            (self.directory / "gain.png").write_bytes(gain)
+        text = page.build(self._history, summary, png, gain)
         (self.directory / "report.html").write_text(text, encoding="utf-8")
         if self._tracker.is_on and not self._in_wandb:
             self._in_wandb = True
             self._tracker.log_table(*self._history.table())
             self._tracker.log_figure(png, self._history.step)
+            if gain is not None:
+                self._tracker.log_gain(gain, self._history.step)
         self._tracker.log_summary(summary.to_json())
         self._tracker.log_report(self.directory)
 
     def flush(self) -> None:
-        """Writes `history.parquet`: a run that is killed is resumed with its history."""
+        """Writes `history.parquet` and `gain.parquet`: a run that is killed is resumed with its history."""
         self._history.flush()
 
     # ---- resuming ----
@@ -320,16 +336,44 @@ class RunReport:
         return min(live) if live else len({m.layer for m in language})
 
     def _flops(
-        self, tokens: dict[str, float] | None, frozen: Any = (), skipped_layers: dict[str, int] | None = None
+        self,
+        tokens: dict[str, float] | None,
+        frozen: Any = (),
+        skipped_layers: dict[str, int] | None = None,
+        matrices: Collection[WeightMatrix] | None = None,
     ) -> float:
         return step_flops(
-            self._matrices.values(),
+            self._matrices.values() if matrices is None else matrices,
             frozen=frozen,
             skipped_layers=skipped_layers,
             tokens=tokens,
             checkpointing=self._checkpointing,
             experts_per_token=self._tokens.experts_per_token,
         )
+
+    def _draw_gain(self) -> bytes:
+        return figure.render(heatmap.draw(self._gain_table()))
+
+    def _gain_table(self) -> GainTable:
+        """The gain of every measured step is that of the update in the step before, and so is its cost."""
+        layers, gains = layers_in_order(self._matrices), self._history.gains
+        tokens = self._tokens.per_batch()
+        towers = {layers[layer][0].tower for of_step in gains.values() for layer in of_step}
+        if tokens is not None and not all(tokens.get(tower) for tower in towers):
+            tokens = None  # not all that trains could be counted: as many in each tower
+        states = [{"step": 0, "frozen": 0, "layers": {}}, *self._states]
+        costs: dict[int, dict[str, float]] = {}  # number of the state -> layer -> FLOPs
+        of_steps = []
+        for step in gains:
+            number = max(i for i, state in enumerate(states) if state["step"] < max(1, step - 1))
+            if number not in costs:
+                frozen, skipped = set(self._frozen[: states[number]["frozen"]]), states[number]["layers"]
+                costs[number] = {
+                    layer: self._flops(tokens, frozen, skipped, members) for layer, members in layers.items()
+                }
+            of_steps.append(costs[number])
+        frozen_at = {name: event.step for name, event in self._history.events.items()}
+        return GainTable.of(layers, gains, of_steps, frozen_at)
 
     def _flops_of_run(self, steps: int, schedule: int, diverged: bool) -> Flops:
         per_batch = self._tokens.per_batch()

@@ -109,6 +109,57 @@ class Heldout:
     best_loss: float | None
 
 
+@dataclass(frozen=True)
+class GainShare:
+    """
+    What a layer or a tower has brought, and what it has cost.
+
+    Attributes:
+        gain (`float` or `None`): fraction of the gain of all layers. `None` if the loss did not come down.
+        error (`float` or `None`): its standard error, from step to step.
+        cost (`float`): fraction of the FLOPs of the same steps, see `flops.py`.
+    """
+
+    gain: float | None
+    error: float | None
+    cost: float
+
+
+@dataclass(frozen=True)
+class GainSummary:
+    """
+    Where the gain comes from: by how much the updates of each layer lowered the loss of the next batch.
+
+    Attributes:
+        steps (`int`): measured steps: all in the first tenth of a run, later one in ten.
+        total (`float`): their gain, all layers together, in the unit of the loss.
+        towers (`dict[str, GainShare]`), layers (`dict[str, GainShare]`): their shares, from input to output.
+    """
+
+    steps: int
+    total: float
+    towers: dict[str, GainShare]
+    layers: dict[str, GainShare]
+
+    def __str__(self) -> str:
+        """Whether parts pay for themselves, in one sentence."""
+        over = "in the one step measured" if self.steps == 1 else f"over the {self.steps:,} steps measured"
+        if self.total <= 0:
+            return f"The updates did not lower the loss of the next batches {over}, so no layer has a share of it."
+        if len(self.towers) > 1:
+            parts = {f"the {tower}{'' if tower == 'projector' else ' tower'}": s for tower, s in self.towers.items()}
+            told = [f"{part} {_brought(share.gain, share.cost, share.error)}" for part, share in parts.items()]
+        else:
+            layers, half = list(self.layers.values()), len(self.layers) // 2
+            if half == 0:
+                return f"All of the gain came from one layer, {over}."
+            gain, cost = sum(s.gain or 0.0 for s in layers[:half]), sum(s.cost for s in layers[:half])
+            first = "the first" if half == 1 else f"the first {half}"
+            told = [f"{first} of {len(layers)} layers {_brought(gain, cost)}"]
+        text = "; ".join(told)
+        return f"{text[0].upper()}{text[1:]}, {over}."
+
+
 @dataclass
 class RunSummary:
     """
@@ -129,6 +180,7 @@ class RunSummary:
         flops (`Flops`): predicted.
         heldout (`Heldout` or `None`): the held-out measurements, if there were any.
         peak_memory_mib (`float` or `None`): of training.
+        gain (`GainSummary` or `None`): which layers the gain came from, if any step was measured.
         results (`dict[str, float]`): the final scores, once they are known.
     """
 
@@ -153,6 +205,7 @@ class RunSummary:
     flops: Flops
     heldout: Heldout | None
     peak_memory_mib: float | None
+    gain: GainSummary | None = None
     results: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -305,6 +358,8 @@ def format_summary(summary: RunSummary) -> str:
             f"  held-out measurements  {heldout.measurements} of {heldout.examples} examples"
             + ("" if cost is None else f": {cost:.1%} of the training examples, forward only")
         )
+    if summary.gain is not None:
+        lines.append("  " + str(summary.gain).replace("; ", ";\n    "))
     lines.append(f"  weights of the model   {_weights(summary)}")
     lines.append(
         f"  training {seconds.training:.1f} s, GradES {seconds.grades:.2f} s, validation {seconds.validation:.1f} s, "
@@ -315,6 +370,11 @@ def format_summary(summary: RunSummary) -> str:
 
 def _times(ratio: float | None) -> str:
     return "not measurable" if ratio is None else f"{ratio:.2f}x"
+
+
+def _brought(gain: float | None, cost: float, error: float | None = None) -> str:
+    unsure = "" if error is None else f" (+/- {100 * error:.0f})"
+    return f"brought {gain:.0%}{unsure} of the gain for {cost:.0%} of the FLOPs"
 
 
 def _saved(part: Any) -> str:

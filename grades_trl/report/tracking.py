@@ -84,6 +84,12 @@ class Tracker:
             image = wandb.Image(PIL.Image.open(io.BytesIO(png)))
             self._run.log({"grades/timeline": image, "train/global_step": step})
 
+    def log_gain(self, png: bytes, step: int) -> None:
+        """The heatmap of the gain, under `grades/gain_heatmap`. Arguments as in `log_figure`."""
+        if self._run is not None:
+            image = wandb.Image(PIL.Image.open(io.BytesIO(png)))
+            self._run.log({"grades/gain_heatmap": image, "train/global_step": step})
+
     def log_table(self, columns: list[str], rows: list[list]) -> None:
         """One row per matrix, under `grades/matrices`."""
         if self._run is not None:

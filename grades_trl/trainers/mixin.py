@@ -267,7 +267,8 @@ class GradESMixin(_Trainer):
         if scaler is not None and self.grades.done and all(p.grad is None for p in self.model.parameters()):
             # A scaler refuses to step an optimizer when no tensor has a gradient: the run ends without that step.
             self.accelerator.gradient_state._set_sync_gradients(False)
-        self.report.record(step, events, self.grades.criterion.values, dict(self.grades.prefix.skipped_layers))
+        values, gains = self.grades.criterion.values, self.grades.gain.steps.get(step)
+        self.report.record(step, events, values, dict(self.grades.prefix.skipped_layers), gains)
         heldout = self.grades.heldout
         if heldout is not None and heldout.loss is not None and step % heldout.every == 0:
             self.report.record_heldout(step, heldout.loss, self._heldout_rows)

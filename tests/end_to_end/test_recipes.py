@@ -13,7 +13,7 @@ from vlm import builtin as vlm_builtin
 from wandb_reader import read_run
 
 ROOT = Path(__file__).parents[2]
-EVIDENCE = ("events.jsonl", "history.parquet", "summary.json", "timeline.png", "report.html")
+EVIDENCE = ("events.jsonl", "history.parquet", "gain.parquet", "summary.json", "timeline.png", "report.html")
 
 
 def run(recipe, *flags, cwd):
@@ -40,9 +40,11 @@ def check_wandb(output_dir, expected_keys):
     figures = [row["grades/timeline"] for row in recorded["history"] if "grades/timeline" in row]
     assert len(figures) >= 2  # at a freeze event and at the end
     assert all(figure["_type"] == "image-file" for figure in figures)
+    heatmaps = [row["grades/gain_heatmap"] for row in recorded["history"] if "grades/gain_heatmap" in row]
+    assert heatmaps and all(image["_type"] == "image-file" for image in heatmaps)
     tables = [row["grades/matrices"] for row in recorded["history"] if "grades/matrices" in row]
     assert [table["_type"] for table in tables] == ["table-file"]
-    for media in (*figures, *tables):
+    for media in (*figures, *heatmaps, *tables):
         assert (path / "files" / media["path"]).stat().st_size > 0
     assert any(name.startswith("grades-") for name in recorded["artifacts"])
     return recorded
