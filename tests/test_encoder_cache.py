@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as T
 
+from grades_trl.freezing.batch_content import Images
 from grades_trl.freezing.encoder_cache import EncoderCache
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
 from grades_trl.model.towers import towers_of_parameters
@@ -69,7 +70,7 @@ def llava_batch(model, order, per_row=1):
 def frozen_tower(model, cache_bytes=2**24):
     for name, tower in towers_of_parameters(model).items():
         model.get_parameter(name).requires_grad_(tower != "vision")
-    return FrozenPrefix(model.train(), encoder_cache_bytes=cache_bytes)
+    return FrozenPrefix(model.train(), encoder_cache=EncoderCache(cache_bytes) if cache_bytes else None)
 
 
 GRIDS = [(1, 4, 4), (1, 4, 8), (1, 8, 4), (1, 4, 4)]
@@ -108,9 +109,9 @@ def test_gradients_are_those_without_the_cache_and_the_tower_does_not_run(family
     gradients(model, **batches[0])
     cache = prefix.encoder_cache
     assert cache.off == ""
-    hits = cache.hits
+    hits = cache.use.hits
     found = [gradients(model, **inputs) for inputs in batches]
-    assert cache.hits == hits + 4
+    assert cache.use.hits == hits + 4
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys()
         assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6) for name in theirs)
@@ -130,13 +131,13 @@ def test_an_image_with_other_adapters_is_another_image():
             torch.nn.init.normal_(parameter, std=0.1)
         if "vision_tower" in name:
             parameter.requires_grad_(False)
-    prefix = FrozenPrefix(model.train(), encoder_cache_bytes=2**24)
+    prefix = FrozenPrefix(model.train(), encoder_cache=EncoderCache(2**24))
     inputs = llava_batch(model, (0, 1))
     gradients(model, **inputs)
     assert prefix.update()
     for _ in range(3):
         gradients(model, **inputs)
-    assert prefix.encoder_cache.hits == 1
+    assert prefix.encoder_cache.use.hits == 2
     with model.disable_adapter():
         reference = model(**inputs).logits
     prefix.close()
@@ -155,7 +156,7 @@ def test_dropout_turns_it_off(caplog):
     assert prefix.update()
     for _ in range(4):
         gradients(model, **inputs)
-    assert prefix.encoder_cache.hits == 0
+    assert prefix.encoder_cache.use.hits == 0
     assert "draws random numbers" in caplog.text
 
 
@@ -169,12 +170,12 @@ def test_memory_is_bounded_and_evaluation_passes_by():
     for _ in range(3):
         gradients(model, **inputs)
     assert prefix.encoder_cache.bytes == 3 * image
-    assert prefix.encoder_cache.hits == 0
+    assert prefix.encoder_cache.use.hits == 0
     gradients(model, **llava_batch(model, (0, 1, 2)))
-    assert prefix.encoder_cache.hits == 1
+    assert prefix.encoder_cache.use.hits == 1
     model.eval()
     model(**inputs)
-    assert prefix.encoder_cache.hits == 1
+    assert prefix.encoder_cache.use.hits == 1
 
 
 def test_a_tower_that_trains_in_part_is_not_cached():
@@ -187,11 +188,11 @@ def test_a_tower_that_trains_in_part_is_not_cached():
     for _ in range(3):
         gradients(model, **inputs)
     assert prefix.skipped_layers == {"model.vision_tower.encoder.layers": 1}
-    assert (prefix.encoder_cache.hits, prefix.encoder_cache.misses, prefix.encoder_cache.bytes) == (0, 0, 0)
+    assert (prefix.encoder_cache.use.hits, prefix.encoder_cache.use.misses, prefix.encoder_cache.bytes) == (0, 0, 0)
 
 
 def test_without_images_nothing_happens():
     cache = EncoderCache(2**20)
-    cache.start(torch.nn.Module(), ["a"])
-    cache.begin_pass({"input_ids": torch.ones(1, 2)})
+    cache.start(torch.nn.Module(), torch.nn.Module(), ["a"])
+    cache.begin_pass(Images(), 1, "cpu")
     assert not cache.handles("a")
