@@ -7,10 +7,12 @@ import torch
 import transformers as T
 from peft import LoraConfig
 from torch import nn
+from vision_models import ROWS, llava_rows
 
 from grades_trl import GradESTrainer
 from grades_trl.freezing.activation_cache import ActivationCache
 from grades_trl.freezing.batch_content import images_of
+from grades_trl.freezing.encoder_cache import EncoderCache
 from grades_trl.freezing.freeze import Freezer
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
 from grades_trl.model import find_layers
@@ -381,6 +383,27 @@ def test_other_position_ids_are_another_example():
     assert prefix.cache.use.hits == 1
 
 
+def test_a_run_with_packing_is_the_same_with_the_cache(tmp_path):
+    tokenizer = builtin.tiny_qwen3()[1]
+    runs = []
+    for mib in (0, 16):
+        trainer = GradESTrainer(
+            model=qwen3(num_hidden_layers=4, vocab_size=len(tokenizer), bos_token_id=None),
+            args=config_for(tmp_path, None, num_train_epochs=6, save_strategy="no", packing=True, max_length=64),
+            train_dataset=builtin.dates(train=256, test=8)["train"],
+            eval_dataset=builtin.dates(train=8, test=8)["test"],
+            processing_class=tokenizer,
+            grades=bottom_up(1, activation_cache_mib=mib),
+            peft_config=LoraConfig(r=4, lora_dropout=0.0, target_modules="all-linear"),
+        )
+        trainer.train()
+        runs.append((trainer, [row["loss"] for row in trainer.state.log_history if "loss" in row]))
+    (_, expected), (trainer, losses) = runs
+    summary = trainer.grades_summary.caches["frozen_layers"]
+    assert summary.hits > summary.misses
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("noise", [None, 5.0])
 def test_neftune_switches_it_off(tmp_path, caplog, noise):
     tokenizer = builtin.tiny_qwen3()[1]
@@ -417,6 +440,114 @@ def test_the_same_words_with_another_image_are_another_example():
     assert torch.equal(swapped, expected[[1, 0]])
     forward(model, input_ids=ids, pixel_values=images + 1)
     assert prefix.cache.use.hits == 2
+
+
+def language_prefix(model, frozen, cache=None, encoder_cache=None):
+    """Only the language layers from `frozen` on train."""
+    model.requires_grad_(False).train()
+    for layer in model.model.language_model.layers[frozen:]:
+        layer.requires_grad_(True)
+    return FrozenPrefix(model, cache, encoder_cache)
+
+
+EPOCH = [([0, 1], [2]), ([3, 0, 2], []), ([1], [3])]
+NEXT_EPOCH = [([2], [3, 0, 2], []), ([3], [0, 1]), ([1],)]
+
+
+@pytest.mark.parametrize("encoder", [False, True], ids=["alone", "with_encoder_cache"])
+@pytest.mark.parametrize("family", ROWS)
+def test_rows_with_any_number_of_images_come_back_in_other_batches(family, encoder):
+    build, batch = ROWS[family]
+    torch.manual_seed(0)
+    model = build()
+    batches = [batch(model, rows) for rows in (*EPOCH, *NEXT_EPOCH)]
+    language_prefix(model, 3).close()
+    expected = [gradients(model, **inputs) for inputs in batches]
+    encoder_cache = EncoderCache(2**24) if encoder else None
+    prefix = language_prefix(model, 3, ActivationCache(2**24), encoder_cache)
+    gradients(model, **batches[0])
+    assert prefix.update()
+    if encoder:
+        gradients(model, **batches[1])  # the pass that shows what is read of the encoder
+    found = [gradients(model, **inputs) for inputs in batches]
+    assert (prefix.cache.off, prefix.cache.use.hits) == ("", 3)
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    other = {**batches[3], "pixel_values": batches[3]["pixel_values"].flip(0)}
+    gradients(model, **other)
+    assert prefix.cache.use.hits == 3  # the same words with other images
+
+
+@pytest.mark.parametrize("encoder", [False, True], ids=["alone", "with_encoder_cache"])
+def test_image_features_that_go_past_the_prefix_turn_it_off(encoder):
+    """Qwen3-VL adds features of the encoder's lower layers behind its first language layers."""
+    build, batch = ROWS["qwen3-vl"]
+    torch.manual_seed(0)
+    model = build()
+    batches = [batch(model, rows) for rows in EPOCH * 3]
+    language_prefix(model, 1).close()
+    expected = [gradients(model, **inputs) for inputs in batches]
+    encoder_cache = EncoderCache(2**24) if encoder else None
+    prefix = language_prefix(model, 1, ActivationCache(2**24), encoder_cache)
+    gradients(model, **batches[0])
+    assert prefix.update()
+    found = [gradients(model, **inputs) for inputs in batches]
+    assert MORE in prefix.cache.off
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    if encoder:
+        assert prefix.encoder_cache.use.hits == 7  # all but the one that shows what is read, and another
+
+
+def test_pixels_are_moved_from_the_device_once_for_both_caches(monkeypatch):
+    model = llava(image_token_index=60)
+    prefix = language_prefix(model, 1, ActivationCache(MIB), EncoderCache(MIB))
+    inputs = llava_rows(model, ([0], [1]))
+    for _ in range(2):
+        gradients(model, **inputs)
+        prefix.update()
+    cpu, moved = torch.Tensor.cpu, []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (moved.append(self.shape), cpu(self))[1])
+    model(**inputs)
+    assert (prefix.cache.use.misses, prefix.encoder_cache.use.hits) == (2, 1)
+    assert moved.count(inputs["pixel_values"].shape) == 1
+
+
+def packed(examples):
+    """As TRL's padding-free collator makes it."""
+    ids = torch.cat([random_ids(1, seed)[:, : 5 + seed] for seed in examples], 1)
+    positions = torch.cat([torch.arange(5 + seed) for seed in examples])[None]
+    labels = ids.masked_fill(positions == 0, -100)
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
+def packed_passes(batches, cache, attention="sdpa", **settings):
+    model = lora(4)
+    model.set_attn_implementation(attention)
+    layers(model)[:2].requires_grad_(False)
+    prefix = FrozenPrefix(model.train(), cache)
+    model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert prefix.update()
+    return [gradients(model, **packed(batch), **settings) for batch in batches]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_examples_come_back_in_other_batches(attention):
+    batches = [(0, 1, 2), (3, 4), (4, 1), (2, 0, 3)]
+    expected = packed_passes(batches, None, attention, use_cache=False)
+    cache = ActivationCache(MIB)
+    found = packed_passes(batches, cache, attention, use_cache=False)
+    assert (cache.use.hits, cache.use.misses) == (2, 2)
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_packed_examples_that_may_see_each_other_are_kept_as_a_whole(caplog):
+    """With a KV cache, Transformers makes no mask between them."""
+    batches = [(0, 1, 2), (1, 2, 0), (0, 1, 2)]
+    expected = packed_passes(batches, None, use_cache=True)
+    cache = ActivationCache(MIB)
+    found = packed_passes(batches, cache, use_cache=True)
+    assert (cache.use.hits, cache.use.misses) == (1, 2)
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert ["found again only with per_device_train_batch_size=1" in message for message in caplog.messages] == [True]
 
 
 def test_evaluation_does_not_touch_the_cache():

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from grades_trl import GradES, GradESConfig, GradESTrainer
+from grades_trl.freezing.activation_cache import ActivationCache
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
 from grades_trl.recipe import builtin
 from grades_trl.report.summary import SkippedLayers, format_summary

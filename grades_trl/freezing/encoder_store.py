@@ -75,7 +75,8 @@ class EncoderStore:
 
     def add(self, key: bytes, outputs: dict[str, Tensor]) -> None:
         """Takes in what layers gave for an image. It is written with others, see `flush`."""
-        if key.hex() in self._written or self._room <= 0:
+        known = self._images.get(key.hex(), (None, []))[1]
+        if key.hex() in self._written or outputs.keys() <= set(known) or self._room <= 0:
             return
         self._written.add(key.hex())
         self._shard |= {f"{key.hex()}/{layer}": output.contiguous() for layer, output in outputs.items()}
