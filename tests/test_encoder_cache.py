@@ -6,12 +6,15 @@ import pytest
 import torch
 from vision_models import FAMILIES, llava_batch
 
+from grades_trl import GradESConfig
 from grades_trl.freezing import encoder_store
 from grades_trl.freezing.batch_content import Images
 from grades_trl.freezing.encoder_cache import EncoderCache
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
 from grades_trl.model.towers import towers_of_parameters
-from helpers import CountMatmuls, gradients, llava
+from grades_trl.report.summary import format_summary
+from helpers import CountMatmuls, arguments, gradients, llava, losses
+from vlm import GradESVLMTrainer, builtin
 
 
 def frozen_tower(model, cache_bytes=2**24):
@@ -263,3 +266,34 @@ def test_images_in_a_model_whose_leading_language_layers_are_frozen_too():
     assert prefix.encoder_cache.use.hits == 1
     for ours, theirs in zip(found, expected, strict=True):
         assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6) for name in theirs)
+
+
+def test_a_run_whose_tower_is_frozen_from_the_start_reads_it_from_the_second_epoch_on(tmp_path, caplog):
+    """By default, and it says so; the losses are those without the cache."""
+    caplog.set_level("INFO")
+    dataset = builtin.digit_images(train=32, test=8)
+    runs = []
+    for mib in (0, None):
+        model, processor = builtin.tiny_llava()
+        for name, tower in towers_of_parameters(model).items():
+            model.get_parameter(name).requires_grad_(tower != "vision")
+        trainer = GradESVLMTrainer(
+            model=model,
+            args=arguments(tmp_path / str(mib), max_steps=12, max_length=None),
+            train_dataset=dataset["train"],
+            processing_class=processor,
+            grades=GradESConfig(metric="none", activation_cache_mib=mib),
+        )
+        trainer.train()
+        runs.append((trainer, losses(trainer)))
+    (off, expected), (trainer, found) = runs
+    assert off.grades_summary.caches == {}
+    cache = trainer.grades_summary.caches["encoder"]
+    # 4 steps an epoch. The tower is skipped from step 2 on, so the rows of step 1 are kept in the second epoch.
+    assert cache.hits >= 4
+    assert cache.hits + cache.misses == 11
+    assert cache.saved_seconds > 0
+    assert cache.mib > 0
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert any("are cached: 32 images" in message for message in caplog.messages)
+    assert f"{cache.hits} of 11 passes read" in format_summary(trainer.grades_summary)
