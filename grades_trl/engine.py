@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from grades_trl.config import GradESConfig
 from grades_trl.criteria import CRITERIA, Converged, GainMeter
 from grades_trl.events import FreezeEvent
+from grades_trl.freezing.activation_cache import ActivationCache
+from grades_trl.freezing.encoder_cache import EncoderCache
 from grades_trl.freezing.freeze import Freezer
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
 from grades_trl.freezing.unsloth_lora import skip_frozen_pairs
@@ -47,7 +50,9 @@ class GradES:
         heldout_loss (`Callable[[], float]`, *optional*): returns the mean loss of held-out rows, always the same ones,
             at the weights that the model has. It runs forward passes only, in evaluation mode.
         encoder_cache_bytes (`int`, *optional*, defaults to `0`): CPU memory for the outputs of a frozen encoder, where
-            `config.activation_cache_mib` says nothing.
+            `config.activation_cache_mib` says nothing. They are not cached if they do not fit.
+        epoch (`tuple[int, float]`, *optional*): rows and optimizer steps of an epoch. An encoder that freezes in the
+            last epoch is not cached.
 
     Attributes:
         matrices (`dict[str, WeightMatrix]`): all that is tracked.
@@ -72,6 +77,7 @@ class GradES:
         optimizer: Any = None,
         heldout_loss: Callable[[], float] | None = None,
         encoder_cache_bytes: int = 0,
+        epoch: tuple[int, float] | None = None,
     ):
         if config.needs_heldout_rows and heldout_loss is None:
             raise ValueError(
@@ -102,12 +108,10 @@ class GradES:
         self._freezer = Freezer(model, optimizer)
         self._without_gradient = {name: p for name, p in model.named_parameters() if p.requires_grad}
         skip_frozen_pairs(model)  # where Unsloth's fused LoRA kernels compute the gradients
-        cache_bytes = (config.activation_cache_mib or 0) * 2**20
-        if config.activation_cache_mib is not None:
-            encoder_cache_bytes = cache_bytes
-        self.prefix = FrozenPrefix(model, cache_bytes, encoder_cache_bytes)
+        self.prefix = FrozenPrefix(model, *self._caches(encoder_cache_bytes, None if epoch is None else epoch[0]))
+        # Rows that are seen from this step on will not be seen again.
+        self._last_epoch = math.inf if epoch is None else total_steps - epoch[1]
         self._prefix_is_stale = False
-        self._called: set[str] = set()  # layers and modules that a training pass has called so far
 
     def step_costs(self) -> StepCosts:
         """What a step costs as far as the model tells: the criterion's default, see `Criterion.costs`."""
@@ -120,6 +124,14 @@ class GradES:
             for name, p in self._model.named_parameters()
         )
         return StepCosts(language_prefix_can_be_skipped=not trains and not projector)
+
+    def _caches(self, default: int, rows: int | None) -> tuple[ActivationCache | None, EncoderCache | None]:
+        mib, directory = self.config.activation_cache_mib, self.config.encoder_cache_dir
+        encoder_bytes = default if mib is None else mib * 2**20
+        cache = ActivationCache(mib * 2**20, rows) if mib else None
+        if not encoder_bytes and directory is None:
+            return cache, None
+        return cache, EncoderCache(encoder_bytes, directory, rows, must_fit=mib is None)
 
     def _stopping_rule(self, total_steps: int) -> StoppingRule:
         if self.config.stopping == "heldout_loss" or (self.config.stopping == "auto" and self.heldout is not None):
@@ -157,15 +169,13 @@ class GradES:
         converged = self.criterion.update(step, live, grad_scale)
         self.gain.read()
         events = self._freeze(step, converged)
+        unreached = list(self._without_gradient.values())
         if events or self._prefix_is_stale:
-            unreached = list(self._without_gradient.values())
             self._freezer.freeze(self.prefix.parameters_without_gradient(called, unreached))
             self._freeze_norms_and_embeddings()
-            self.prefix.update(unreached)
+        if events or self._prefix_is_stale or self.prefix.has_new_calls:  # a tower may be frozen from the start
+            self.prefix.update(unreached, rows_come_back=step < self._last_epoch)
             self._prefix_is_stale = False
-        elif not self._called.issuperset(called):  # what the user froze before training is skipped from now on
-            self.prefix.update(self._without_gradient.values())
-        self._called.update(called)
         self._measure_heldout_loss(step)
         self._update_stop_reason()
         return events

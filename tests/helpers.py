@@ -49,9 +49,8 @@ def llava(**changes) -> T.LlavaForConditionalGeneration:
     torch.manual_seed(0)
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = T.LlavaConfig(
-        text_config=T.Qwen2Config(**SMALL),
         vision_config=T.CLIPVisionConfig(**vision, image_size=32, patch_size=8),
-        **({"vision_feature_layer": -1} | changes),
+        **({"text_config": T.Qwen2Config(**SMALL), "vision_feature_layer": -1} | changes),
     )
     return T.LlavaForConditionalGeneration(config)
 

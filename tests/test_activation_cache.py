@@ -7,9 +7,12 @@ import torch
 import transformers as T
 from peft import LoraConfig
 from torch import nn
+from vision_models import ROWS, llava_rows
 
 from grades_trl import GradESTrainer
 from grades_trl.freezing.activation_cache import ActivationCache
+from grades_trl.freezing.batch_content import images_of
+from grades_trl.freezing.encoder_cache import EncoderCache
 from grades_trl.freezing.freeze import Freezer
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
 from grades_trl.model import find_layers
@@ -40,7 +43,7 @@ def half_frozen(cache_bytes=MIB, reentrant=None):
     """Four layers with adapters, of which two are frozen and skipped."""
     model = checkpoint(lora(4), reentrant)
     layers(model)[:2].requires_grad_(False)
-    prefix = FrozenPrefix(model, cache_bytes)
+    prefix = FrozenPrefix(model, ActivationCache(cache_bytes) if cache_bytes else None)
     model(input_ids=torch.ones(1, 4, dtype=torch.long))
     assert prefix.update()
     return model, prefix
@@ -66,15 +69,15 @@ def test_a_batch_that_comes_back_skips_the_prefix_and_gives_the_same_numbers():
     assert torch.equal(logits, expected)
     a_layer = forward(lora(2), input_ids=ids)[0] - forward(lora(1), input_ids=ids)[0]
     assert first - again == 2 * a_layer
-    assert (prefix.cache.hits, prefix.cache.misses) == (1, 1)
+    assert (prefix.cache.use.hits, prefix.cache.use.misses) == (1, 1)
     shuffled = ids[[2, 0, 3, 1]]
     _, logits = forward(model, input_ids=shuffled)
     assert torch.equal(logits, expected[[2, 0, 3, 1]])
-    assert prefix.cache.hits == 2
+    assert prefix.cache.use.hits == 2
     other = ids.clone()
     other[1, 5] = 61
     forward(model, input_ids=other)
-    assert prefix.cache.hits == 2  # one changed token, and the batch is computed
+    assert prefix.cache.use.hits == 2  # one changed token, and the batch is computed
 
 
 def test_padding_does_not_matter():
@@ -85,7 +88,7 @@ def test_padding_does_not_matter():
     _, expected = forward(model, input_ids=ids, attention_mask=mask)
     longer, wider = torch.nn.functional.pad(ids, (0, 5)), torch.nn.functional.pad(mask, (0, 5))
     _, logits = forward(model, input_ids=longer, attention_mask=wider)
-    assert prefix.cache.hits == 1
+    assert prefix.cache.use.hits == 1
     assert torch.allclose(logits[0, :12], expected[0], atol=1e-5)
     assert torch.allclose(logits[1, :7], expected[1, :7], atol=1e-5)
 
@@ -102,7 +105,7 @@ def test_gradients_are_those_without_the_cache_under_checkpointing_and_autocast(
     prefix.close()
     model, prefix = half_frozen(reentrant=reentrant)
     found = both(model)
-    assert prefix.cache.hits == 1
+    assert prefix.cache.use.hits == 1
     assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
@@ -215,13 +218,13 @@ def test_gradients_are_those_without_the_cache_or_the_cache_turns_itself_off(bui
         return found
 
     expected = run()
-    prefix = FrozenPrefix(model, MIB)
+    prefix = FrozenPrefix(model, ActivationCache(MIB))
     gradients(model, input_ids=batches[0], labels=batches[0])
     assert prefix.update()
     found = run()
     assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     assert off in prefix.cache.off
-    assert (prefix.cache.hits, len(caplog.messages)) == ((0, 1) if off else (2, 0))
+    assert (prefix.cache.use.hits, len(caplog.messages)) == ((0, 1) if off else (2, 0))
     assert (prefix.cache.bytes > 0) == (not off)
 
 
@@ -266,14 +269,14 @@ def test_layers_are_left_out_only_if_all_that_they_make_goes_through_the_prefix(
     ids, pixels = random_ids(4), torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": ids[rows], "pixel_values": pixels[rows]} for rows in ([0, 1], [2, 3], [0, 3])]
     expected = [gradients(model, **batch) for batch in batches]
-    prefix = FrozenPrefix(model, MIB)
+    prefix = FrozenPrefix(model, ActivationCache(MIB))
     gradients(model, **batches[0])
     assert prefix.update()
     assert prefix.skipped_layers == {"layers": 1, "vision_tower.layers": 2}
     found = [gradients(model, **batch) for batch in batches]
     assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     assert off in prefix.cache.off
-    assert prefix.cache.hits == (0 if off else 1)
+    assert prefix.cache.use.hits == (0 if off else 1)
 
 
 @pytest.mark.parametrize("reentrant", [None, True], ids=["none", "reentrant"])
@@ -283,7 +286,7 @@ def test_a_reference_pass_without_adapters_is_computed(reentrant):
     for cache_bytes in (0, MIB):
         model = checkpoint(lora(4), reentrant)
         Freezer(model).freeze(layers(model)[:2].parameters())
-        prefix = FrozenPrefix(model, cache_bytes)
+        prefix = FrozenPrefix(model, ActivationCache(cache_bytes) if cache_bytes else None)
         gradients(model, input_ids=ids, labels=ids)
         assert prefix.update()
         found = [gradients(model, input_ids=ids, labels=ids)]
@@ -295,7 +298,7 @@ def test_a_reference_pass_without_adapters_is_computed(reentrant):
             found.append(gradients(model, input_ids=ids, labels=ids))
         results.append(found)
     assert all(close(ours, theirs) for ours, theirs in zip(*results, strict=True))
-    assert (prefix.cache.hits, prefix.cache.misses) == (3, 2)  # each of two kinds of passes is computed once
+    assert (prefix.cache.use.hits, prefix.cache.use.misses) == (3, 2)  # each of two kinds of passes is computed once
 
 
 def test_another_setting_of_the_pass_is_another_example():
@@ -303,9 +306,9 @@ def test_another_setting_of_the_pass_is_another_example():
     ids = random_ids(4)
     for flag in (False, True):
         forward(model, input_ids=ids, use_cache=flag)
-        assert prefix.cache.hits == 0
+        assert prefix.cache.use.hits == 0
     forward(model, input_ids=ids, use_cache=False)
-    assert prefix.cache.hits == 1
+    assert prefix.cache.use.hits == 1
 
 
 def test_whole_runs_with_and_without_the_cache_are_equal(tmp_path):
@@ -327,7 +330,7 @@ def test_whole_runs_with_and_without_the_cache_are_equal(tmp_path):
     (_, expected), (trainer, losses) = runs
     cache = trainer.grades.prefix.cache
     # 4 steps an epoch; another prefix, and an empty cache, after steps 4 and 8: from step 13 on all is there.
-    assert (cache.hits, cache.misses) == (12, 8)
+    assert (cache.use.hits, cache.use.misses) == (12, 8)
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
@@ -338,9 +341,9 @@ def test_memory_is_bounded():
     for _ in range(2):
         forward(model, input_ids=ids)
     assert prefix.cache.bytes == 3 * row
-    assert prefix.cache.hits == 0
+    assert prefix.cache.use.hits == 0
     forward(model, input_ids=ids[:3])
-    assert prefix.cache.hits == 1
+    assert prefix.cache.use.hits == 1
     prefix.update()
     assert prefix.cache.bytes == 3 * row  # nothing changed
     layers(model)[2].requires_grad_(False)
@@ -349,19 +352,56 @@ def test_memory_is_bounded():
     prefix.close()
 
 
-@pytest.mark.parametrize("name", ["position_ids", "left_padding"])
-def test_nothing_is_cached_where_the_key_would_not_tell(name):
-    ids = random_ids(2)
-    left_padded = torch.ones_like(ids)
-    left_padded[1, :4] = 0
-    inputs = {
-        "position_ids": {"position_ids": torch.arange(12).expand(2, -1)},
-        "left_padding": {"attention_mask": left_padded},
-    }[name]
-    model, prefix = half_frozen()
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        ({"attention_mask": torch.tensor([[1] * 12, [0] * 4 + [1] * 8])}, "padding after the tokens"),
+        ({"attention_mask": torch.ones(2, 1, 12, 12)}, "padding after the tokens"),
+        ({"pixel_values_videos": torch.ones(2, 3)}, "videos"),
+        ({"of_two_rows": torch.ones(2, 3)}, "of_two_rows does not have one entry for each token"),
+        ({"lengths": [3, 4]}, "lengths is neither a tensor nor a plain value"),
+        ({"pixel_values": torch.ones(3, 3, 4, 4)}, "which images belong to which row"),
+    ],
+)
+def test_what_the_key_would_not_tell_is_computed_and_said_once(inputs, reason, caplog):
+    cache = ActivationCache(MIB)
+    cache.reset(nn.Module())
     for _ in range(2):
-        forward(model, input_ids=ids, **inputs)
-    assert (prefix.cache.hits, prefix.cache.bytes) == (0, 0)
+        cache.begin_pass({"input_ids": random_ids(2)} | inputs, images_of(inputs))
+        assert not cache.stores
+    assert (cache.use.hits, cache.use.misses) == (0, 2)
+    assert [reason in message for message in caplog.messages] == [True]
+
+
+def test_other_position_ids_are_another_example():
+    model, prefix = half_frozen()
+    ids, positions = random_ids(2), torch.arange(12).expand(2, -1)
+    for shift in (0, 1):
+        forward(model, input_ids=ids, position_ids=positions + shift)
+        assert prefix.cache.use.hits == 0
+    forward(model, input_ids=ids, position_ids=positions)
+    assert prefix.cache.use.hits == 1
+
+
+def test_a_run_with_packing_is_the_same_with_the_cache(tmp_path):
+    tokenizer = builtin.tiny_qwen3()[1]
+    runs = []
+    for mib in (0, 16):
+        trainer = GradESTrainer(
+            model=qwen3(num_hidden_layers=4, vocab_size=len(tokenizer), bos_token_id=None),
+            args=config_for(tmp_path, None, num_train_epochs=6, save_strategy="no", packing=True, max_length=64),
+            train_dataset=builtin.dates(train=256, test=8)["train"],
+            eval_dataset=builtin.dates(train=8, test=8)["test"],
+            processing_class=tokenizer,
+            grades=bottom_up(1, activation_cache_mib=mib),
+            peft_config=LoraConfig(r=4, lora_dropout=0.0, target_modules="all-linear"),
+        )
+        trainer.train()
+        runs.append((trainer, [row["loss"] for row in trainer.state.log_history if "loss" in row]))
+    (_, expected), (trainer, losses) = runs
+    summary = trainer.grades_summary.caches["frozen_layers"]
+    assert summary.hits > summary.misses
+    assert losses == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("noise", [None, 5.0])
@@ -378,7 +418,7 @@ def test_neftune_switches_it_off(tmp_path, caplog, noise):
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
     trainer.train()
-    assert (trainer.grades.prefix.cache.hits == 0) == (noise is not None)
+    assert (trainer.grades.prefix.cache.use.hits == 0) == (noise is not None)
     assert any("activation cache is off" in message for message in caplog.messages) == (noise is not None)
 
 
@@ -388,29 +428,137 @@ def test_the_same_words_with_another_image_are_another_example():
     model.model.language_model.layers[1].requires_grad_(True)
     ids = torch.cat([torch.full((2, 16), 3), torch.arange(10, 18).expand(2, -1)], 1)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    prefix = FrozenPrefix(model, MIB)
+    prefix = FrozenPrefix(model, ActivationCache(MIB))
     model(input_ids=ids, pixel_values=images)
     assert prefix.update()
     full, expected = forward(model, input_ids=ids, pixel_values=images)
     cached, logits = forward(model, input_ids=ids, pixel_values=images)
-    assert prefix.cache.hits == 1
+    assert prefix.cache.use.hits == 1
     assert torch.equal(logits, expected)
     assert cached < full / 2  # the vision tower is not run either
     _, swapped = forward(model, input_ids=ids, pixel_values=images[[1, 0]])
     assert torch.equal(swapped, expected[[1, 0]])
     forward(model, input_ids=ids, pixel_values=images + 1)
-    assert prefix.cache.hits == 2
+    assert prefix.cache.use.hits == 2
+
+
+def language_prefix(model, frozen, cache=None, encoder_cache=None):
+    """Only the language layers from `frozen` on train."""
+    model.requires_grad_(False).train()
+    for layer in model.model.language_model.layers[frozen:]:
+        layer.requires_grad_(True)
+    return FrozenPrefix(model, cache, encoder_cache)
+
+
+EPOCH = [([0, 1], [2]), ([3, 0, 2], []), ([1], [3])]
+NEXT_EPOCH = [([2], [3, 0, 2], []), ([3], [0, 1]), ([1],)]
+
+
+@pytest.mark.parametrize("encoder", [False, True], ids=["alone", "with_encoder_cache"])
+@pytest.mark.parametrize("family", ROWS)
+def test_rows_with_any_number_of_images_come_back_in_other_batches(family, encoder):
+    build, batch = ROWS[family]
+    torch.manual_seed(0)
+    model = build()
+    batches = [batch(model, rows) for rows in (*EPOCH, *NEXT_EPOCH)]
+    language_prefix(model, 3).close()
+    expected = [gradients(model, **inputs) for inputs in batches]
+    encoder_cache = EncoderCache(2**24) if encoder else None
+    prefix = language_prefix(model, 3, ActivationCache(2**24), encoder_cache)
+    gradients(model, **batches[0])
+    assert prefix.update()
+    if encoder:
+        gradients(model, **batches[1])  # the pass that shows what is read of the encoder
+    found = [gradients(model, **inputs) for inputs in batches]
+    assert (prefix.cache.off, prefix.cache.use.hits) == ("", 3)
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    other = {**batches[3], "pixel_values": batches[3]["pixel_values"].flip(0)}
+    gradients(model, **other)
+    assert prefix.cache.use.hits == 3  # the same words with other images
+
+
+@pytest.mark.parametrize("encoder", [False, True], ids=["alone", "with_encoder_cache"])
+def test_image_features_that_go_past_the_prefix_turn_it_off(encoder):
+    """Qwen3-VL adds features of the encoder's lower layers behind its first language layers."""
+    build, batch = ROWS["qwen3-vl"]
+    torch.manual_seed(0)
+    model = build()
+    batches = [batch(model, rows) for rows in EPOCH * 3]
+    language_prefix(model, 1).close()
+    expected = [gradients(model, **inputs) for inputs in batches]
+    encoder_cache = EncoderCache(2**24) if encoder else None
+    prefix = language_prefix(model, 1, ActivationCache(2**24), encoder_cache)
+    gradients(model, **batches[0])
+    assert prefix.update()
+    found = [gradients(model, **inputs) for inputs in batches]
+    assert MORE in prefix.cache.off
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    if encoder:
+        assert prefix.encoder_cache.use.hits == 7  # all but the one that shows what is read, and another
+
+
+def test_pixels_are_moved_from_the_device_once_for_both_caches(monkeypatch):
+    model = llava(image_token_index=60)
+    prefix = language_prefix(model, 1, ActivationCache(MIB), EncoderCache(MIB))
+    inputs = llava_rows(model, ([0], [1]))
+    for _ in range(2):
+        gradients(model, **inputs)
+        prefix.update()
+    cpu, moved = torch.Tensor.cpu, []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (moved.append(self.shape), cpu(self))[1])
+    model(**inputs)
+    assert (prefix.cache.use.misses, prefix.encoder_cache.use.hits) == (2, 1)
+    assert moved.count(inputs["pixel_values"].shape) == 1
+
+
+def packed(examples):
+    """As TRL's padding-free collator makes it."""
+    ids = torch.cat([random_ids(1, seed)[:, : 5 + seed] for seed in examples], 1)
+    positions = torch.cat([torch.arange(5 + seed) for seed in examples])[None]
+    labels = ids.masked_fill(positions == 0, -100)
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
+def packed_passes(batches, cache, attention="sdpa", **settings):
+    model = lora(4)
+    model.set_attn_implementation(attention)
+    layers(model)[:2].requires_grad_(False)
+    prefix = FrozenPrefix(model.train(), cache)
+    model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert prefix.update()
+    return [gradients(model, **packed(batch), **settings) for batch in batches]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_examples_come_back_in_other_batches(attention):
+    batches = [(0, 1, 2), (3, 4), (4, 1), (2, 0, 3)]
+    expected = packed_passes(batches, None, attention, use_cache=False)
+    cache = ActivationCache(MIB)
+    found = packed_passes(batches, cache, attention, use_cache=False)
+    assert (cache.use.hits, cache.use.misses) == (2, 2)
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_packed_examples_that_may_see_each_other_are_kept_as_a_whole(caplog):
+    """With a KV cache, Transformers makes no mask between them."""
+    batches = [(0, 1, 2), (1, 2, 0), (0, 1, 2)]
+    expected = packed_passes(batches, None, use_cache=True)
+    cache = ActivationCache(MIB)
+    found = packed_passes(batches, cache, use_cache=True)
+    assert (cache.use.hits, cache.use.misses) == (1, 2)
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert ["found again only with per_device_train_batch_size=1" in message for message in caplog.messages] == [True]
 
 
 def test_evaluation_does_not_touch_the_cache():
     model, prefix = half_frozen()
     ids = random_ids(2)
     expected = model.eval()(input_ids=ids).logits
-    assert (prefix.cache.hits, prefix.cache.misses) == (0, 0)
+    assert (prefix.cache.use.hits, prefix.cache.use.misses) == (0, 0)
     model.train()
     forward(model, input_ids=ids)
     assert torch.equal(model.eval()(input_ids=ids).logits, expected)
-    assert prefix.cache.hits == 0
+    assert prefix.cache.use.hits == 0
 
 
 def test_without_memory_there_is_no_cache():
@@ -423,6 +571,7 @@ def test_a_pass_is_looked_up_with_one_transfer_from_the_device_for_each_input(mo
     cache = ActivationCache(MIB)
     cache.reset(nn.Module())
     inputs = {"input_ids": torch.ones(8, 5, dtype=torch.long), "pixel_values": torch.ones(8, 3, 4, 4)}
-    cache.begin_pass(inputs | {"attention_mask": torch.ones(8, 5, dtype=torch.long), "labels": torch.ones(8, 5)})
-    assert cache.misses == 1
+    inputs |= {"attention_mask": torch.ones(8, 5, dtype=torch.long), "labels": torch.ones(8, 5)}
+    cache.begin_pass(inputs, images_of(inputs))
+    assert cache.use.misses == 1
     assert sorted(moved) == [(8, 3, 4, 4), (8, 5), (8, 5)]

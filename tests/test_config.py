@@ -182,6 +182,11 @@ def test_the_ends_of_a_range_are_in_it(arguments):
     GradESConfig(**arguments)
 
 
+def test_a_folder_for_a_cache_that_is_off():
+    with pytest.raises(ValueError, match="activation_cache_mib is 0, which turns the cache off"):
+        GradESConfig(encoder_cache_dir="cache", activation_cache_mib=0)
+
+
 @pytest.mark.parametrize(
     "tau",
     ["much", "NaN", "Infinity", "true", "[1]", -1, True, math.nan, math.inf, {}, {"eyes": 1.0}, {"vision": -1},

@@ -1,87 +1,26 @@
 """Outputs of a frozen vision tower read from memory: the same gradients, without the tower's work."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-import transformers as T
+from vision_models import FAMILIES, llava_batch
 
+from grades_trl import GradESConfig
+from grades_trl.freezing import encoder_store
+from grades_trl.freezing.batch_content import Images
 from grades_trl.freezing.encoder_cache import EncoderCache
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
 from grades_trl.model.towers import towers_of_parameters
-from helpers import SMALL, CountMatmuls, gradients, llava
-
-TEXT = SMALL | {"vocab_size": 80, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}, "head_dim": 8}
-IMAGE = 70
-
-
-def qwen2_vl():
-    vision = {"depth": 2, "embed_dim": 32, "num_heads": 4, "hidden_size": 32, "patch_size": 4, "mlp_ratio": 2}
-    config = T.Qwen2VLConfig(text_config=TEXT | MROPE, vision_config=vision, image_token_id=IMAGE)
-    return T.Qwen2VLForConditionalGeneration(config)
-
-
-def qwen2_5_vl():
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
-    vision |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}
-    config = T.Qwen2_5_VLConfig(text_config=TEXT | MROPE, vision_config=vision, image_token_id=IMAGE)
-    return T.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def qwen3_vl():
-    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
-    vision |= {"patch_size": 4, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
-    config = T.Qwen3VLConfig(text_config=TEXT | MROPE, vision_config=vision, image_token_id=IMAGE)
-    return T.Qwen3VLForConditionalGeneration(config)
-
-
-def qwen_batch(model, grids, order):
-    """Rows with one image each: patches of all images in one tensor, in the order of the rows."""
-    vision = model.config.vision_config
-    generator = torch.Generator().manual_seed(0)
-    patches = [
-        torch.randn(t * h * w, 3 * vision.temporal_patch_size * vision.patch_size**2, generator=generator)
-        for t, h, w in grids
-    ]
-    longest = max(t * h * w // 4 for t, h, w in grids)
-    rows = []
-    for i in order:
-        count = grids[i][0] * grids[i][1] * grids[i][2] // 4
-        rows.append([3 + i] * (longest - count + 2) + [IMAGE] * count + [10 + i, 11, 12])
-    ids = torch.tensor(rows)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": ids.masked_fill(ids == IMAGE, -100),
-        "pixel_values": torch.cat([patches[i] for i in order]),
-        "image_grid_thw": torch.tensor([grids[i] for i in order]),
-        "mm_token_type_ids": (ids == IMAGE).long(),
-    }
-
-
-def llava_batch(model, order, per_row=1):
-    images = torch.randn(4 * per_row, 3, 32, 32, generator=torch.Generator().manual_seed(0)).split(per_row)
-    tokens = [model.config.image_token_index] * (16 * per_row)
-    ids = torch.tensor([[*tokens, 3 + i, 4 + i, 5] for i in order])
-    labels = ids.masked_fill(ids == model.config.image_token_index, -100)
-    return {"input_ids": ids, "labels": labels, "pixel_values": torch.cat([images[i] for i in order])}
+from grades_trl.report.summary import format_summary
+from helpers import CountMatmuls, arguments, gradients, llava, losses
+from vlm import GradESVLMTrainer, builtin
 
 
 def frozen_tower(model, cache_bytes=2**24):
     for name, tower in towers_of_parameters(model).items():
         model.get_parameter(name).requires_grad_(tower != "vision")
-    return FrozenPrefix(model.train(), encoder_cache_bytes=cache_bytes)
-
-
-GRIDS = [(1, 4, 4), (1, 4, 8), (1, 8, 4), (1, 4, 4)]
-FAMILIES = {
-    "llava": (lambda: llava(image_token_index=60), llava_batch),
-    "llava, last but one layer": (lambda: llava(image_token_index=60, vision_feature_layer=-2), llava_batch),
-    "llava, two layers": (lambda: llava(image_token_index=60, vision_feature_layer=[-2, -1]), llava_batch),
-    "llava, two images": (lambda: llava(image_token_index=60), lambda model, order: llava_batch(model, order, 2)),
-    "qwen2-vl": (qwen2_vl, lambda model, order: qwen_batch(model, GRIDS, order)),
-    "qwen2.5-vl": (qwen2_5_vl, lambda model, order: qwen_batch(model, GRIDS, order)),
-    "qwen3-vl": (qwen3_vl, lambda model, order: qwen_batch(model, GRIDS, order)),
-}
+    return FrozenPrefix(model.train(), encoder_cache=EncoderCache(cache_bytes) if cache_bytes else None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,9 +47,9 @@ def test_gradients_are_those_without_the_cache_and_the_tower_does_not_run(family
     gradients(model, **batches[0])
     cache = prefix.encoder_cache
     assert cache.off == ""
-    hits = cache.hits
+    hits = cache.use.hits
     found = [gradients(model, **inputs) for inputs in batches]
-    assert cache.hits == hits + 4
+    assert cache.use.hits == hits + 4
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys()
         assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6) for name in theirs)
@@ -130,13 +69,13 @@ def test_an_image_with_other_adapters_is_another_image():
             torch.nn.init.normal_(parameter, std=0.1)
         if "vision_tower" in name:
             parameter.requires_grad_(False)
-    prefix = FrozenPrefix(model.train(), encoder_cache_bytes=2**24)
+    prefix = FrozenPrefix(model.train(), encoder_cache=EncoderCache(2**24))
     inputs = llava_batch(model, (0, 1))
     gradients(model, **inputs)
     assert prefix.update()
     for _ in range(3):
         gradients(model, **inputs)
-    assert prefix.encoder_cache.hits == 1
+    assert prefix.encoder_cache.use.hits == 2
     with model.disable_adapter():
         reference = model(**inputs).logits
     prefix.close()
@@ -155,7 +94,7 @@ def test_dropout_turns_it_off(caplog):
     assert prefix.update()
     for _ in range(4):
         gradients(model, **inputs)
-    assert prefix.encoder_cache.hits == 0
+    assert prefix.encoder_cache.use.hits == 0
     assert "draws random numbers" in caplog.text
 
 
@@ -169,12 +108,12 @@ def test_memory_is_bounded_and_evaluation_passes_by():
     for _ in range(3):
         gradients(model, **inputs)
     assert prefix.encoder_cache.bytes == 3 * image
-    assert prefix.encoder_cache.hits == 0
+    assert prefix.encoder_cache.use.hits == 0
     gradients(model, **llava_batch(model, (0, 1, 2)))
-    assert prefix.encoder_cache.hits == 1
+    assert prefix.encoder_cache.use.hits == 1
     model.eval()
     model(**inputs)
-    assert prefix.encoder_cache.hits == 1
+    assert prefix.encoder_cache.use.hits == 1
 
 
 def test_a_tower_that_trains_in_part_is_not_cached():
@@ -187,11 +126,174 @@ def test_a_tower_that_trains_in_part_is_not_cached():
     for _ in range(3):
         gradients(model, **inputs)
     assert prefix.skipped_layers == {"model.vision_tower.encoder.layers": 1}
-    assert (prefix.encoder_cache.hits, prefix.encoder_cache.misses, prefix.encoder_cache.bytes) == (0, 0, 0)
+    assert (prefix.encoder_cache.use.hits, prefix.encoder_cache.use.misses, prefix.encoder_cache.bytes) == (0, 0, 0)
 
 
 def test_without_images_nothing_happens():
     cache = EncoderCache(2**20)
-    cache.start(torch.nn.Module(), ["a"])
-    cache.begin_pass({"input_ids": torch.ones(1, 2)})
+    cache.start(torch.nn.Module(), torch.nn.Module(), ["a"])
+    cache.begin_pass(Images(), 1, "cpu")
     assert not cache.handles("a")
+
+
+def image_batches(order):
+    model = llava(image_token_index=60)
+    return [llava_batch(model, rows) for rows in order]
+
+
+def run_with_disk(directory, model, batches, max_bytes=0):
+    prefix = FrozenPrefix(model.train(), encoder_cache=EncoderCache(max_bytes, str(directory)))
+    for name, tower in towers_of_parameters(model).items():
+        model.get_parameter(name).requires_grad_(tower != "vision")
+    gradients(model, **batches[0])
+    assert prefix.update()
+    found = [gradients(model, **batch) for batch in batches]
+    prefix.close()
+    return prefix.encoder_cache, found
+
+
+@pytest.fixture
+def batches():
+    return image_batches([(0, 1), (2, 3), (1, 2), (3, 0)])
+
+
+def test_the_next_run_reads_the_outputs_from_disk(tmp_path, batches):
+    first, expected = run_with_disk(tmp_path, llava(image_token_index=60), batches)
+    assert (first.use.hits, first.use.peak_bytes) == (0, 0)  # written at the end, and no memory is allowed
+    files = list(tmp_path.glob("*/*"))
+    assert [file.suffix for file in files] == [".safetensors"]
+    second, found = run_with_disk(tmp_path, llava(image_token_index=60), batches)
+    assert second.use.hits == 3  # the first pass shows which layers are read
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6) for name in theirs)
+    assert list(tmp_path.glob("*/*")) == files  # nothing new
+
+
+def test_an_encoder_with_other_weights_or_settings_reads_nothing(tmp_path, batches):
+    run_with_disk(tmp_path, llava(image_token_index=60), batches)
+    model = llava(image_token_index=60)
+    with torch.no_grad():
+        model.model.vision_tower.encoder.layers[0].mlp.fc1.bias[0] += 1
+    assert run_with_disk(tmp_path, model, batches)[0].use.hits == 0
+    model = llava(image_token_index=60)
+    model.model.vision_tower.config.layer_norm_eps = 0.1
+    assert run_with_disk(tmp_path, model, batches)[0].use.hits == 0
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_adapters_of_the_language_layers_make_no_other_encoder(tmp_path, batches):
+    from peft import LoraConfig, get_peft_model
+
+    run_with_disk(tmp_path, llava(image_token_index=60), batches)
+    language = LoraConfig(r=4, target_modules=r".*language_model.*q_proj")
+    model = get_peft_model(llava(image_token_index=60), language)
+    assert run_with_disk(tmp_path, model, batches)[0].use.hits == 3
+
+
+def test_a_damaged_file_is_left_out_with_one_warning(tmp_path, batches, caplog):
+    run_with_disk(tmp_path, llava(image_token_index=60), batches)
+    [whole] = tmp_path.glob("*/*.safetensors")
+    for name in ("a", "b"):
+        whole.with_name(f"{name}.safetensors").write_bytes(whole.read_bytes()[:-100])
+    whole.with_name("c.partial").write_bytes(b"")  # a run that was killed
+    cache, _ = run_with_disk(tmp_path, llava(image_token_index=60), batches)
+    assert cache.use.hits == 3
+    assert len([message for message in caplog.messages if "damaged" in message]) == 1
+
+
+def test_the_disk_is_not_filled(tmp_path, batches, monkeypatch, caplog):
+    monkeypatch.setattr(encoder_store, "SHARD_BYTES", 1)  # a file for each image
+    image = 17 * 32 * 4
+    free = SimpleNamespace(free=int(2.5 * image / encoder_store.DISK_FRACTION))
+    monkeypatch.setattr(encoder_store.shutil, "disk_usage", lambda _: free)
+    run_with_disk(tmp_path, llava(image_token_index=60), batches)
+    assert len(list(tmp_path.glob("*/*"))) == 2
+    assert "Delete the folders" in caplog.text
+
+
+def test_outputs_with_dropout_are_not_written(tmp_path, batches):
+    model = llava(image_token_index=60)
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.self_attn.dropout = 0.5
+    cache, _ = run_with_disk(tmp_path, model, batches)
+    assert "random" in cache.off
+    assert list(tmp_path.glob("*/*")) == []
+
+
+def test_it_says_what_it_takes_and_turns_itself_off_if_that_is_too_much(caplog):
+    caplog.set_level("INFO")
+    inputs = llava_batch(llava(image_token_index=60), (0, 1), per_row=2)
+    for max_bytes, must_fit in ((2**20, True), (2**12, True), (2**12, False)):
+        cache = EncoderCache(max_bytes, rows=100, must_fit=must_fit)
+        model = llava(image_token_index=60)
+        prefix = FrozenPrefix(model.train(), encoder_cache=cache)
+        model.model.vision_tower.requires_grad_(False)
+        gradients(model, **inputs)
+        assert prefix.update()
+        for _ in range(3):
+            gradients(model, **inputs)
+        assert bool(cache.off) == (max_bytes < 200 * 17 * 32 * 4 and must_fit)
+        prefix.close()
+    enough, too_little, allowed = caplog.messages
+    assert "are cached: 200 images, about 0 MiB." in enough
+    assert "not cached: those of 200 images take about 0 MiB" in too_little
+    assert "are kept in memory" in allowed
+
+
+def test_an_encoder_that_freezes_in_the_last_epoch_is_not_cached():
+    model = llava(image_token_index=60)
+    prefix = frozen_tower(model)
+    inputs = llava_batch(model, (0, 1))
+    gradients(model, **inputs)
+    assert prefix.update(rows_come_back=False)
+    for _ in range(3):
+        gradients(model, **inputs)
+    assert prefix.cache_use == {}
+
+
+def test_images_in_a_model_whose_leading_language_layers_are_frozen_too():
+    """No gradient comes back to the encoder then; one pass without skipping the language layers shows what is read."""
+    model = llava(image_token_index=60)
+    model.requires_grad_(False)
+    model.model.language_model.layers[1].requires_grad_(True)
+    batches = image_batches([(0, 1), (2, 3), (0, 2)])
+    expected = [gradients(model.train(), **batch) for batch in batches]
+    prefix = FrozenPrefix(model, encoder_cache=EncoderCache(2**24))
+    gradients(model, **batches[0])
+    assert prefix.update()
+    assert prefix.skipped_layers == {"model.vision_tower.encoder.layers": 2, "model.language_model.layers": 1}
+    found = [gradients(model, **batch) for batch in batches]
+    assert prefix.encoder_cache.use.hits == 1
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6) for name in theirs)
+
+
+def test_a_run_whose_tower_is_frozen_from_the_start_reads_it_from_the_second_epoch_on(tmp_path, caplog):
+    """By default, and it says so; the losses are those without the cache."""
+    caplog.set_level("INFO")
+    dataset = builtin.digit_images(train=32, test=8)
+    runs = []
+    for mib in (0, None):
+        model, processor = builtin.tiny_llava()
+        for name, tower in towers_of_parameters(model).items():
+            model.get_parameter(name).requires_grad_(tower != "vision")
+        trainer = GradESVLMTrainer(
+            model=model,
+            args=arguments(tmp_path / str(mib), max_steps=12, max_length=None),
+            train_dataset=dataset["train"],
+            processing_class=processor,
+            grades=GradESConfig(metric="none", activation_cache_mib=mib),
+        )
+        trainer.train()
+        runs.append((trainer, losses(trainer)))
+    (off, expected), (trainer, found) = runs
+    assert off.grades_summary.caches == {}
+    cache = trainer.grades_summary.caches["encoder"]
+    # 4 steps an epoch. The tower is skipped from step 2 on, so the rows of step 1 are kept in the second epoch.
+    assert cache.hits >= 4
+    assert cache.hits + cache.misses == 11
+    assert cache.saved_seconds > 0
+    assert cache.mib > 0
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert any("are cached: 32 images" in message for message in caplog.messages)
+    assert f"{cache.hits} of 11 passes read" in format_summary(trainer.grades_summary)

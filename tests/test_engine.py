@@ -519,7 +519,7 @@ def test_the_best_average_reaches_what_is_frozen_and_cached(build):
 
         run.grades._heldout_loss = worse
         run.train()
-        assert (run.grades.prefix.cache is not None and run.grades.prefix.cache.hits > 0) == (mib > 0)
+        assert (run.grades.prefix.cache is not None and run.grades.prefix.cache.use.hits > 0) == (mib > 0)
         run.grades.restore_best_average()
         assert run.grades.restored_best
         assert equal(weights(run.model), at_two[0])

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from grades_trl import GradES, GradESConfig, GradESTrainer
+from grades_trl.freezing.activation_cache import ActivationCache
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
 from grades_trl.recipe import builtin
 from grades_trl.report.summary import SkippedLayers, format_summary
@@ -164,7 +165,7 @@ def test_a_copy_works_on_weights_of_its_own_and_without_a_prefix(duplicate):
     model = lora(4).train()
     layers(model)[1].forward = layers(model)[1].forward  # a forward of its own
     layers(model)[:2].requires_grad_(False)
-    prefix = FrozenPrefix(model, cache_bytes=2**20)
+    prefix = FrozenPrefix(model, ActivationCache(2**20))
     backward(model)
     assert prefix.update()
     _, expected = backward(model)

@@ -19,6 +19,7 @@ from grades_trl.report.environment import Environment
 from grades_trl.report.run_report import RunReport
 from grades_trl.report.strict_json import write_json
 from grades_trl.report.summary import (
+    CacheSummary,
     Flops,
     Heldout,
     Outcome,
@@ -52,11 +53,11 @@ class ToyRun:
             self.report.load_state_dict(state["report"])
             self.run.clock.load_state_dict(state["clock"])
 
-    def step(self, frozen=(), values=None, skipped=None, seconds=1.0, rows=2, length=8, gains=None):
+    def step(self, frozen=(), values=None, skipped=None, seconds=1.0, rows=2, length=8, gains=None, caches=0):
         step = self.run.state.global_step + 1
         self.report.count_batch({"input_ids": torch.ones(rows, length)}, None)
         events = [freeze(self.matrices, name, step) for name in frozen]
-        self.report.record(step, events, values or {}, skipped or {}, gains)
+        self.report.record(step, events, values or {}, skipped or {}, gains, caches)
         self.run.step(seconds)
         return events
 
@@ -68,6 +69,30 @@ class ToyRun:
 
 
 # ---- scalars ----
+
+
+def test_steps_are_a_baseline_until_something_freezes_or_is_read_from_a_cache(tmp_path, now):
+    """Layers that the user froze are skipped in a baseline as well."""
+    run = ToyRun(tmp_path, now)
+    for _ in range(25):
+        run.step(seconds=2.0, skipped={"vision.layers": 2})
+    for _ in range(10):
+        run.step(seconds=1.0, skipped={"vision.layers": 2}, caches=1)
+    found = run.end()
+    # The step in which a cache is first read still counts to what was before it.
+    assert found.speedup.cheaper_steps.seconds_saved == pytest.approx(35 * 2.0 - 60.0)
+    assert run.report.logs()["grades/step_speedup"] == pytest.approx(2.0)
+
+
+def test_what_the_caches_did_is_told(tmp_path, now):
+    run = ToyRun(tmp_path, now)
+    run.step()
+    caches = {"encoder": CacheSummary(30, 10, 120.4, 12.34, ""), "frozen_layers": CacheSummary(0, 9, 0.0, 0.0, "why")}
+    found = run.end(caches=caches)
+    text = format_summary(found)
+    assert "  cached vision tower    30 of 40 passes read, 120 MiB  +12.3 s\n" in text
+    assert "  cached layers          off: why\n" in text
+    assert found.to_json()["caches"]["encoder"]["saved_seconds"] == 12.34
 
 
 def test_logs_before_the_first_step_has_ended(tmp_path, now):

@@ -2,31 +2,28 @@
 
 The output of frozen layers for an example depends on that example alone: on its tokens and images, not on the rest of
 the batch nor, with causal attention, on the padding after it. So the output is kept under a hash of the example's own
-content. Shuffling and other batches do not matter, and a collator that changes examples at random finds nothing.
+content: tokens, images, position ids. Shuffling and other batches do not matter, and a collator that changes examples
+at random finds nothing. Packed examples that do not see each other are examples like others.
 
 Whether that holds for a model is seen from what its passes do, see `ActivationCache`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from grades_trl.freezing.batch_content import Images, Segment, segments_of
+from grades_trl.freezing.cache_use import CacheUse
 from grades_trl.freezing.pass_state import PassState, same_state
 
 logger = logging.getLogger(__name__)
 
-# Tensors that the prefix reads, and that it does not. Any other tensor (position ids of packed examples, patches of
-# several images in one row) could change its output in ways that the key does not know. Such a pass is not cached.
-CONTENT = ("input_ids", "attention_mask", "pixel_values")
-NOT_READ = ("labels", "shift_labels", "num_items_in_batch")
-SETTINGS = (bool, int, float, str, type(None))
+MIB = 2**20
 NOT_ONE_TENSOR = "more than one (batch, tokens, hidden) tensor passes between the skipped layers"
 
 
@@ -44,29 +41,35 @@ class ActivationCache:
     - the loss reads nothing else of the skipped layers: no router logits, no keys that live layers share, no image
       features beside the embeddings. A gradient that comes back to a skipped layer shows that it does.
 
-    It answers in training passes alone, and only with what was kept with the same active adapters and settings.
+    It answers in training passes alone, and only with what was kept with the same active adapters and settings. Passes
+    whose examples cannot be told apart are computed, and the reason is said once.
 
     Args:
         max_bytes (`int`): nothing is kept beyond. A batch is read from the cache only if all of its rows are there, so
             it should hold the whole dataset: rows x tokens x hidden size x bytes per value.
+        rows (`int`, *optional*): of an epoch, to say how much memory that is.
 
     Attributes:
-        hits (`int`), misses (`int`): training passes that were read from the cache, and that were not.
+        use (`CacheUse`): hits, misses, seconds saved.
         bytes (`int`): held now.
         off (`str`): why the cache is off; empty while it is on.
     """
 
-    def __init__(self, max_bytes: int):
+    def __init__(self, max_bytes: int, rows: int | None = None):
         self.max_bytes = max_bytes
-        self.bytes = self.hits = self.misses = 0
+        self.bytes = 0
         self.off = ""
+        self.use = CacheUse()
+        self._dataset_rows = rows
+        self._model: Any = None
         self._rows: dict[bytes, Tensor] = {}
+        self._said: set[str] = set()
+        self._announced = False
         self._rest: dict[str, tuple[None, ...] | None] = {}  # what a layer returns after its hidden state, if a tuple
         self._state: Any = None  # a PassState, from `reset` on
         # Of the pass:
         self._output: Tensor | None = None
-        self._keys: list[bytes] = []
-        self._lengths: list[int] = []
+        self._segments: list[Segment] = []
         self._shape: tuple[int, ...] = ()
         self._before: list[Any] = []
         self._seen: set[str] = set()
@@ -79,7 +82,7 @@ class ActivationCache:
     @property
     def stores(self) -> bool:
         """Whether this pass is kept."""
-        return bool(self._keys) and not self.hit and not self.off
+        return bool(self._segments) and not self.hit and not self.off
 
     def clear(self) -> None:
         """Forgets all outputs. Call it when weights of the prefix get other values."""
@@ -90,35 +93,44 @@ class ActivationCache:
     def reset(self, model: nn.Module) -> None:
         """Starts anew, for another prefix of `model`."""
         self.clear()
-        self.off = ""
+        self.use.next_layers()
+        self.off, self._announced = "", False
         self._rest.clear()
-        self._state = PassState(model)
+        self._model, self._state = model, PassState(model)
 
-    def begin_pass(self, inputs: dict[str, Any]) -> None:
-        """Looks up the rows of a training batch, given by the keyword arguments of the model."""
+    def begin_pass(self, inputs: dict[str, Any], images: Images | None) -> None:
+        """Looks up the examples of a training batch.
+
+        Args:
+            inputs (`dict[str, Any]`): keyword arguments of the model.
+            images (`Images` or `None`): from `images_of`.
+        """
         self.end_pass()
-        if self.off or not _is_cacheable(inputs):
+        if self.off or "input_ids" not in inputs:
             return
         ids = inputs["input_ids"]
-        # One transfer from the device for each input, not for each row.
-        content = {name: inputs[name].cpu() for name in CONTENT if isinstance(inputs.get(name), Tensor)}
-        mask = content.get("attention_mask")
-        self._lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
-        settings = self._settings(inputs)
-        self._keys = [_key(content, settings, row, length) for row, length in enumerate(self._lengths)]
-        if any(key not in self._rows for key in self._keys):
-            self.misses += 1
-            self._shape, self._before = tuple(ids.shape), self._state.random_state()
+        settings = repr(self._state.settings(ids.device.type)).encode()
+        found = segments_of(self._model, inputs, images, settings)
+        for remark in {found.problem, found.remark} - self._said - {""}:
+            self._said.add(remark)
+            logger.warning("The activation cache of the frozen layers: %s.", remark)
+        self._segments = found.segments
+        if found.problem or any(segment.key not in self._rows for segment in self._segments):
+            self.use.misses += 1
+            if not found.problem:
+                self._shape, self._before = tuple(ids.shape), self._state.random_state()
             return
-        self.hits += 1
-        rows = pad_sequence([self._rows[key] for key in self._keys], batch_first=True)
-        # As wide as the batch, which may be padded further than its longest row.
-        rows = nn.functional.pad(rows, (0, 0, 0, ids.shape[1] - rows.shape[1]))
-        self._output = rows.to(ids.device, non_blocking=True)
+        self.use.hits += 1
+        row = self._rows[self._segments[0].key]
+        output = torch.zeros(*ids.shape, row.shape[-1], dtype=row.dtype)
+        for segment in self._segments:
+            output[segment.row, segment.start : segment.end] = self._rows[segment.key]
+        self._output = output.to(ids.device, non_blocking=True)
 
     def end_pass(self) -> None:
         """Forgets the batch."""
-        self._output, self._keys, self._before, self._seen = None, [], [], set()
+        self.use.end_pass()
+        self._output, self._segments, self._before, self._seen = None, [], [], set()
 
     def read(self, layer: str, args: tuple, kwargs: dict[str, Any], *, last: bool) -> Any:
         """The output of a skipped layer in a pass that is read from the cache. Only that of the last one matters; the
@@ -143,6 +155,7 @@ class ActivationCache:
             self.turn_off(NOT_ONE_TENSOR if hidden is None else "a skipped layer is called twice in a pass")
             with torch.no_grad():
                 return forward(*args, **kwargs)
+        self.use.begin_forward(hidden.device)
         self._seen.add(layer)
         with torch.enable_grad():
             if first:
@@ -155,6 +168,7 @@ class ActivationCache:
                 return output
             result = result.detach() if last else self._watched(result)
         if last:
+            self.use.end_forward(result.device)
             self._store(result)
         self._rest[layer] = rest
         return result if rest is None else (result, *rest)
@@ -168,11 +182,30 @@ class ActivationCache:
             return "the skipped layers draw random numbers or change buffers (dropout, noise, batch statistics)"
         return ""
 
+    def run_encoder_layer(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Runs a layer that an `EncoderCache` stands for, in a pass that is kept. What comes of it may be read by
+        way of the last skipped layer alone."""
+        hidden = _hidden(args, kwargs)
+        if hidden is not None:
+            self.use.begin_forward(hidden.device)
+        output = forward(*args, **kwargs)
+        if not isinstance(output, Tensor):
+            self.end_pass()  # the encoder's cache is off from now on
+            return output
+        if not output.requires_grad:
+            return self._watched(output)
+        output.register_hook(self._comes_back)  # the encoder's cache watches it too
+        return output
+
+    def _comes_back(self, gradient: Tensor) -> None:
+        self.turn_off("the loss reads more of the skipped layers than their output")
+
     def _watched(self, hidden: Tensor) -> Tensor:
         """The same values, cut off from all before. Only what the cache does not keep could send a gradient back."""
         leaf = hidden.detach().requires_grad_()
-        leaf.register_hook(lambda _: self.turn_off("the loss reads more of the skipped layers than their output"))
-        return leaf.clone()  # a leaf could not be changed in place
+        leaf.register_hook(self._comes_back)
+        with torch.enable_grad():
+            return leaf.clone()  # a leaf could not be changed in place
 
     def turn_off(self, reason: str) -> None:
         """Stops keeping and reading outputs, until the prefix changes."""
@@ -182,16 +215,30 @@ class ActivationCache:
             logger.warning("The activation cache is off for this frozen prefix: %s.", reason)
 
     def _store(self, hidden: Tensor) -> None:
-        for key, length, row in zip(self._keys, self._lengths, hidden, strict=True):
-            size = length * row.shape[-1] * row.element_size()
-            if key not in self._rows and self.bytes + size <= self.max_bytes:
-                self._rows[key] = row[:length].cpu().clone()
+        hidden = hidden.cpu()
+        if not self._announced:
+            self._announced = True
+            self._announce(hidden)
+        for segment in self._segments:
+            row = hidden[segment.row, segment.start : segment.end]
+            size = row.numel() * row.element_size()
+            if segment.key not in self._rows and self.bytes + size <= self.max_bytes:
+                self._rows[segment.key] = row.clone()
                 self.bytes += size
+        self.use.peak_bytes = max(self.use.peak_bytes, self.bytes)
 
-    def _settings(self, inputs: dict[str, Any]) -> bytes:
-        """What the output depends on beside the example."""
-        arguments = {name: value for name, value in inputs.items() if name not in CONTENT + NOT_READ}
-        return repr((sorted(arguments.items()), *self._state.settings(inputs["input_ids"].device.type))).encode()
+    def _announce(self, hidden: Tensor) -> None:
+        if self._dataset_rows is None:
+            logger.info("The outputs of the frozen layers are cached, in up to %.0f MiB.", self.max_bytes / MIB)
+            return
+        tokens = sum(segment.end - segment.start for segment in self._segments) / len(self._segments)
+        needed = self._dataset_rows * tokens * hidden.shape[-1] * hidden.element_size()
+        logger.info(
+            "The outputs of the frozen layers are cached: %s rows, about %s MiB%s.",
+            f"{self._dataset_rows:,}",
+            f"{needed / MIB:,.0f}",
+            "" if needed <= self.max_bytes else f", of which activation_cache_mib allows {self.max_bytes / MIB:,.0f}",
+        )
 
 
 def _hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
@@ -202,26 +249,3 @@ def _hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
 
 def _with_hidden(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
-
-
-def _is_cacheable(inputs: dict[str, Any]) -> bool:
-    read = {name: value for name, value in inputs.items() if name not in NOT_READ}
-    tensors = {name: read.pop(name) for name in CONTENT if isinstance(read.get(name), Tensor)}
-    if "input_ids" not in tensors or not all(isinstance(value, SETTINGS) for value in read.values()):
-        return False
-    if any(len(value) != len(tensors["input_ids"]) for value in tensors.values()):
-        return False
-    mask = tensors.get("attention_mask")  # padding must come after the tokens
-    return mask is None or (mask.ndim == 2 and bool((mask[:, :-1] >= mask[:, 1:]).all()))
-
-
-def _key(content: dict[str, Tensor], settings: bytes, row: int, length: int) -> bytes:
-    digest = hashlib.blake2b(settings, digest_size=16)
-    digest.update(_bytes(content["input_ids"][row, :length]))
-    if "pixel_values" in content:
-        digest.update(_bytes(content["pixel_values"][row]))
-    return digest.digest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()

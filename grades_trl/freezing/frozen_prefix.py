@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from grades_trl.freezing.activation_cache import ActivationCache
+from grades_trl.freezing.batch_content import images_of
+from grades_trl.freezing.cache_use import CacheUse
 from grades_trl.freezing.encoder_cache import EncoderCache
 from grades_trl.model.structure import base_path, find_heads, find_layers
-from grades_trl.model.towers import towers_of_modules
+from grades_trl.model.towers import find_towers, towers_of_modules
 
 
 class FrozenPrefix:
@@ -40,22 +42,24 @@ class FrozenPrefix:
 
     Args:
         model (`nn.Module`): the model that trains.
-        cache_bytes (`int`, *optional*, defaults to `0`): CPU memory for the outputs of the skipped language layers, to
-            be reused when an example comes back, see `ActivationCache`; 0 is off.
-        encoder_cache_bytes (`int`, *optional*, defaults to `0`): CPU memory for the outputs of an encoder that is
-            skipped as a whole, to be reused when an image comes back, see `EncoderCache`; 0 is off.
+        cache (`ActivationCache`, *optional*): keeps the outputs of the skipped language layers, to be reused when an
+            example comes back.
+        encoder_cache (`EncoderCache`, *optional*): keeps the outputs of an encoder that is skipped as a whole, to be
+            reused when an image comes back.
 
     Attributes:
-        cache (`ActivationCache` or `None`), encoder_cache (`EncoderCache` or `None`): if there is one.
         compiled (`bool`): passes are compiled; to be set by whoever does that.
+        has_new_calls (`bool`): a module was called for the first time since the last `update`.
         skipped_layers (`dict[str, int]`): path of a list of layers in the base model -> number of its leading layers
             that the backward pass skips.
     """
 
-    def __init__(self, model: nn.Module, cache_bytes: int = 0, encoder_cache_bytes: int = 0):
-        self.cache = ActivationCache(cache_bytes) if cache_bytes else None
-        self.encoder_cache = EncoderCache(encoder_cache_bytes) if encoder_cache_bytes else None
+    def __init__(
+        self, model: nn.Module, cache: ActivationCache | None = None, encoder_cache: EncoderCache | None = None
+    ):
+        self.cache, self.encoder_cache = cache, encoder_cache
         self.compiled = False
+        self.has_new_calls = False
         self.skipped_layers: dict[str, int] = {}
         self._model = model
         self._layers = find_layers(model)
@@ -92,7 +96,7 @@ class FrozenPrefix:
         # What is on the modules refers to this object. Copies of the modules refer to None, and do nothing then.
         return type(None), ()
 
-    def update(self, unreached: Iterable[nn.Parameter] = ()) -> bool:
+    def update(self, unreached: Iterable[nn.Parameter] = (), rows_come_back: bool = True) -> bool:
         """Moves the end of the prefix to where it is now. Call it between two passes, after a training pass.
 
         Args:
@@ -100,10 +104,13 @@ class FrozenPrefix:
                 that trains and was never called could be upstream of everything, and keeps all layers from being
                 skipped, unless its parameters are among these. Not so when passes are compiled: a first call would go
                 unnoticed then.
+            rows_come_back (`bool`, *optional*, defaults to `True`): an epoch or more is to come, so that an encoder
+                that is frozen only now is worth caching.
 
         Returns:
             `bool`: whether the prefix changed.
         """
+        self.has_new_calls = False
         self._trains = {path for path in self._units if any(p.requires_grad for p in self._parameters(path))}
         skipped: set[str] = set()
         skipped_layers: dict[str, int] = {}
@@ -121,7 +128,7 @@ class FrozenPrefix:
         if self.cache is not None:
             self._start_cache(self.cache)
         if self.encoder_cache is not None:
-            self.encoder_cache.start(self._model, self._skipped_encoder())
+            self.encoder_cache.start(self._model, *self._skipped_encoder(), rows_come_back)
         return True
 
     def _layers_without_anything_trained_before(self, unreached: set[int]) -> set[str]:
@@ -158,13 +165,25 @@ class FrozenPrefix:
             _forward_without_backward, self, layer, path, self._forwards[path], requires_grad
         )
 
-    def _skipped_encoder(self) -> list[str]:
-        """The layers of the first encoder that is skipped as a whole."""
-        encoders: dict[str, list[str]] = {}
-        for path, (stack, _) in self._layers.items():
-            if self._towers[path] != "language":
-                encoders.setdefault(stack, []).append(path)
-        return next((layers for layers in encoders.values() if self._skipped.issuperset(layers)), [])
+    def _skipped_encoder(self) -> tuple[nn.Module, list[str]]:
+        """The first encoder whose layers are all skipped, and their paths."""
+        towers = find_towers(self._model)
+        for tower in towers:
+            inside = [path for path in self._layers if f"{base_path(path)}.".startswith(f"{tower}.")]
+            if inside and self._skipped.issuperset(inside):
+                named = self._model.named_modules()
+                return next(module for path, module in named if base_path(path) == tower), inside
+        return self._model, []
+
+    @property
+    def cache_use(self) -> dict[str, tuple[CacheUse, str]]:
+        """What the caches did that have been used, and why they are off (empty if they are not)."""
+        caches = {"encoder": self.encoder_cache, "frozen_layers": self.cache}
+        return {
+            name: (cache.use, cache.off)
+            for name, cache in caches.items()
+            if cache is not None and (cache.use.hits or cache.use.misses or cache.off)
+        }
 
     def forget_outputs(self) -> None:
         """Empties the caches: weights that their outputs come from have other values."""
@@ -236,13 +255,36 @@ class FrozenPrefix:
             return
         self._in_pass, self._order, self._trained_towers = True, [], set()
         # Set anew in each pass: `for_training()` of Unsloth turns checkpointing on in all layers.
-        self._checkpointed = [p for p in self._skipped if vars(self._units[p]).get("gradient_checkpointing")]
+        self._look_up(inputs)
+        learns = self._learns
+        self._checkpointed = [
+            path
+            for path in self._skipped
+            if vars(self._units[path]).get("gradient_checkpointing")
+            and not (learns and self._towers[path] == "language")
+        ]
         for path in self._checkpointed:
             self._units[path].gradient_checkpointing = False  # type: ignore[assignment]
-        if self.cache is not None and self._last_cached:
-            self.cache.begin_pass(inputs)
-        if self.encoder_cache is not None:
-            self.encoder_cache.begin_pass(inputs)
+
+    def _look_up(self, inputs: dict[str, Any]) -> None:
+        cache = self.cache if self.cache is not None and self._last_cached and not self.cache.off else None
+        encoder_cache = self.encoder_cache if self.encoder_cache is not None and self.encoder_cache.waits else None
+        if cache is None and encoder_cache is None:
+            return
+        images = images_of(inputs)  # hashed once for both
+        if cache is not None:
+            cache.begin_pass(inputs, images)
+        if encoder_cache is not None and images is not None and not (cache is not None and cache.hit):
+            pixels = inputs.get("pixel_values")
+            device = "cpu" if pixels is None else pixels.device.type
+            encoder_cache.begin_pass(images, len(inputs.get("input_ids", images.keys)), device)
+            if encoder_cache.learns and cache is not None:
+                cache.end_pass()
+
+    @property
+    def _learns(self) -> bool:
+        """Whether gradients are to come back to the encoder in this pass: then no language layer is skipped."""
+        return self.encoder_cache is not None and self.encoder_cache.learns
 
     def record_call(self, path: str) -> None:
         if not self._in_pass:
@@ -256,6 +298,7 @@ class FrozenPrefix:
             return
         self._in_pass = False
         self._orders[tuple(self._order)] = None
+        self.has_new_calls = self.has_new_calls or not self._called.issuperset(self._order)
         self._called.update(self._order)
         for path in self._checkpointed:
             self._units[path].gradient_checkpointing = True  # type: ignore[assignment]
@@ -275,7 +318,12 @@ class FrozenPrefix:
         if trained or not self._in_pass:
             return forward(*args, **kwargs), False
         if self.encoder_cache is not None and self.encoder_cache.handles(path):
-            return self.encoder_cache.run(path, forward, args, kwargs), True
+            run = functools.partial(self.encoder_cache.run, path, forward)
+            if cache is not None and cache.stores:
+                return cache.run_encoder_layer(lambda *a, **k: run(a, k), args, kwargs), True
+            return run(args, kwargs), True
+        if self._learns and self._towers[path] == "language":
+            return forward(*args, **kwargs), False
         if cache is not None and cache.stores:
             first, last = self._layers[path][1] == 0, path == self._last_cached
             return cache.run_and_store(path, forward, args, kwargs, first=first, last=last), True

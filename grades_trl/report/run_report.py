@@ -87,6 +87,7 @@ class RunReport:
         self._heldout_examples = 0  # of all measurements
         self._share_in_figure, self._figure_seconds = 0.0, 0.0
         self._in_wandb = False
+        self._reads_caches = 0
         self._tracker.log_settings(settings)
 
     # ---- while it trains ----
@@ -116,6 +117,7 @@ class RunReport:
         values: dict[str, float],
         skipped_layers: dict[str, int],
         gains: dict[str, float] | None = None,
+        reads_caches: int = 0,
     ) -> None:
         """
         Takes in one optimizer step. Call it in the step, after the freezes and before the update.
@@ -129,6 +131,8 @@ class RunReport:
             skipped_layers (`dict[str, int]`): path of a layer list -> number of its leading layers that backward skips
                 from the next step on.
             gains (`dict[str, float]`, *optional*): the gain of each layer, if it was measured in this step.
+            reads_caches (`int`, *optional*, defaults to `0`): how many caches the outputs of frozen layers are read
+                from.
 
         Raises:
             `KeyError`: an event or a value names an unknown matrix.
@@ -136,9 +140,14 @@ class RunReport:
         self._history.record(step, events, values, gains)
         self._unlogged |= values
         self._frozen += [event.matrix for event in events]
-        if events or skipped_layers != self._skipped_layers:
+        before = self._skipped_layers
+        if events or skipped_layers != before:
             self._states.append({"step": step, "frozen": len(self._frozen), "layers": dict(skipped_layers)})
+        # Layers that are skipped although nothing has been frozen yet are frozen by the user, in the baseline as well.
+        changed = events or skipped_layers != before
+        if (changed and self._frozen) or reads_caches > self._reads_caches:
             self.clock.note_freeze(step)
+        self._reads_caches = reads_caches
         share = len(self._frozen) / len(self._matrices)
         if self._tracker.is_on and share - self._share_in_figure >= FIGURE_EVERY and self._may_draw():
             start = time.perf_counter()
@@ -257,6 +266,7 @@ class RunReport:
             heldout=self._heldout(outcome),
             peak_memory_mib=self.clock.peak_memory_mib,
             gain=self._gain_table().summary(),
+            caches=outcome.caches,
         )
 
     def write(self, summary: RunSummary) -> None:

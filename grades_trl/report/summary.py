@@ -15,6 +15,26 @@ from grades_trl.report.timing import Evaluation, RunClock, Seconds, Speedup
 FINISHED, DATA_ENDED, EARLY_STOPPING = "schedule finished", "data ended", "early stopping"
 
 
+@dataclass(frozen=True)
+class CacheSummary:
+    """
+    What a cache of outputs of frozen layers did since the run began, or was resumed.
+
+    Attributes:
+        hits (`int`), misses (`int`): training passes that were read from it, and that were computed.
+        mib (`float`): MiB of CPU memory that it held, at most.
+        saved_seconds (`float`): the median time of a computed forward pass of these layers, times the hits. What
+            hashing and copying take is not deducted.
+        off (`str`): why it was off in the end; empty if it was on.
+    """
+
+    hits: int
+    misses: int
+    mib: float
+    saved_seconds: float
+    off: str
+
+
 @dataclass
 class Outcome:
     """
@@ -31,6 +51,7 @@ class Outcome:
         heldout_examples (`int`): examples of one held-out measurement; 0 if there is none.
         heldout_every (`int` or `None`): optimizer steps from one held-out measurement to the next.
         best_step (`int` or `None`), best_loss (`float` or `None`): the held-out measurement with the lowest loss.
+        caches (`dict[str, CacheSummary]`): `"encoder"` and `"frozen_layers"`, those that were used.
     """
 
     frozen: dict[str, int]
@@ -44,6 +65,7 @@ class Outcome:
     heldout_every: int | None = None
     best_step: int | None = None
     best_loss: float | None = None
+    caches: dict[str, CacheSummary] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -179,6 +201,8 @@ class RunSummary:
         speedup (`Speedup`), overhead (`Overhead`), seconds (`Seconds`): measured. Nothing is, if the run diverged.
         flops (`Flops`): predicted.
         heldout (`Heldout` or `None`): the held-out measurements, if there were any.
+        caches (`dict[str, CacheSummary]`): outputs of frozen layers that were read from memory or disk: of the
+            `"encoder"`, and of the leading `"frozen_layers"` of the language tower. Only those that were used.
         peak_memory_mib (`float` or `None`): of training.
         gain (`GainSummary` or `None`): which layers the gain came from, if any step was measured.
         results (`dict[str, float]`): the final scores, once they are known.
@@ -207,6 +231,7 @@ class RunSummary:
     peak_memory_mib: float | None
     gain: GainSummary | None = None
     results: dict[str, float] = field(default_factory=dict)
+    caches: dict[str, CacheSummary] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON knows it: a number that is not finite is `None`."""
@@ -360,6 +385,9 @@ def format_summary(summary: RunSummary) -> str:
         )
     if summary.gain is not None:
         lines.append("  " + str(summary.gain).replace("; ", ";\n    "))
+    for name, label in (("encoder", "cached vision tower"), ("frozen_layers", "cached layers      ")):
+        if name in summary.caches:
+            lines.append(f"  {label}    {_cached(summary.caches[name])}")
     lines.append(f"  weights of the model   {_weights(summary)}")
     lines.append(
         f"  training {seconds.training:.1f} s, GradES {seconds.grades:.2f} s, validation {seconds.validation:.1f} s, "
@@ -379,6 +407,13 @@ def _brought(gain: float | None, cost: float, error: float | None = None) -> str
 
 def _saved(part: Any) -> str:
     return "" if part.seconds_saved is None else f"  {part.seconds_saved:+.1f} s"
+
+
+def _cached(cache: CacheSummary) -> str:
+    if cache.off:
+        return f"off: {cache.off}"
+    passes = cache.hits + cache.misses
+    return f"{cache.hits} of {passes} passes read, {cache.mib:,.0f} MiB  {cache.saved_seconds:+.1f} s"
 
 
 def _weights(summary: RunSummary) -> str:

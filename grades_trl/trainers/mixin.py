@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from grades_trl.model.flops import StepCosts
 from grades_trl.model.matrices import describe, untracked_parameters
 from grades_trl.report.environment import Environment
 from grades_trl.report.run_report import RunReport
-from grades_trl.report.summary import Outcome, RunSummary, stop_reason
+from grades_trl.report.summary import CacheSummary, Outcome, RunSummary, stop_reason
 from grades_trl.report.timing import RunClock
 from grades_trl.report.tracking import Tracker
 from grades_trl.stopping import heldout_loss
@@ -134,9 +133,15 @@ class GradESMixin(_Trainer):
         config, rows = self.grades_config, None
         if config.may_measure_heldout_loss and (config.needs_heldout_rows or self._has_heldout_rows()):
             config, rows = self._plan_heldout(config)
-        cache_bytes = psutil.virtual_memory().available // 10 if self._rows_come_back() else 0
-        self.grades = GradES(self.model, config, self.state.max_steps, self.optimizer, rows, cache_bytes)
-        self.grades.prefix.compiled = self.args.torch_compile
+        epoch = self._epoch()
+        comes_back = epoch is not None and self.state.max_steps > epoch[1]
+        cache_bytes = psutil.virtual_memory().available // 10 if comes_back else 0
+        self.grades = GradES(self.model, config, self.state.max_steps, self.optimizer, rows, cache_bytes, epoch)
+        prefix = self.grades.prefix
+        if self.args.torch_compile:
+            prefix.compiled, prefix.cache, prefix.encoder_cache = True, None, None
+            if config.activation_cache_mib or config.encoder_cache_dir:
+                logger.warning("With torch_compile, no outputs of frozen layers are cached.")
         self._heldout_rows = 0 if rows is None else len(rows.rows)
         text_config = self.model.config.get_text_config() if hasattr(self.model, "config") else None
         self._divergence = Divergence(getattr(text_config, "vocab_size", None))
@@ -147,11 +152,12 @@ class GradESMixin(_Trainer):
                 self.grades.average.host_bytes / 1e9,
             )
 
-    def _rows_come_back(self) -> bool:
-        """Whether the run has more than one epoch."""
-        rows = len(self.train_dataset) if has_length(self.train_dataset) else math.inf
-        per_step = self._train_batch_size * self.args.gradient_accumulation_steps
-        return self.state.max_steps * per_step > rows
+    def _epoch(self) -> tuple[int, float] | None:
+        """Rows and optimizer steps of an epoch; `None` for streamed rows."""
+        if not has_length(self.train_dataset):
+            return None
+        rows = len(self.train_dataset)
+        return rows, rows / (self._train_batch_size * self.args.gradient_accumulation_steps)
 
     def _has_heldout_rows(self) -> bool:
         dataset = first_dataset(self.eval_dataset)
@@ -267,8 +273,10 @@ class GradESMixin(_Trainer):
         if scaler is not None and self.grades.done and all(p.grad is None for p in self.model.parameters()):
             # A scaler refuses to step an optimizer when no tensor has a gradient: the run ends without that step.
             self.accelerator.gradient_state._set_sync_gradients(False)
+        prefix = self.grades.prefix
+        reads_caches = sum(use.reads for use, _ in prefix.cache_use.values())
         values, gains = self.grades.criterion.values, self.grades.gain.steps.get(step)
-        self.report.record(step, events, values, dict(self.grades.prefix.skipped_layers), gains)
+        self.report.record(step, events, values, dict(prefix.skipped_layers), gains, reads_caches)
         heldout = self.grades.heldout
         if heldout is not None and heldout.loss is not None and step % heldout.every == 0:
             self.report.record_heldout(step, heldout.loss, self._heldout_rows)
@@ -345,6 +353,10 @@ class GradESMixin(_Trainer):
             heldout_every=None if heldout is None else heldout.every,
             best_step=None if heldout is None else heldout.best_step,
             best_loss=None if heldout is None else heldout.best_loss,
+            caches={
+                name: CacheSummary(use.hits, use.misses, use.peak_bytes / 2**20, use.saved_seconds, off)
+                for name, (use, off) in grades.prefix.cache_use.items()
+            },
         )
 
 
