@@ -1,8 +1,8 @@
 """The built-in models and data for vision: nothing is downloaded.
 
 The data are images of numbers of two to four digits, made of real scans: scikit-learn's 1,797 handwritten digits.
-The models are LLaVAs (CLIP vision + Qwen2 text): an untrained one of 0.7 million parameters that learns to read on a CPU
-in about a minute, and a pretrained one of 1.4 million that reads already (`reader/`, made by `vlm/pretrain.py`).
+The models are LLaVAs (CLIP vision + Qwen2 text): an untrained one of 0.7 million parameters that learns to read on a
+CPU in about a minute, and a pretrained one of 1.4 million that reads already (`reader/`, made by `vlm/pretrain.py`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    CLIPImageProcessorPil,
     AutoProcessor,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -202,7 +202,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 def tiny_llava(
     seed: int = 0, vision_layers: int = 3, vision_size: int = 96
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Builds an untrained LLaVA (CLIP vision, Qwen2 text), by default of under a million parameters, and its processor.
+    """Builds an untrained LLaVA (CLIP vision, Qwen2 text), by default of 0.7 million parameters, and its processor.
 
     Images of any shape are stretched to a square of 32 x 32 pixels, 16 patches. The tokenizer is byte-level BPE,
     trained on the spot; each digit is one token. Every weight matrix gets a gradient: `vision_feature_layer` is the

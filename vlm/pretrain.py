@@ -2,8 +2,8 @@
 
   python -m vlm.pretrain          # about 15 minutes on one CPU core
 
-20,000 images of the training scans, seven tasks ("Read the number.", "Count the digits.", ...), 5,000 steps. The weights
-are saved in bfloat16 (2.7 MB).
+20,000 images of the training scans, seven tasks ("Read the number.", "Count the digits.", ...), 5,000 steps. The
+weights are saved in bfloat16 (2.7 MB).
 """
 
 from __future__ import annotations

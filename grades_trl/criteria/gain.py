@@ -1,8 +1,9 @@
-"""`metric="gain"`: leading layers freeze when their updates buy less loss than their backward pass costs.
+"""`metric="gain"`: leading layers freeze when they could gain far less than they cost.
 
-What an update of a matrix has bought is told by the next batch (`gain_meter.py`). Summed over steps it says where the
-training loss comes down; the FLOPs of the same layers say where the time goes. Freezing the leading layers pays where
-the first share is well below the second (figures in `dev/LOG.md`).
+What a layer could gain is measured by `gain_meter.py`: the part that it has in the squared norm of the gradient of the
+training loss. The FLOPs of the same layers say where the time goes. A vision tower that came well trained, for images
+of the kind it knows, has a hundredth of the gain for half of the time; one that meets images of another kind has most
+of it (figures in `dev/LOG.md`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from grades_trl.model.matrices import WeightMatrix, layers_in_order
 
 from .base import Converged, Criterion
 
-MIN_STEPS = 5  # of a decision
+MIN_STEPS = 5  # measured, in each of the two windows of a decision
 SURE = 2.0  # standard errors
 
 
@@ -27,25 +28,27 @@ class Gain(Criterion):
     """
     Freezes leading layers: of the vision tower first, then the projector, then the language layers from below.
 
-    With s the share of the gain and c the share of the cost of a step that the leading layers have, freezing them
-    leaves `1 - s` of the gain for `1 - c` of the time. They freeze when `(1 - s) / (1 - c)` is above `1 + margin` by
-    two standard errors. It is asked at the end of the grace period, and again after twice, four times, ... as many
-    steps: late in a run the gain is noise, and then nothing is sure.
+    They freeze when their share of the gain is below a `margin`-th of their share of the cost of a step, by two
+    standard errors, in two windows of steps one after the other. One window is not enough: at the beginning of a run
+    the output layers gain most, whatever the task, and only then it shows whether those before them have to move. The
+    windows end at the end of the grace period, and after twice, four times, ... as many steps; so the earliest freeze
+    comes after twice the grace period. Late in a run the gain is noise, and then nothing is sure.
 
     Args:
         alpha (`float`): grace period as a fraction of all steps; at least 5 steps are measured.
-        margin (`float`): by how much the gain per time must rise.
+        margin (`float`): how many times smaller than the share of the cost the share of the gain must be.
     """
 
-    defaults = {"alpha": 0.1, "margin": 0.02}  # noqa: RUF012
+    defaults = {"alpha": 0.08, "margin": 4.0}  # noqa: RUF012
     freezes_whole_layers = True
 
     def __init__(self, matrices: dict[str, WeightMatrix], total_steps: int, **settings: Any):
         super().__init__(matrices, total_steps)
         self.margin = settings["margin"]
         self.grace_steps = max(MIN_STEPS + 1, math.ceil(round(settings["alpha"] * total_steps, 9)))
-        self._steps: list[dict[str, float]] = []  # layer -> gain, of every measured step since the last freeze
-        self._ask_at = self.grace_steps
+        self._last_window: list[dict[str, float]] = []
+        self._window: list[dict[str, float]] = []  # layer -> gain, of every step measured since the last one ended
+        self._ends_at = self.grace_steps
         self._members = layers_in_order(matrices)
         self._layer_of = {m.name: layer for layer, members in self._members.items() for m in members}
         self.layers = list(self._members)  # from input to output
@@ -53,46 +56,32 @@ class Gain(Criterion):
     def update(self, step: int, live: Collection[str], grad_scale: float) -> list[Converged]:
         self.values = self.gain_meter.values
         if self.values:
-            self._steps.append(self.gain_meter.steps[step])
-        if step < self._ask_at:
+            self._window.append(self.gain_meter.steps[step])
+        if step < self._ends_at:
             return []
-        self._ask_at *= 2
-        return self._decide(set(live))
+        self._ends_at *= 2
+        converged = self._decide(set(live))
+        self._last_window, self._window = self._window, []
+        return converged
 
     def _decide(self, live: set[str]) -> list[Converged]:
-        if len(self._steps) < MIN_STEPS:
+        windows = (self._last_window, self._window)
+        if min(map(len, windows)) < MIN_STEPS:
             return []
+        trained = {self._layer_of[name] for name in live}
         frozen, costs = self.matrices.keys() - live, self.costs()
         cost_now = self._cost(frozen, costs)
-        best: tuple[float, int, str] = (1 + self.margin, 0, "")
+        best, reason, leading = 0.0, "", set[str]()
         for count in range(1, len(self.layers)):
-            leading = set(self.layers[:count])
-            members = {name for name in live if self._layer_of[name] in leading}
-            if not members:
-                continue
-            cost = self._cost(frozen | members, costs) / cost_now
-            share, error = self._share_of(leading)
-            lowest = (1 - share - SURE * error) / cost
-            if lowest > best[0]:
-                reason = f"{share:.0%} of the gain, {1 - cost:.0%} of the cost"
-                best = (lowest, count, reason)
-        _, count, reason = best
-        if not count:
-            return []
-        self._steps.clear()
-        leading = set(self.layers[:count])
-        return [Converged(name, reason) for name in self.matrices if name in live and self._layer_of[name] in leading]
-
-    def _share_of(self, leading: set[str]) -> tuple[float, float]:
-        """The share of the gain that leading layers have, and its standard error: that of a ratio of two means."""
-        total = [math.fsum(gains.values()) for gains in self._steps]
-        own = [math.fsum(gain for layer, gain in gains.items() if layer in leading) for gains in self._steps]
-        mean = statistics.fmean(total)
-        if mean <= 0:  # the loss does not come down
-            return 0.0, math.inf
-        share = statistics.fmean(own) / mean
-        rest = [mine - share * all_ for mine, all_ in zip(own, total, strict=True)]
-        return share, statistics.stdev(rest) / math.sqrt(len(rest)) / mean
+            layers = trained & set(self.layers[:count])
+            members = {name for name in live if self._layer_of[name] in layers}
+            cost = 1 - self._cost(frozen | members, costs) / cost_now
+            shares = [share_of_gain(window, layers, trained) for window in windows]
+            highest = max(share + SURE * error for share, error in shares)
+            if cost / self.margin - highest > best:
+                best, leading = cost / self.margin - highest, members
+                reason = f"{max(0.0, shares[-1][0]):.1%} of the gain, {cost:.0%} of the time"
+        return [Converged(name, reason) for name in self.matrices if name in leading]
 
     def _skipped_layers(self, frozen: set[str], costs: StepCosts) -> dict[str, int]:
         """Path of a layer list -> leading layers that backward skips when these matrices are frozen."""
@@ -120,7 +109,32 @@ class Gain(Criterion):
         )
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {"steps": self._steps, "ask_at": self._ask_at}, {}
+        return {"last_window": self._last_window, "window": self._window, "ends_at": self._ends_at}, {}
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self._steps, self._ask_at = [dict(gains) for gains in state["steps"]], state["ask_at"]
+        self._last_window = [dict(gains) for gains in state["last_window"]]
+        self._window = [dict(gains) for gains in state["window"]]
+        self._ends_at = state["ends_at"]
+
+
+def share_of_gain(
+    window: list[dict[str, float]], layers: Collection[str], trained: Collection[str]
+) -> tuple[float, float]:
+    """The share of the gain that some layers have, and its standard error: that of a ratio of two means.
+
+    Args:
+        window (`list[dict[str, float]]`): layer -> gain, of each measured step.
+        layers (`Collection[str]`): those whose share it is,
+        trained (`Collection[str]`): of the gain of these.
+
+    Returns:
+        `tuple[float, float]`: the error is infinite where the gain of all is not above 0.
+    """
+    totals = [math.fsum(gains.get(layer, 0.0) for layer in trained) for gains in window]
+    own = [math.fsum(gains.get(layer, 0.0) for layer in layers) for gains in window]
+    mean = statistics.fmean(totals)
+    if mean <= 0:
+        return 0.0, math.inf
+    share = statistics.fmean(own) / mean
+    rest = [mine - share * total for mine, total in zip(own, totals, strict=True)]
+    return share, statistics.stdev(rest) / math.sqrt(len(rest)) / mean

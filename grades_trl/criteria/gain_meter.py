@@ -1,4 +1,4 @@
-"""Where the training loss comes down: what the updates of each layer gain, told by the gradient of the next batch."""
+"""Where the training loss comes down: how much each layer could gain, told by the gradients of two batches."""
 
 from __future__ import annotations
 
@@ -13,23 +13,28 @@ from grades_trl.model.matrices import WeightMatrix, layers_in_order
 from .measurement import L1Measurement
 
 SAMPLE_FRACTION = 1 / 64  # of each large matrix
-# Every step is measured in the first tenth of a run, but in at least 25 steps and at most 500; later one step in ten,
-# in long runs one in a two-hundredth of the run.
-DENSE_FRACTION, MIN_DENSE, MAX_DENSE = 0.1, 25, 500
+# Every step is measured in the first fifth of a run, but in at least 25 steps and at most 1,000; later one step in
+# ten, in long runs one in a two-hundredth of the run.
+DENSE_FRACTION, MIN_DENSE, MAX_DENSE = 0.2, 25, 1000
 SPARSE, MAX_SPARSE = 10, 200
 
 
 class GainMeter:
     """
-    Measures, in every run, by how much the updates of each layer lower the training loss.
+    Measures, in every run, how fast each layer could bring the training loss down.
 
-    The gain of the last update of a matrix is `-<g_{t+1}, W_{t+1} - W_t>`: to first order, how much lower the loss of
-    the next batch is for it, in the unit of the loss. The gradient is there anyway, so no held-out row and no further
-    pass is needed. A matrix that consists of LoRA factors has the sum over its factors. Large tensors are sampled,
-    with an unbiased estimate (`metrics.py`); of these samples the weights of the step before are remembered.
+    The gain of a matrix is `<g_t, g_{t-1}>`, the product of its gradients of two consecutive steps. The batches are
+    independent and the weights have hardly moved, so that the noise of the two averages out: the product estimates the
+    squared norm of the gradient of the whole training loss. To first order that is what a step of gradient descent in
+    this matrix gains, in units of the loss and the step size. (McCandlish et al. 2018, arXiv 1812.06162, appendix A,
+    take it for the norm of the whole model.) Shares of it say where the loss comes down. Both gradients are there
+    anyway, so no held-out row and no further pass is needed.
 
-    A step is no measurement if its gradients are not finite, or if the update before it was skipped. What is not
-    tracked (embeddings, norms, biases, the output head) has no gain here.
+    A matrix that consists of LoRA factors has the sum over its factors. Large tensors are sampled, with an unbiased
+    estimate (`metrics.py`); of these samples the gradients of the step before are remembered.
+
+    A step is no measurement if its gradients are not finite, or zero. What is not tracked (embeddings, norms, biases,
+    the output head) has no gain here.
 
     Args:
         matrices (`dict[str, WeightMatrix]`): what is tracked.
@@ -39,7 +44,7 @@ class GainMeter:
     Attributes:
         layers (`list[str]`): the keys of the layers from input to output, `"<tower>/<path of the stack>/<layer>"`:
             encoders, projector, language. See `layers_in_order`.
-        steps (`dict[int, dict[str, float]]`): optimizer step -> layer -> gain of the last update, of every measured
+        steps (`dict[int, dict[str, float]]`): optimizer step -> layer -> gain, of every measured
             step since the start of the run, in their order. Steps that were not measured are missing, and in a step
             the layers of which nothing was measured: frozen ones, a tower without data.
         values (`dict[str, float]`): matrix -> gain, of the last call of `measure`; empty if it was no measurement.
@@ -70,7 +75,7 @@ class GainMeter:
         return self._values
 
     def measure(self, step: int, live: Collection[str], grad_scale: float) -> None:
-        """Measures the last update of the matrices that still train, if this step is one of those measured.
+        """Measures the matrices that still train, if this step is one of those measured.
 
         Called after the backward pass of every optimizer step, before clipping and the update. Nothing waits for the
         device before `steps` or `values` are read.
@@ -87,17 +92,12 @@ class GainMeter:
             return
         measurement = self._measurement
         gradients = measurement.gradients(live)
-        weights = {
-            name: measurement.sampled(name, [p.detach() for p in self._matrices[name].parameters])
-            for name in gradients
-        }
-        known = {name: own for name, own in weights.items() if measurement.remembered_at.get(name) == step - 1}
+        known = {name: own for name, own in gradients.items() if measurement.remembered_at.get(name) == step - 1}
         if due and known:
-            numbers = measurement.products_with_change(gradients, known, grad_scale)
-            self._unread = step, list(known), numbers
+            self._unread = step, list(known), measurement.products(known, grad_scale)
         if due_next:
-            for name, own in weights.items():
-                measurement.remember(step, name, own, scale=1.0)
+            for name, own in gradients.items():
+                measurement.remember(step, name, own, grad_scale)
 
     def _is_due(self, step: int) -> bool:
         return step <= self.dense or step % self.every == 0
@@ -111,8 +111,8 @@ class GainMeter:
         products = self._measurement.totals(names, numbers)
         if not all(map(math.isfinite, products.values())):  # shares of a part of the layers would mislead
             return
-        # Exactly 0: the update was skipped, or no gradient has flowed.
-        self._values = {name: -product for name, product in products.items() if product != 0.0}
+        # Exactly 0: no gradient has flowed.
+        self._values = {name: product for name, product in products.items() if product != 0.0}
         if self._values:
             gains: dict[str, float] = {}
             for name, gain in self._values.items():

@@ -1,4 +1,5 @@
-"""Sums over whole matrices, and over their change since an earlier step: what all metrics are made of.
+"""Sums over whole matrices, over their change since an earlier step, and products with them then: what all metrics are
+made of.
 
 A matrix may consist of several tensors (the LoRA factors A and B): its value is the sum over all of them
 (arXiv 2509.01842, Eq. 3). Large tensors are sampled (see `metrics.py`).
@@ -89,15 +90,13 @@ class L1Measurement:
             changes[name] = self._total(name, [next(rows)[1] for _ in own])
         return norms, changes
 
-    def products_with_change(
-        self, gradients: dict[str, list[Tensor]], weights: dict[str, list[Tensor]], scale: float
-    ) -> Tensor:
-        """`<g / scale, W - p>` of the tensors of each matrix in `weights`, p being what was remembered: float32, on
-        the device. For `totals`."""
+    def products(self, tensors: dict[str, list[Tensor]], scale: float) -> Tensor:
+        """`<x / scale, p>` of the tensors of each matrix, p being what was remembered: float32, on the device. For
+        `totals`."""
         rows = [
-            torch.dot(g.float().flatten(), (w.float() - p.float()).flatten())
-            for name, own in weights.items()
-            for g, w, p in zip(gradients[name], own, self._previous[name], strict=True)
+            torch.dot(x.float().flatten(), p.float().flatten())
+            for name, own in tensors.items()
+            for x, p in zip(own, self._previous[name], strict=True)
         ]
         return torch.stack([row.to(rows[0].device) for row in rows]) / scale
 
