@@ -174,7 +174,7 @@ def test_rows_are_measured_in_the_batch_size_that_fits(tmp_path, text):
     assert set(largest) == {2}
 
 
-@pytest.mark.parametrize("stopping", ["auto", "heldout_loss"])
+@pytest.mark.parametrize("stopping", ["auto", "heldout"])
 def test_a_run_too_short_for_measurements_is_the_stock_one(tmp_path, text, stopping):
     trainer = build(text, tmp_path, GradESConfig(metric="none", stopping=stopping))
     stock = build(text, tmp_path, cls=SFTTrainer)
@@ -197,7 +197,7 @@ def test_what_is_needed_and_missing_is_said_before_training(tmp_path, text):
             grades=grades,
         )
 
-    for grades in (GradESConfig(stopping="heldout_loss"), GradESConfig(keep="best_average")):
+    for grades in (GradESConfig(stopping="heldout"), GradESConfig(keep="best_average")):
         with pytest.raises(ValueError, match="pass eval_dataset"):
             trainer(None, grades)
         with pytest.raises(ValueError, match="eval_dataset is streamed"):

@@ -1,19 +1,19 @@
-"""Stopping rules on their own: sequences of held-out losses by hand, and what their measurements may cost."""
+"""Stopping rules on their own: sequences of scores by hand, and what held-out measurements may cost."""
 
 import json
 import math
 
 import pytest
 
-from grades_trl.stopping import STOPPING_RULES, HeldoutLoss
-from grades_trl.stopping.heldout_loss import MAX_MEASUREMENTS, MIN_SAMPLES, plan
+from grades_trl.stopping import HELDOUT_METRICS, STOPPING_RULES, HeldoutScore
+from grades_trl.stopping.heldout import MAX_MEASUREMENTS, MIN_SAMPLES, plan
 
-DEFAULTS = dict(HeldoutLoss.defaults)
+DEFAULTS = dict(HeldoutScore.defaults)
 NAN, INF = math.nan, math.inf
 
 
 def rule(total_steps=100, **settings):
-    return HeldoutLoss(total_steps, **{**DEFAULTS, **settings})
+    return HeldoutScore(total_steps, **{**DEFAULTS, **settings})
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_run_ends_when_its_heldout_loss_has_stopped_improving(losses, patience
             assert stopping.reason == "held-out loss stopped improving"
             break
     assert (step if stopping.reason else None) == ends_at
-    assert (stopping.best_loss, stopping.best_step) == (lowest, best_step)
+    assert (stopping.best_score, stopping.best_step) == (None if lowest == INF else lowest, best_step)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():
@@ -47,7 +47,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     for step, loss in enumerate([3.0, 2.0, 2.5], 1):
         stopping.update(step, loss)
     before = dict(vars(stopping))
-    assert (stopping.loss, stopping.evals_since_best, stopping.measurements) == (2.5, 1, 3)
+    assert (stopping.score, stopping.evals_since_best, stopping.measurements) == (2.5, 1, 3)
     for step, loss in enumerate([NAN, INF, -INF] * 3, 4):
         assert stopping.update(step, loss) is False
         assert vars(stopping) == before
@@ -87,7 +87,8 @@ def test_when_a_heldout_loss_is_measured(total, settings, every, first):
 
 
 @pytest.mark.parametrize(
-    ("name", "goes_on"), [("all_frozen", False), ("heldout_loss", False), ("end_of_schedule", True)]
+    ("name", "goes_on"),
+    [("all_frozen", False), ("heldout", False), ("train_accuracy", False), ("end_of_schedule", True)],
 )
 def test_whether_a_rule_trains_on_when_all_matrices_are_frozen(name, goes_on):
     stopping = STOPPING_RULES[name](10, **STOPPING_RULES[name].defaults)
@@ -131,13 +132,13 @@ def cost_of(total_steps, rows_per_step, rows, every, **settings):
     ],
 )
 def test_the_plan_of_a_run(steps, per_step, expected):
-    rows, every = plan(DEFAULTS, steps, per_step, available=10_000)
+    rows, every, _ = plan(DEFAULTS, steps, per_step, available=10_000)
     assert (rows, every) == expected
 
 
 @pytest.mark.parametrize(("steps", "per_step"), [(60, 8), (188, 8), (411, 8), (125, 8), (375, 8)])
 def test_the_quick_starts_of_others_are_long_enough_for_a_heldout_loss(steps, per_step):
-    rows, every = plan(DEFAULTS, steps, per_step, available=10_000)
+    rows, every, _ = plan(DEFAULTS, steps, per_step, available=10_000)
     assert rows >= MIN_SAMPLES
     # one, two that are no improvement, and one of the last weights
     assert len(measured(steps, every)) >= DEFAULTS["patience"] + 2
@@ -162,7 +163,7 @@ def test_427_training_examples_are_the_fewest_that_are_measured():
 @pytest.mark.parametrize("budget", [0.02, 0.5])
 def test_an_interval_that_is_set_is_kept_and_its_cost_bounds_the_rows(every, budget):
     settings = {**DEFAULTS, "every": every, "cost": budget}
-    rows, kept = plan(settings, 400, 16, available=1000)
+    rows, kept, _ = plan(settings, 400, 16, available=1000)
     assert kept == every
     afforded = budget * 400 * 16 * 3 / len(measured(400, every))
     assert rows == min(128, max(1, math.floor(afforded)))
@@ -181,7 +182,7 @@ def test_an_interval_that_is_set_is_kept_and_its_cost_bounds_the_rows(every, bud
     ],
 )
 def test_there_are_no_more_rows_than_the_data_or_the_setting_says(settings, available, expected):
-    assert plan({**DEFAULTS, **settings}, 1000, 32, available) == expected
+    assert plan({**DEFAULTS, **settings}, 1000, 32, available)[:2] == expected
 
 
 def test_fewer_rows_are_measured_more_often():
@@ -201,7 +202,7 @@ def test_a_run_that_could_not_be_ended_is_not_measured(patience, expected):
 @pytest.mark.parametrize("per_step", [1, 4, 7, 32, 128])
 @pytest.mark.parametrize("settings", [{}, {"grace": 0.5}, {"patience": 5}, {"cost": 0.3}, {"samples": 12}])
 def test_no_plan_costs_more_than_it_may(steps, per_step, settings):
-    rows, every = plan({**DEFAULTS, **settings}, steps, per_step, available=10_000)
+    rows, every, _ = plan({**DEFAULTS, **settings}, steps, per_step, available=10_000)
     count = len(measured(steps, every, **settings))
     allowed = max(settings.get("cost", 0.02), 0.05 if count * rows <= 64 else 0.0)
     assert cost_of(steps, per_step, rows, every, **settings) <= allowed + 1e-12
