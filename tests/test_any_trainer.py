@@ -109,6 +109,14 @@ def test_a_trainer_freezes_in_the_middle_and_measures_its_heldout_loss(tmp_path,
     assert trainer.grades.heldout.score > 0
 
 
+def test_a_trainer_that_is_no_sft_trainer_has_no_training_accuracy(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="reads the mean_token_accuracy"):
+        build("plain", tokenizer, tmp_path, GradESConfig(stopping="train_accuracy"), lora=False)
+    trainer = build("dpo", tokenizer, tmp_path, GradESConfig(metric="none"), lora=False)
+    trainer.train()
+    assert (trainer.grades.stopping_name, trainer.grades.heldout) == ("all_frozen", None)
+
+
 def test_a_trainer_that_generates_has_no_heldout_loss(tmp_path, tokenizer):
     mixed = type("Mixed", (GradESMixin, GRPOTrainer), {})
     args = GRPOConfig(str(tmp_path), **(COMMON | {"num_generations": 2, "max_completion_length": 4}))

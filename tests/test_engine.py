@@ -282,6 +282,34 @@ def test_which_rule_ends_a_run_and_whether_a_heldout_loss_is_measured(stopping, 
         assert grades.stopping is grades.heldout
 
 
+def test_a_run_ends_by_the_training_accuracy_that_its_steps_are_given():
+    with pytest.raises(ValueError, match="pass knows_train_accuracy=True"):
+        toy(GradESConfig(stopping="train_accuracy"))
+    for stopping in ("auto", "train_accuracy"):
+        model = Toy()
+        grades = GradES(model, GradESConfig(metric="none", stopping=stopping), 20, knows_train_accuracy=True)
+        for step in range(1, 21):
+            give_gradients(model)
+            grades.step(step, train_accuracy=1.0)
+            if grades.done:
+                break
+        assert (step, grades.stop_reason) == (11, "training token accuracy saturated")
+        again = GradES(Toy(), GradESConfig(metric="none", stopping=stopping), 20, knows_train_accuracy=True)
+        again.load_state_dict(grades.state_dict())
+        assert again.stop_reason == grades.stop_reason
+
+
+def test_a_score_may_come_with_its_loss():
+    measurements = iter([(0.5, 2.0), (0.5, 1.0), (0.5, 1.5), (0.5, 1.2)])
+    config = GradESConfig(metric="none", heldout_metric="token_accuracy", heldout_every=1, heldout_grace=0.0)
+    _, grades = toy(config, measurements.__next__)
+    for step in range(1, 4):
+        grades.step(step)
+    assert (grades.heldout.best_step, grades.stop_reason) == (2, "held-out token accuracy stopped improving")
+    grades.finish()  # the last weights are as often right, at a higher loss
+    assert grades.restored_best
+
+
 def test_a_heldout_rule_without_rows_is_an_error():
     with pytest.raises(ValueError, match=r"stopping 'heldout' .* pass heldout_score="):
         toy(GradESConfig(stopping="heldout"))

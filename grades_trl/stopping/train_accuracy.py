@@ -15,7 +15,7 @@ from .base import StoppingRule
 
 SATURATED = 0.99
 # Of the schedule. The last quarter of 60 steps with 8 rows holds thousands of tokens: an accuracy of 0.98 is told from
-# one of 0.99. No fewer steps than 8, since their scatter tells whether the accuracy still rises.
+# one of 0.99. No fewer steps than 8, of which one half is compared with the other.
 WINDOW, MIN_WINDOW = 1 / 4, 8
 
 
@@ -24,9 +24,9 @@ class TrainAccuracy(StoppingRule):
     Ends a run that predicts its training tokens, and has stopped getting better at it.
 
     In the last quarter of the schedule's steps (at least 8) the mean accuracy is at least 0.99, and that of their
-    second half is not above that of the first half by more than its standard error. A level alone would end a run in
-    which nearly all tokens are easy and the last few still improve; a plateau alone one that improves slowly. No run
-    ends in the first half of its schedule. An accuracy that is not finite is left out.
+    second half is not above that of their first half. A level alone would end a run in which nearly all tokens are
+    easy and the last few still improve; a plateau alone would end one that improves slowly. No run ends in the first
+    half of its schedule. An accuracy that is not finite is left out.
 
     Attributes:
         window (`int`): steps that are looked at.
@@ -52,8 +52,7 @@ class TrainAccuracy(StoppingRule):
             return
         half = self.window // 2
         earlier, later = self._accuracies[:half], self._accuracies[half:]
-        error = math.sqrt(statistics.variance(earlier) / len(earlier) + statistics.variance(later) / len(later))
-        rises = statistics.fmean(later) - statistics.fmean(earlier) > error
+        rises = statistics.fmean(later) > statistics.fmean(earlier)
         if statistics.fmean(self._accuracies) >= SATURATED and not rises:
             self.reason = "training token accuracy saturated"
 
