@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from grades_trl.criteria import CRITERIA
 from grades_trl.model.towers import TOWERS
-from grades_trl.stopping import STOPPING_RULES
+from grades_trl.stopping import HELDOUT_METRICS, STOPPING_RULES
 
 KEEP = ("auto", "last", "best_average")
 
@@ -34,7 +34,14 @@ CRITERION_SETTINGS = (
     "margin",
     "schedule",
 )
-HELDOUT_SETTINGS = ("heldout_every", "heldout_patience", "heldout_grace", "heldout_cost", "heldout_samples")
+HELDOUT_SETTINGS = (
+    "heldout_metric",
+    "heldout_every",
+    "heldout_patience",
+    "heldout_grace",
+    "heldout_cost",
+    "heldout_samples",
+)
 
 
 @dataclass
@@ -81,22 +88,30 @@ class GradESConfig:
             from a matrix, a pattern of names (`"*.layers.[0-4].*"`) or a tower to the step whose update is the first
             one not applied: `{"vision": 1}` trains no vision matrix at all.
         stopping (`str`, *optional*, defaults to `"auto"`):
-            When the run ends. `"all_frozen"`: when every tracked matrix is frozen (paper). `"heldout_loss"`: also when
-            the held-out loss of the averaged weights has stopped improving. `"end_of_schedule"`: not before.
-            `"auto"`: `"heldout_loss"` where there are held-out rows (`eval_dataset`), else `"all_frozen"`.
+            When the run ends. `"all_frozen"`: when every tracked matrix is frozen (paper). `"heldout"`: also when a
+            score of held-out rows has stopped improving, at the averaged weights. `"train_accuracy"`: also when the
+            accuracy on the training tokens has saturated: at least 0.99 over a quarter of the schedule, without a
+            rise, in its second half (arXiv 2602.11149). `"end_of_schedule"`: not before. `"auto"`: `"heldout"` where
+            there are held-out rows (`eval_dataset`) and the run can pay for them, else `"train_accuracy"` where the
+            trainer computes it (TRL's SFTTrainer does), else `"all_frozen"`.
         keep (`str`, *optional*, defaults to `"auto"`):
             Which weights the model has in the end. `"last"`; `"best_average"`: the running average of the weights with
-            the lowest held-out loss, if that is below the loss of the last ones. `"auto"`: `"best_average"` where
-            the held-out loss is measured, else `"last"`.
+            the best held-out score, if that is better than the score of the last ones. `"auto"`: `"best_average"`
+            where a held-out score is measured, else `"last"`.
+        heldout_metric (`str`, *optional*, defaults to `"loss"`):
+            The score of the held-out rows. `"loss"`: per learned token; for other models than language models the
+            trainer's own. `"token_accuracy"`: the fraction of the learned tokens that are predicted. `"exact_match"`:
+            the fraction of the prompts that are answered exactly right, by generation; a trainer needs
+            `heldout_answers` for it.
         heldout_every (`int`, *optional*):
-            Average the weights, and measure their held-out loss, every N optimizer steps. By default what
+            Average the weights, and measure their held-out score, every N optimizer steps. By default what
             `heldout_cost` allows, at most 20 times; `ceil(total_steps / 20)` without a Trainer.
         heldout_patience (`int`, *optional*, defaults to `2`):
-            Measurements without a new lowest held-out loss that end the run.
+            Measurements without a new best held-out score that end the run.
         heldout_grace (`float`, *optional*, defaults to `0.1`):
-            Fraction of all optimizer steps before the first measurement of the held-out loss.
+            Fraction of all optimizer steps before the first measurement of the held-out score.
         heldout_cost (`float`, *optional*, defaults to `0.02`):
-            What all measurements of the held-out loss may cost, as a fraction of the training FLOPs. Short runs may
+            What all measurements of the held-out score may cost, as a fraction of the training FLOPs. Short runs may
             use 64 forward passes of a row, up to 5 %; with fewer than 427 training examples nothing is measured.
         heldout_samples (`int`, *optional*, defaults to `128`):
             Held-out rows per measurement, at most; always the same ones.
@@ -160,7 +175,7 @@ class GradESConfig:
     stopping: str = field(
         default="auto",
         metadata={
-            "help": "When the run ends; auto: by the held-out loss where there are held-out rows.",
+            "help": "When the run ends; auto: by held-out rows where there are enough, else by training accuracy.",
             "choices": ["auto", *STOPPING_RULES],
         },
     )
@@ -168,8 +183,12 @@ class GradESConfig:
         default="auto",
         metadata={"help": "Which weights are kept; auto: the best average where it is measured.", "choices": [*KEEP]},
     )
+    heldout_metric: str | None = field(
+        default=None,
+        metadata={"help": "The score of the held-out rows (default: loss).", "choices": [*HELDOUT_METRICS]},
+    )
     heldout_every: int | None = field(
-        default=None, metadata={"help": "Measure the held-out loss every N steps (default: what the cost allows)."}
+        default=None, metadata={"help": "Measure the held-out score every N steps (default: what the cost allows)."}
     )
     heldout_patience: int | None = field(
         default=None, metadata={"help": "Held-out measurements without improvement that end the run (default: 2)."}
@@ -215,13 +234,19 @@ class GradESConfig:
                     f"{name} is {getattr(self, name)!r}, but metric {self.metric!r} has no {name}; it is a setting of "
                     f"{', '.join(having)}. Remove it, or choose one of these."
                 )
-        if not self.may_measure_heldout_loss:
+        if not self.may_measure_heldout:
             for name in HELDOUT_SETTINGS:
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"{name} is {getattr(self, name)!r}, but with stopping {self.stopping!r} and keep "
-                        f"{self.keep!r} no held-out loss is measured. Remove it, or set stopping to 'heldout_loss'."
+                        f"{self.keep!r} no held-out score is measured. Remove it, or set stopping to 'heldout'."
                     )
+        _expect(
+            self.heldout_metric in (None, *HELDOUT_METRICS),
+            "heldout_metric",
+            self.heldout_metric,
+            f"one of {', '.join(HELDOUT_METRICS)}",
+        )
         if self.metric == "schedule" and self.schedule is None:
             raise ValueError(
                 'metric is "schedule", which needs schedule: the events.jsonl of another run, or a mapping from '
@@ -267,22 +292,22 @@ class GradESConfig:
             )
 
     @property
-    def may_measure_heldout_loss(self) -> bool:
-        """Whether the held-out loss is measured if there are held-out rows."""
-        return self.stopping in ("auto", "heldout_loss") or self.keep == "best_average"
+    def may_measure_heldout(self) -> bool:
+        """Whether a held-out score is measured if there are held-out rows."""
+        return self.stopping in ("auto", "heldout") or self.keep == "best_average"
 
     @property
     def needs_heldout_rows(self) -> bool:
         """Whether held-out rows must be given."""
-        return self.stopping == "heldout_loss" or self.keep == "best_average"
+        return self.stopping == "heldout" or self.keep == "best_average"
 
     def criterion_settings(self) -> dict[str, Any]:
         """The settings of the chosen metric, defaults filled in."""
         return self._with_defaults(CRITERIA[self.metric].defaults)
 
     def heldout_settings(self) -> dict[str, Any]:
-        """`every`, `patience`, `grace`, `cost` and `samples` of the held-out loss, defaults filled in."""
-        settings = self._with_defaults({f"heldout_{k}": v for k, v in STOPPING_RULES["heldout_loss"].defaults.items()})
+        """`metric`, `every`, `patience`, `grace`, `cost` and `samples` of the held-out score, defaults filled in."""
+        settings = self._with_defaults({f"heldout_{k}": v for k, v in STOPPING_RULES["heldout"].defaults.items()})
         return {name.removeprefix("heldout_"): value for name, value in settings.items()}
 
     def _with_defaults(self, defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from grades_trl.freezing.unsloth_lora import skip_frozen_pairs
 from grades_trl.model.flops import StepCosts
 from grades_trl.model.matrices import WeightMatrix, find_matrices, matrices_by_layer
 from grades_trl.model.towers import towers_of_parameters
-from grades_trl.stopping import STOPPING_RULES, HeldoutLoss, StoppingRule
+from grades_trl.stopping import STOPPING_RULES, HeldoutScore, StoppingRule, TrainAccuracy
 from grades_trl.weight_average import WeightAverage
 
 ALL_FROZEN = "all matrices frozen"
@@ -47,8 +47,12 @@ class GradES:
         config (`GradESConfig`): which matrices freeze, when the run ends, which weights are kept.
         total_steps (`int`): optimizer steps of the whole schedule, T in the paper.
         optimizer (`torch.optim.Optimizer`, *optional*): its state of frozen matrices is released.
-        heldout_loss (`Callable[[], float]`, *optional*): returns the mean loss of held-out rows, always the same ones,
-            at the weights that the model has. It runs forward passes only, in evaluation mode.
+        heldout_score (`Callable`, *optional*): returns the score of held-out rows that `config.heldout_metric` names
+            (by default their mean loss), always the same rows, at the weights that the model has. It runs forward
+            passes only, in evaluation mode. Or the score and the loss: of equal scores the one with the lower loss is
+            the best.
+        knows_train_accuracy (`bool`, *optional*, defaults to `False`): `step` is given the accuracy on the training
+            tokens.
         encoder_cache_bytes (`int`, *optional*, defaults to `0`): CPU memory for the outputs of a frozen encoder, where
             `config.activation_cache_mib` says nothing. They are not cached if they do not fit.
         epoch (`tuple[int, float]`, *optional*): rows and optimizer steps of an epoch. An encoder that freezes in the
@@ -60,13 +64,14 @@ class GradES:
         stop_reason (`str`): why nothing is left to train; empty while the run goes on.
         gain (`GainMeter`): what the updates of each layer have gained; measured in every run.
         criterion (`Criterion`): what decides which matrices freeze; `criterion.values` has the last measurements.
-        heldout (`HeldoutLoss` or `None`): the held-out losses so far, where they are measured.
+        heldout (`HeldoutScore` or `None`): the held-out scores so far, where they are measured.
+        stopping (`StoppingRule`): what decides when the run ends.
         restored_best (`bool`): the model has its best average, of step `heldout.best_step`.
         prefix (`FrozenPrefix`): the leading layers that backward skips.
 
     Raises:
         ValueError: the model has no matrix to track; a schedule or tau that does not fit it; a configuration that
-            needs held-out rows, and no `heldout_loss`.
+            needs held-out rows or the training accuracy, which are not given.
     """
 
     def __init__(
@@ -75,14 +80,20 @@ class GradES:
         config: GradESConfig,
         total_steps: int,
         optimizer: Any = None,
-        heldout_loss: Callable[[], float] | None = None,
+        heldout_score: Callable[[], float | tuple[float, float]] | None = None,
         encoder_cache_bytes: int = 0,
         epoch: tuple[int, float] | None = None,
+        knows_train_accuracy: bool = False,
     ):
-        if config.needs_heldout_rows and heldout_loss is None:
+        if config.needs_heldout_rows and heldout_score is None:
             raise ValueError(
-                f"stopping {config.stopping!r} and keep {config.keep!r} measure the loss of held-out rows: pass "
-                "heldout_loss=<function that returns it>. GradESTrainer takes the rows from its eval_dataset."
+                f"stopping {config.stopping!r} and keep {config.keep!r} measure a score of held-out rows: pass "
+                "heldout_score=<function that returns it>. GradESTrainer takes the rows from its eval_dataset."
+            )
+        if config.stopping == "train_accuracy" and not knows_train_accuracy:
+            raise ValueError(
+                "stopping 'train_accuracy' reads the accuracy on the training tokens: pass knows_train_accuracy=True, "
+                "and the accuracy to each step(). GradESTrainer takes it from TRL's SFTTrainer."
             )
         self.config = config
         self.optimizer = optimizer
@@ -93,12 +104,16 @@ class GradES:
         self.frozen: dict[str, int] = {}
         self.stop_reason = ""
 
-        self.heldout: HeldoutLoss | None = None
+        self.heldout: HeldoutScore | None = None
         self.average: WeightAverage | None = None
-        self._heldout_loss = heldout_loss
-        if heldout_loss is not None and config.may_measure_heldout_loss:
-            self.heldout = HeldoutLoss(total_steps, **config.heldout_settings())
+        self._heldout_score = heldout_score
+        if heldout_score is not None and config.may_measure_heldout:
+            self.heldout = HeldoutScore(total_steps, **config.heldout_settings())
             self.average = WeightAverage(model)
+        self.stopping_name = config.stopping
+        if config.stopping == "auto":
+            fallback = "train_accuracy" if knows_train_accuracy else "all_frozen"
+            self.stopping_name = "heldout" if self.heldout is not None else fallback
         self.stopping = self._stopping_rule(total_steps)
         self.restored_best = False
 
@@ -134,10 +149,10 @@ class GradES:
         return cache, EncoderCache(encoder_bytes, directory, rows, must_fit=mib is None)
 
     def _stopping_rule(self, total_steps: int) -> StoppingRule:
-        if self.config.stopping == "heldout_loss" or (self.config.stopping == "auto" and self.heldout is not None):
+        if self.stopping_name == "heldout":
             assert self.heldout is not None  # checked above
             return self.heldout
-        return STOPPING_RULES["all_frozen" if self.config.stopping == "auto" else self.config.stopping](total_steps)
+        return STOPPING_RULES[self.stopping_name](total_steps)
 
     @property
     def done(self) -> bool:
@@ -145,13 +160,15 @@ class GradES:
         return bool(self.stop_reason)
 
     @torch.no_grad()
-    def step(self, step: int, grad_scale: float = 1.0) -> list[FreezeEvent]:
+    def step(self, step: int, grad_scale: float = 1.0, train_accuracy: float | None = None) -> list[FreezeEvent]:
         """Measures all matrices and freezes the converged ones. Call it after backward, before clipping and update.
 
         Args:
             step (`int`): number of the optimizer step, counted from 1.
             grad_scale (`float`, *optional*, defaults to `1.0`): the loss scale that gradients are still multiplied by
                 (fp16). Values are those of the true gradients.
+            train_accuracy (`float`, *optional*): accuracy on the training tokens of this step, from 0 to 1, for
+                `stopping="train_accuracy"`.
 
         Returns:
             `list[FreezeEvent]`: the matrices frozen now; this step's update is not applied to them.
@@ -176,21 +193,28 @@ class GradES:
         if events or self._prefix_is_stale or self.prefix.has_new_calls:  # a tower may be frozen from the start
             self.prefix.update(unreached, rows_come_back=step < self._last_epoch)
             self._prefix_is_stale = False
-        self._measure_heldout_loss(step)
+        self._measure_heldout_score(step)
+        if train_accuracy is not None and isinstance(self.stopping, TrainAccuracy):
+            self.stopping.update(step, train_accuracy)
         self._update_stop_reason()
         return events
 
-    def _measure_heldout_loss(self, step: int) -> None:
+    def _measure_heldout_score(self, step: int) -> None:
         heldout, average = self.heldout, self.average
-        if heldout is None or average is None or self._heldout_loss is None or step % heldout.every:
+        if heldout is None or average is None or step % heldout.every:
             return
         average.update()
         if step < heldout.first_step:
             return
         with average.in_model():
-            loss = self._heldout_loss()
-        if heldout.update(step, loss):
+            score, loss = self._heldout_score_and_loss()
+        if heldout.update(step, score, loss):
             average.mark_best()
+
+    def _heldout_score_and_loss(self) -> tuple[float, float]:
+        assert self._heldout_score is not None
+        measured = self._heldout_score()
+        return measured if isinstance(measured, tuple) else (measured, 0.0)
 
     def _update_stop_reason(self) -> None:
         self.stop_reason = self.stopping.reason
@@ -213,8 +237,8 @@ class GradES:
     def finish(self) -> None:
         """Ends the run. To be called after the last step, whatever ended it.
 
-        The model gets the best average of its weights, if one is to be kept and its held-out loss is below that of the
-        weights it has. What GradES froze can be trained again, its hooks are gone, and its buffers are released.
+        The model gets the best average of its weights, if one is to be kept and its held-out score is better than that
+        of the weights it has. What GradES froze can be trained again, its hooks are gone, its buffers are released.
         """
         try:
             self.restore_best_average()
@@ -223,17 +247,17 @@ class GradES:
 
     @torch.no_grad()
     def restore_best_average(self) -> None:
-        """Gives the model the best average of its weights, if one is to be kept and its held-out loss is lower than
-        that of the weights it has. Only the first call does anything."""
+        """Gives the model the best average of its weights, if one is to be kept and its held-out score is better
+        than that of the weights it has. Only the first call does anything."""
         if self._finished:
             return
         self._finished = True
         if self.config.keep == "last" or self.average is None or not self.average.has_best:
             return
-        assert self.heldout is not None and self._heldout_loss is not None  # they come with the average
-        loss = self._heldout_loss()
+        assert self.heldout is not None  # it comes with the average
+        score, loss = self._heldout_score_and_loss()
         self.heldout.measurements += 1
-        if not loss <= self.heldout.best_loss:  # not a number, too
+        if self.heldout.is_below_best(score, loss):
             self.average.restore_best()
             self.restored_best = True
             self.prefix.forget_outputs()
@@ -315,6 +339,7 @@ class GradES:
             "without_gradient": list(self._without_gradient),
             "criterion": criterion,
             "gain": gain,
+            "stopping": {"rule": self.stopping_name, "state": self.stopping.state_dict()},
             "heldout": None,
         }
         if self.heldout is not None and self.average is not None:
@@ -328,7 +353,7 @@ class GradES:
 
         Raises:
             ValueError: the state is of another metric, of a run with or without held-out measurements where this is
-                the other, or of a model with other matrices.
+                the other, of another held-out metric, or of a model with other matrices.
         """
         if state["metric"] != self.config.metric:
             raise ValueError(
@@ -338,7 +363,7 @@ class GradES:
         if (state["heldout"] is None) != (self.heldout is None):
             was, is_now = ("without", "with") if state["heldout"] is None else ("with", "without")
             raise ValueError(
-                f"The checkpoint was written {was} measurements of the held-out loss and this run is {is_now} them: "
+                f"The checkpoint was written {was} measurements of a held-out score and this run is {is_now} them: "
                 "resume with the same stopping, keep and eval_dataset."
             )
         other = set(state["matrices"]) ^ set(self.matrices)
@@ -351,13 +376,16 @@ class GradES:
         def tensors_of(kind: str) -> dict[str, Tensor]:
             return {name.removeprefix(kind): t for name, t in state["tensors"].items() if name.startswith(kind)}
 
+        if self.heldout is not None:
+            self.heldout.load_state_dict(state["heldout"]["rule"])
         self.criterion.load_state_dict(state["criterion"], tensors_of("criterion/"))
         self.gain.load_state_dict(state["gain"], tensors_of("gain/"))
+        if state["stopping"]["rule"] == self.stopping_name:
+            self.stopping.load_state_dict(state["stopping"]["state"])
         self._last_step = state["last_step"]
         before = set(state["without_gradient"])
         self._without_gradient = {name: p for name, p in self._without_gradient.items() if name in before}
-        if self.heldout is not None and self.average is not None:
-            self.heldout.load_state_dict(state["heldout"]["rule"])
+        if self.average is not None:
             self.average.load_state_dict(state["heldout"]["average"], tensors_of("weights/"))
         for name, step in state["frozen"].items():
             self._freeze_matrix(name, step)

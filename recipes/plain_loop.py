@@ -48,7 +48,7 @@ def main() -> None:
         return loss
 
     # GradES: measuring the loss of 64 held-out images at 20 points of the schedule costs 2 % of the training.
-    grades = GradES(model, GradESConfig(), args.steps, optimizer, heldout_loss=lambda: loss_of(held_out))
+    grades = GradES(model, GradESConfig(), args.steps, optimizer, heldout_score=lambda: loss_of(held_out))
     print(f"{len(grades.matrices)} matrices; none freezes before step {grades.criterion.grace_steps + 1}")
 
     # 3. Train.

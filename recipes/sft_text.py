@@ -28,6 +28,7 @@ from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, 
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
 from grades_trl.report.timing import RunClock
+from grades_trl.trainers.heldout import HeldoutAnswers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -67,6 +68,14 @@ def main() -> None:
             seed=training.seed,
         )
     environment, clock = Environment.gather(model), RunClock()
+    has_prompts = "prompt" in test.column_names
+
+    def ask(rows: Dataset) -> list[str]:
+        return answers(trainer.model, tokenizer, rows, max_new_tokens=recipe.max_new_tokens)
+
+    def score(count: int) -> float:  # for heldout_metric: exact_match
+        return exact_match(ask(validation.select(range(count))), validation.select(range(count)))
+
     trainer = GradESTrainer(
         model=model,
         args=training,
@@ -74,6 +83,7 @@ def main() -> None:
         eval_dataset=validation,
         processing_class=tokenizer,
         grades=grades if recipe.grades else None,
+        heldout_answers=HeldoutAnswers(score, len(validation), recipe.max_new_tokens) if has_prompts else None,
         callbacks=[clock, *callbacks],
     )
     choice = choice_flops(trainer)
@@ -81,16 +91,12 @@ def main() -> None:
     warn_truncated_examples(trainer, {"train": train, "validation": validation})
 
     # 3. Train, with a few answers and their exact match before and after. The model is saved as soon as it is trained.
-    has_prompts = "prompt" in test.column_names
     shown = test.select(range(min(recipe.num_samples, len(test)))) if has_prompts and recipe.num_samples else None
     asked = {
         split: rows.select(range(min(recipe.num_eval_generations, len(rows))))
         for split, rows in dataset.items()
         if has_prompts and recipe.num_eval_generations and split.startswith("test")
     }
-
-    def ask(rows: Dataset) -> list[str]:
-        return answers(trainer.model, tokenizer, rows, max_new_tokens=recipe.max_new_tokens)
 
     before = ask(shown) if shown else []
     results = {f"before/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}

@@ -26,6 +26,7 @@ from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, 
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
 from grades_trl.report.timing import RunClock
+from grades_trl.trainers.heldout import HeldoutAnswers
 from vlm import GradESVLMTrainer, builtin
 from vlm.generation import answers
 from vlm.samples import save_samples
@@ -64,6 +65,13 @@ def main() -> None:
             seed=training.seed,
         )
     environment, clock = Environment.gather(model), RunClock()
+
+    def ask(rows: Dataset, blank: bool = False) -> list[str]:
+        return answers(trainer.model, processor, rows, max_new_tokens=recipe.max_new_tokens, blank=blank)
+
+    def score(count: int) -> float:  # for heldout_metric: exact_match
+        return exact_match(ask(validation.select(range(count))), validation.select(range(count)))
+
     trainer = GradESVLMTrainer(
         model=model,
         args=training,
@@ -71,6 +79,7 @@ def main() -> None:
         eval_dataset=validation,
         processing_class=processor,
         grades=grades if recipe.grades else None,
+        heldout_answers=HeldoutAnswers(score, len(validation), recipe.max_new_tokens),
         callbacks=[clock, *callbacks],
     )
     choice = choice_flops(trainer)
@@ -79,9 +88,6 @@ def main() -> None:
     # 3. Train, with a few answers before and after. The model is saved as soon as it is trained.
     shown = test.select(range(min(recipe.num_samples, len(test))))
     asked = test.select(range(min(recipe.num_eval_generations, len(test))))
-
-    def ask(rows: Dataset, blank: bool = False) -> list[str]:
-        return answers(trainer.model, processor, rows, max_new_tokens=recipe.max_new_tokens, blank=blank)
 
     before = ask(shown) if len(shown) else []
     if not train_and_save(trainer, clock, training.resume_from_checkpoint):

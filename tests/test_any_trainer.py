@@ -106,7 +106,15 @@ def test_a_trainer_freezes_in_the_middle_and_measures_its_heldout_loss(tmp_path,
     first = next(iter(frozen_at[1]))
     assert any(not torch.equal(a, b) for a, b in zip(frozen_at[1][first], frozen_at[3][first], strict=True))
     assert trainer.grades.heldout.measurements == 3
-    assert trainer.grades.heldout.loss > 0
+    assert trainer.grades.heldout.score > 0
+
+
+def test_a_trainer_that_is_no_sft_trainer_has_no_training_accuracy(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="reads the mean_token_accuracy"):
+        build("plain", tokenizer, tmp_path, GradESConfig(stopping="train_accuracy"), lora=False)
+    trainer = build("dpo", tokenizer, tmp_path, GradESConfig(metric="none"), lora=False)
+    trainer.train()
+    assert (trainer.grades.stopping_name, trainer.grades.heldout) == ("all_frozen", None)
 
 
 def test_a_trainer_that_generates_has_no_heldout_loss(tmp_path, tokenizer):
@@ -120,7 +128,7 @@ def test_a_trainer_that_generates_has_no_heldout_loss(tmp_path, tokenizer):
         train_dataset=rows,
         eval_dataset=rows,
         processing_class=tokenizer,
-        grades=GradESConfig(heldout_cost=1.0, heldout_every=2, stopping="heldout_loss"),
+        grades=GradESConfig(heldout_cost=1.0, heldout_every=2, stopping="heldout"),
     )
     with pytest.raises(ValueError, match=r'computes no loss of its eval_dataset .* set stopping="all_frozen"'):
         trainer.train()

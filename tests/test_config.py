@@ -68,8 +68,8 @@ def test_defaults_of_the_other_metrics():
     assert GradESConfig(metric="schedule", schedule={"vision": 1}).criterion_settings() == {"schedule": {"vision": 1}}
 
 
-def test_defaults_of_the_heldout_loss():
-    expected = {"every": None, "patience": 2, "grace": 0.1, "cost": 0.02, "samples": 128}
+def test_defaults_of_the_heldout_score():
+    expected = {"metric": "loss", "every": None, "patience": 2, "grace": 0.1, "cost": 0.02, "samples": 128}
     assert GradESConfig().heldout_settings() == expected
     assert GradESConfig(heldout_every=7, heldout_grace=0.0).heldout_settings() == expected | {"every": 7, "grace": 0.0}
 
@@ -80,16 +80,18 @@ def test_defaults_of_the_heldout_loss():
         ("auto", "auto", True, False),
         ("auto", "last", True, False),
         ("auto", "best_average", True, True),
-        ("heldout_loss", "last", True, True),
+        ("heldout", "last", True, True),
         ("all_frozen", "auto", False, False),
         ("all_frozen", "best_average", True, True),
+        ("train_accuracy", "auto", False, False),
+        ("train_accuracy", "best_average", True, True),
         ("end_of_schedule", "last", False, False),
         ("end_of_schedule", "best_average", True, True),
     ],
 )
 def test_whether_heldout_rows_are_used_and_needed(stopping, keep, may, needs):
     config = GradESConfig(stopping=stopping, keep=keep)
-    assert (config.may_measure_heldout_loss, config.needs_heldout_rows) == (may, needs)
+    assert (config.may_measure_heldout, config.needs_heldout_rows) == (may, needs)
 
 
 CONFIGS = [
@@ -97,7 +99,7 @@ CONFIGS = [
     {"metric": "weight_change", "tau": {"vision": 0.3}, "sample_fraction": 1.0, "stopping": "all_frozen"},
     {"metric": "grad_norm", "alpha": 0.3, "patience": 2, "heldout_every": 5, "heldout_samples": 64},
     {"metric": "schedule", "schedule": {"vision": 1}, "stopping": "end_of_schedule"},
-    {"metric": "none", "stopping": "heldout_loss", "keep": "last"},
+    {"metric": "none", "stopping": "heldout", "keep": "last"},
 ]
 
 
@@ -133,12 +135,15 @@ def test_a_setting_of_another_metric_is_an_error_that_names_it(metric, name):
 
 
 @pytest.mark.parametrize("name", HELDOUT_SETTINGS)
-@pytest.mark.parametrize("stopping", ["all_frozen", "end_of_schedule"])
-def test_a_heldout_setting_where_no_heldout_loss_is_measured_is_an_error_that_names_it(stopping, name):
+@pytest.mark.parametrize("stopping", ["all_frozen", "train_accuracy", "end_of_schedule"])
+def test_a_heldout_setting_where_no_heldout_score_is_measured_is_an_error_that_names_it(stopping, name):
+    value = "loss" if name == "heldout_metric" else 1
     for keep in ("auto", "last"):
-        with pytest.raises(ValueError, match=f"^{name} is 1, but with stopping '{stopping}' and keep '{keep}'"):
-            GradESConfig(stopping=stopping, keep=keep, **{name: 1})
-    assert getattr(GradESConfig(stopping=stopping, keep="best_average", **{name: 1}), name) == 1
+        with pytest.raises(
+            ValueError, match=f"^{name} is {value!r}, but with stopping '{stopping}' and keep '{keep}'"
+        ):
+            GradESConfig(stopping=stopping, keep=keep, **{name: value})
+    assert getattr(GradESConfig(stopping=stopping, keep="best_average", **{name: value}), name) == value
 
 
 NO_NUMBER = (True, math.nan, math.inf, -math.inf, "1", [1])
@@ -220,8 +225,12 @@ def test_a_schedule_that_is_none(schedule):
     ("arguments", "message"),
     [
         ({"metric": "loss"}, "^metric is 'loss'; expected one of grad_change, grad_norm, weight_change"),
-        ({"stopping": "never"}, "^stopping is 'never'; expected one of auto, all_frozen, heldout_loss"),
+        (
+            {"stopping": "never"},
+            "^stopping is 'never'; expected one of auto, all_frozen, heldout, train_accuracy, end_of_schedule",
+        ),
         ({"keep": "best"}, "^keep is 'best'; expected one of auto, last, best_average"),
+        ({"heldout_metric": "accuracy"}, "^heldout_metric is 'accuracy'; expected one of loss, token_accuracy, exact"),
         ({"metric": "schedule"}, 'metric is "schedule", which needs schedule'),
         ({"alpha": 0}, 'alpha is 0 and tau is "auto"'),
         ({"alpha": 0, "tau": "auto"}, 'alpha is 0 and tau is "auto"'),
@@ -235,7 +244,7 @@ def test_answers_that_do_not_exist_or_do_not_fit(arguments, message):
 def test_every_setting_of_a_metric_or_rule_is_a_field_and_the_other_way_round():
     fields = {field.name for field in dataclasses.fields(GradESConfig)}
     of_criteria = {name for criterion in CRITERIA.values() for name in criterion.defaults}
-    of_rules = {f"heldout_{name}" for name in STOPPING_RULES["heldout_loss"].defaults}
+    of_rules = {f"heldout_{name}" for name in STOPPING_RULES["heldout"].defaults}
     assert of_criteria == set(CRITERION_SETTINGS) <= fields
     assert of_rules == set(HELDOUT_SETTINGS) == {name for name in fields if name.startswith("heldout_")}
 

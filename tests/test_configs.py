@@ -79,7 +79,7 @@ def test_published_settings(name, lora):
     assert grades.tau == PUBLISHED[name][lora]
     assert (grades.metric, grades.patience, grades.measure_every) == ("weight_change", 1, 1)
     assert grades.sample_fraction == 1
-    assert (grades.stopping, grades.may_measure_heldout_loss) == ("all_frozen", False)
+    assert (grades.stopping, grades.may_measure_heldout) == ("all_frozen", False)
     assert not (grades.track_projector or grades.freeze_norms or grades.freeze_embeddings)
     assert grades.alpha == (0.3 if vision else 0.55)
     assert training.learning_rate == (2e-5 if not lora else 1e-4 if vision else 2e-4)

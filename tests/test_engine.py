@@ -22,7 +22,7 @@ from grades_trl import FreezeEvent, GradES, GradESConfig
 from grades_trl.criteria import kernels, measurement, metrics
 from grades_trl.engine import tracked_in
 from grades_trl.recipe.models import make_trainable
-from grades_trl.stopping import STOPPING_RULES, HeldoutLoss
+from grades_trl.stopping import STOPPING_RULES, HeldoutScore
 from helpers import CHECKPOINTING, Toy, backward, checkpoint, llava, qwen3
 
 METRICS = ["grad_change", "grad_norm", "weight_change"]
@@ -259,10 +259,10 @@ def test_a_replay_of_a_run_freezes_the_same_and_ends_the_same(tmp_path, heldout)
     ("stopping", "heldout", "rule"),
     [
         ("auto", False, "all_frozen"),
-        ("auto", True, "heldout_loss"),
+        ("auto", True, "heldout"),
         ("all_frozen", False, "all_frozen"),
         ("all_frozen", True, "all_frozen"),
-        ("heldout_loss", True, "heldout_loss"),
+        ("heldout", True, "heldout"),
         ("end_of_schedule", False, "end_of_schedule"),
         ("end_of_schedule", True, "end_of_schedule"),
     ],
@@ -272,21 +272,49 @@ def test_which_rule_ends_a_run_and_whether_a_heldout_loss_is_measured(stopping, 
     config = GradESConfig(stopping=stopping, keep=keep)
     if keep == "best_average" and not heldout:
         with pytest.raises(
-            ValueError, match="keep 'best_average' measure the loss of held-out rows: pass heldout_loss="
+            ValueError, match="keep 'best_average' measure a score of held-out rows: pass heldout_score="
         ):
             toy(config)
         return
     grades = toy(config, (lambda: 1.0) if heldout else None)[1]
     assert type(grades.stopping) is STOPPING_RULES[rule]
-    measured = heldout and (rule == "heldout_loss" or keep == "best_average")
-    assert isinstance(grades.heldout, HeldoutLoss) == (grades.average is not None) == measured
-    if rule == "heldout_loss":
+    measured = heldout and (rule == "heldout" or keep == "best_average")
+    assert isinstance(grades.heldout, HeldoutScore) == (grades.average is not None) == measured
+    if rule == "heldout":
         assert grades.stopping is grades.heldout
 
 
+def test_a_run_ends_by_the_training_accuracy_that_its_steps_are_given():
+    with pytest.raises(ValueError, match="pass knows_train_accuracy=True"):
+        toy(GradESConfig(stopping="train_accuracy"))
+    for stopping in ("auto", "train_accuracy"):
+        model = Toy()
+        grades = GradES(model, GradESConfig(metric="none", stopping=stopping), 20, knows_train_accuracy=True)
+        for step in range(1, 21):
+            give_gradients(model)
+            grades.step(step, train_accuracy=1.0)
+            if grades.done:
+                break
+        assert (step, grades.stop_reason) == (11, "training token accuracy saturated")
+        again = GradES(Toy(), GradESConfig(metric="none", stopping=stopping), 20, knows_train_accuracy=True)
+        again.load_state_dict(grades.state_dict())
+        assert again.stop_reason == grades.stop_reason
+
+
+def test_a_score_may_come_with_its_loss():
+    measurements = iter([(0.5, 2.0), (0.5, 1.0), (0.5, 1.5), (0.5, 1.2)])
+    config = GradESConfig(metric="none", heldout_metric="token_accuracy", heldout_every=1, heldout_grace=0.0)
+    _, grades = toy(config, measurements.__next__)
+    for step in range(1, 4):
+        grades.step(step)
+    assert (grades.heldout.best_step, grades.stop_reason) == (2, "held-out token accuracy stopped improving")
+    grades.finish()  # the last weights are as often right, at a higher loss
+    assert grades.restored_best
+
+
 def test_a_heldout_rule_without_rows_is_an_error():
-    with pytest.raises(ValueError, match=r"stopping 'heldout_loss' .* pass heldout_loss="):
-        toy(GradESConfig(stopping="heldout_loss"))
+    with pytest.raises(ValueError, match=r"stopping 'heldout' .* pass heldout_score="):
+        toy(GradESConfig(stopping="heldout"))
 
 
 @pytest.mark.parametrize("stopping", ["auto", "all_frozen", "end_of_schedule"])
@@ -399,7 +427,7 @@ def test_a_heldout_loss_is_that_of_the_averaged_weights():
     """The weights 1, 4, 4, counting 1, 2 and 3 times, average to 1, 3 and 3.5."""
     grades, _, losses = follow([1.0, 4.0, 4.0], target=0.0, heldout_patience=5)
     assert losses == pytest.approx([1 / 2, 9 / 2, 3.5**2 / 2])
-    assert (grades.heldout.loss, grades.heldout.best_loss, grades.heldout.best_step) == (losses[-1], 0.5, 1)
+    assert (grades.heldout.score, grades.heldout.best_score, grades.heldout.best_step) == (losses[-1], 0.5, 1)
     assert (grades.heldout.evals_since_best, grades.heldout.measurements) == (2, 3)
 
 
@@ -415,7 +443,7 @@ def test_weights_are_averaged_from_the_first_interval_on_and_measured_after_the_
 def test_a_run_ends_by_its_heldout_loss_and_keeps_the_best_average(patience, last):
     """Away from the target, which was passed at step 2: averages 1, 1/3, 7/6 and so on."""
     path = [1.0, 0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
-    grades, weight, losses = follow(path, 0.0, stopping="heldout_loss", heldout_patience=patience)
+    grades, weight, losses = follow(path, 0.0, stopping="heldout", heldout_patience=patience)
     assert len(losses) == last
     assert (grades.stop_reason, grades.heldout.best_step) == ("held-out loss stopped improving", 2)
     grades.finish()
@@ -436,10 +464,10 @@ LOST = ([1.0, -1.0, NAN], 0.0)  # the last weights are no numbers
         ("auto", "auto", LOST, -1 / 3),
         ("auto", "last", DOWN, 1.5),
         ("auto", "best_average", DOWN, -1 / 3),
-        ("heldout_loss", "auto", DOWN, -1 / 3),
-        ("heldout_loss", "last", DOWN, 1.5),
-        ("heldout_loss", "best_average", TOWARDS, 2.0),
-        ("heldout_loss", "best_average", LOST, -1 / 3),
+        ("heldout", "auto", DOWN, -1 / 3),
+        ("heldout", "last", DOWN, 1.5),
+        ("heldout", "best_average", TOWARDS, 2.0),
+        ("heldout", "best_average", LOST, -1 / 3),
         ("all_frozen", "best_average", DOWN, -1 / 3),
         ("end_of_schedule", "best_average", DOWN, -1 / 3),
         ("end_of_schedule", "best_average", TOWARDS, 2.0),
@@ -451,7 +479,7 @@ LOST = ([1.0, -1.0, NAN], 0.0)  # the last weights are no numbers
     ],
 )
 def test_which_weights_are_kept(stopping, keep, way, end):
-    measured = stopping in ("auto", "heldout_loss") or keep == "best_average"
+    measured = stopping in ("auto", "heldout") or keep == "best_average"
     settings = {} if measured else {"heldout_every": None, "heldout_grace": None}
     grades, weight, losses = follow(*way, stopping=stopping, keep=keep, **settings)
     assert len(losses) == (len(way[0]) if measured else 0)
@@ -511,13 +539,13 @@ def test_the_best_average_reaches_what_is_frozen_and_cached(build):
         for p in run.model.parameters():  # backward and the cache end where nothing trains
             p.requires_grad_(id(p) in tracked)
         at_two = []
-        heldout_loss = run.grades._heldout_loss
+        heldout_loss = run.grades._heldout_score
 
         def worse(model=run.model, heldout_loss=heldout_loss, at_two=at_two):
             at_two.append(weights(model))
             return heldout_loss() + len(at_two)
 
-        run.grades._heldout_loss = worse
+        run.grades._heldout_score = worse
         run.train()
         assert (run.grades.prefix.cache is not None and run.grades.prefix.cache.use.hits > 0) == (mib > 0)
         run.grades.restore_best_average()
@@ -579,7 +607,7 @@ def test_whatever_ends_a_run_nothing_of_it_is_left_on_the_model(monkeypatch, wha
     elif what == "criterion":
         monkeypatch.setattr(grades.criterion, "update", fail)
     elif what == "heldout loss":
-        grades._heldout_loss = fail
+        grades._heldout_score = fail
     if what in ("end of schedule", "all frozen", "heldout loss at the end"):
         run.train(first=4)
         assert grades.done == (what == "all frozen")
@@ -596,7 +624,7 @@ def test_whatever_ends_a_run_nothing_of_it_is_left_on_the_model(monkeypatch, wha
             own = model.get_parameter(name)
             assert (own.grad is not None) == (p.requires_grad and id(own) not in frozen), name
     elif what == "heldout loss at the end":
-        grades._heldout_loss = fail
+        grades._heldout_score = fail
 
     end, last = getattr(grades, ends_with), weights(model)
     if what.startswith("heldout loss") and ends_with == "finish":
@@ -700,7 +728,7 @@ RESUMED = {
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_is_the_same_run(build, heldout, name):
     """To the last bit, resumed in the grace period and after the first freeze."""
-    settings = {"heldout_every": 3, "heldout_patience": 9, "stopping": "heldout_loss"} if heldout else {}
+    settings = {"heldout_every": 3, "heldout_patience": 9, "stopping": "heldout"} if heldout else {}
     config = GradESConfig(
         metric=name.split()[0], freeze_norms=True, freeze_embeddings=True, **RESUMED[name], **settings
     )
@@ -724,9 +752,9 @@ def test_a_resumed_run_is_the_same_run(build, heldout, name):
     assert again.grades.restored_best == straight.grades.restored_best
 
 
-@pytest.mark.parametrize("stopping", ["all_frozen", "heldout_loss"])
+@pytest.mark.parametrize("stopping", ["all_frozen", "heldout"])
 def test_a_run_that_had_ended_is_done_when_it_is_resumed(stopping):
-    settings = {"heldout_every": 1, "heldout_grace": 0.0, "stopping": stopping} if stopping == "heldout_loss" else {}
+    settings = {"heldout_every": 1, "heldout_grace": 0.0, "stopping": stopping} if stopping == "heldout" else {}
     mapping = {"*": 4} if stopping == "all_frozen" else {}
     losses = [3.0, 2.0, 2.1, 2.2]
     first = toy(schedule(mapping, **settings), iter(losses).__next__)[1]

@@ -1,5 +1,6 @@
-"""The held-out loss of a trainer: which rows it is of, what it is, and what measuring it leaves alone."""
+"""When a trainer's run ends: its held-out scores and what measuring them leaves alone, its training accuracy."""
 
+import logging
 import random
 
 import numpy as np
@@ -10,7 +11,8 @@ from trl import SFTTrainer
 
 from grades_trl import GradESConfig, GradESTrainer
 from grades_trl.recipe import builtin
-from grades_trl.trainers.heldout import HeldoutRows
+from grades_trl.recipe.generation import answers, exact_match
+from grades_trl.trainers.heldout import HeldoutAnswers, HeldoutRows
 from helpers import LORA, arguments, losses, model_for, never, same, weights
 from vlm import GradESVLMTrainer
 from vlm import builtin as vlm_builtin
@@ -23,7 +25,7 @@ def text():
 
 def build(text, folder, grades=None, cls=GradESTrainer, rows=None, model=None, **changes):
     dataset, tokenizer = text
-    peft = changes.pop("peft_config", None)
+    peft, answering = changes.pop("peft_config", None), changes.pop("heldout_answers", None)
     return cls(
         model=model or model_for(tokenizer),
         args=arguments(folder, **changes),
@@ -31,13 +33,13 @@ def build(text, folder, grades=None, cls=GradESTrainer, rows=None, model=None, *
         eval_dataset=dataset["test"] if rows is None else rows,
         processing_class=tokenizer,
         peft_config=peft,
-        **({} if cls is SFTTrainer else {"grades": grades}),
+        **({} if cls is SFTTrainer else {"grades": grades, "heldout_answers": answering}),
     )
 
 
-def nll(trainer, rows):
-    """The mean negative log-likelihood per learned token, by hand, row by row."""
-    total = count = 0
+def by_hand(trainer, rows):
+    """The mean negative log-likelihood per learned token, and the fraction of them predicted, row by row."""
+    total = count = right = 0
     trainer.model.eval()
     for row in rows:
         batch = trainer.data_collator([trainer.eval_dataset[row]])
@@ -46,20 +48,25 @@ def nll(trainer, rows):
         labels = batch["labels"][:, 1:]
         total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
         count += (labels != -100).sum().item()
+        right += (logits.argmax(-1) == labels).sum().item()
     trainer.model.train()
-    return total / count
+    return total / count, right / count
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("loss_type", ["nll", "chunked_nll", "dft"])
-def test_it_is_the_loss_per_token_whatever_the_training_loss_and_the_batch_size(tmp_path, text, loss_type, lora):
-    trainer = build(text, tmp_path, loss_type=loss_type, peft_config=LORA if lora else None)
+def test_it_is_per_token_whatever_the_training_loss_and_the_batch_size(tmp_path, text, loss_type, lora):
+    trainer = build(text, tmp_path, loss_type=loss_type, peft_config=LORA if lora else None, learning_rate=1e-2)
+    trainer.train()  # for tokens that are right
     rows = HeldoutRows(trainer, 11)
     assert len(set(rows.rows)) == 11
-    expected = nll(trainer, rows.rows)
+    loss, accuracy = by_hand(trainer, rows.rows)
+    also = HeldoutRows(trainer, 11, "token_accuracy")
     for size in (1, 4, 11):
         trainer._train_batch_size = size
-        assert rows() == pytest.approx(expected, rel=1e-5)
+        assert rows() == pytest.approx(loss, rel=1e-5)
+        assert also() == pytest.approx((accuracy, loss), rel=1e-5)
+    assert accuracy > 0
 
 
 def test_experts_are_measured_without_the_loss_of_their_router(tmp_path, text):
@@ -69,7 +76,7 @@ def test_experts_are_measured_without_the_loss_of_their_router(tmp_path, text):
     model = qwen3_moe(vocab_size=len(text[1]), bos_token_id=None, output_router_logits=True, router_aux_loss_coef=10.0)
     trainer = build(text, tmp_path, model=model)
     rows = HeldoutRows(trainer, 8)
-    assert rows() == pytest.approx(nll(trainer, rows.rows), rel=1e-4)
+    assert rows() == pytest.approx(by_hand(trainer, rows.rows)[0], rel=1e-4)
 
 
 def test_dropout_and_noise_are_off_and_nothing_random_moves(tmp_path, text):
@@ -174,7 +181,7 @@ def test_rows_are_measured_in_the_batch_size_that_fits(tmp_path, text):
     assert set(largest) == {2}
 
 
-@pytest.mark.parametrize("stopping", ["auto", "heldout_loss"])
+@pytest.mark.parametrize("stopping", ["auto", "heldout"])
 def test_a_run_too_short_for_measurements_is_the_stock_one(tmp_path, text, stopping):
     trainer = build(text, tmp_path, GradESConfig(metric="none", stopping=stopping))
     stock = build(text, tmp_path, cls=SFTTrainer)
@@ -197,7 +204,7 @@ def test_what_is_needed_and_missing_is_said_before_training(tmp_path, text):
             grades=grades,
         )
 
-    for grades in (GradESConfig(stopping="heldout_loss"), GradESConfig(keep="best_average")):
+    for grades in (GradESConfig(stopping="heldout"), GradESConfig(keep="best_average")):
         with pytest.raises(ValueError, match="pass eval_dataset"):
             trainer(None, grades)
         with pytest.raises(ValueError, match="eval_dataset is streamed"):
@@ -261,3 +268,141 @@ def test_load_best_model_at_end_has_the_last_word(tmp_path, text):
     trainer.train()
     assert not trainer.grades.restored_best
     assert trainer.grades_summary.weights == "best checkpoint"
+
+
+# ---- by which score, and what is said about it ----
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.INFO, logger="grades_trl")
+    return caplog
+
+
+def test_a_run_is_measured_by_its_token_accuracy(tmp_path, text, said):
+    settings = {"heldout_metric": "token_accuracy", "heldout_every": 4, "heldout_cost": 1.0, "heldout_patience": 9}
+    trainer = build(text, tmp_path, never(**settings), learning_rate=1e-2)
+    trainer.train()
+    heldout = trainer.grades_summary.heldout
+    assert (heldout.metric, heldout.examples, heldout.measurements) == ("token_accuracy", 16, 3)
+    assert 0 < heldout.best_score <= 1
+    key = "grades/heldout_token_accuracy"
+    logged = {row["step"]: row[key] for row in trainer.state.log_history if key in row}
+    assert (list(logged), max(logged.values())) == ([4, 8, 12], heldout.best_score)
+    assert (
+        "The held-out token accuracy of 16 rows is measured every 4 steps from step 4 on, 22.2 % of the training "
+        "FLOPs; the run ends after 9 measurements without improvement." in said.messages
+    )
+    ended = f"The run ended after step 12 of 12: schedule finished. Weights of the model: {said_weights(trainer)}."
+    assert ended in said.messages
+
+
+def said_weights(trainer):
+    heldout = trainer.grades_summary.heldout
+    if not trainer.grades.restored_best:
+        return "last"
+    return f"best average, of step {heldout.best_step}: held-out token accuracy {heldout.best_score:.4f}"
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_run_is_measured_by_its_answers(tmp_path, text, lora):
+    """Also after a freeze, while the backward pass of a layer is skipped; and nothing of the training changes."""
+    dataset, tokenizer = text
+    asked, scores = [], []
+
+    def score(count):
+        asked.append(count)
+        rows = dataset["test"].select(range(count))
+        scores.append(exact_match(answers(trainer.model, tokenizer, rows, max_new_tokens=12), rows))
+        torch.rand(1)  # a score may draw numbers
+        return scores[-1]
+
+    config = {"metric": "schedule", "schedule": {"*layers.0.*": 3}, "keep": "last"}
+    settings = {"heldout_metric": "exact_match", "heldout_every": 4, "heldout_cost": 1.0, "heldout_samples": 6}
+    measured = GradESConfig(**config, **settings)
+    common = {"peft_config": LORA if lora else None}
+    answering = HeldoutAnswers(score, 16, max_new_tokens=12)
+    trainer = build(text, tmp_path, measured, heldout_answers=answering, **common)
+    stock = build(text, tmp_path, GradESConfig(stopping="end_of_schedule", **config), **common)
+    trainer.train()
+    stock.train()
+    assert asked == [6, 6, 6]
+    heldout = trainer.grades_summary.heldout
+    assert (heldout.metric, heldout.examples, heldout.best_score) == ("exact_match", 6, max(scores))
+    lengths = [len(row["input_ids"]) for row in trainer.eval_dataset]
+    passes = 3 * 6 * (1 + 12 / (sum(lengths) / 16)) / (12 * 8)
+    assert heldout.passes_per_training_example == pytest.approx(passes)
+    assert losses(trainer) == losses(stock)
+    assert same(weights(trainer.model), weights(stock.model))
+
+
+def test_a_score_that_a_trainer_cannot_compute_is_an_error(tmp_path, text):
+    with pytest.raises(ValueError, match="pass heldout_answers"):
+        build(text, tmp_path, GradESConfig(heldout_metric="exact_match"))
+    trainer = build(text, tmp_path)
+    rows = HeldoutRows(trainer, 4, "token_accuracy")
+    forward = trainer.model.forward
+
+    def fused(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        return type(output)(loss=output.loss)
+
+    trainer.model.forward = fused
+    with pytest.raises(ValueError, match=r'returns no logits .*set heldout_metric="loss"'):
+        rows()
+
+
+# ---- the training accuracy ----
+
+
+def memorizing(text, folder, grades, **changes):
+    """The same four rows, again and again."""
+    few = ({split: rows.select(range(4)) for split, rows in text[0].items()}, text[1])
+    changes = {"max_steps": 60, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "weight_decay": 0.0} | changes
+    return build(few, folder, grades, per_device_train_batch_size=4, **changes)
+
+
+def test_a_run_too_short_for_heldout_rows_ends_when_it_has_memorized_its_own(tmp_path, text, said):
+    """240 examples; the accuracies are those that SFTTrainer logs."""
+    trainer = memorizing(text, tmp_path, GradESConfig(metric="none"))
+    trainer.train()
+    assert (trainer.grades.stopping_name, trainer.grades.heldout) == ("train_accuracy", None)
+    logged = [row["mean_token_accuracy"] for row in trainer.state.log_history if "mean_token_accuracy" in row]
+    assert trainer.grades.stopping.state_dict()["accuracies"] == logged[-15:]
+    summary = trainer.grades_summary
+    assert 31 <= summary.steps < 60
+    assert (summary.stop_reason, summary.weights) == ("training token accuracy saturated", "last")
+    assert "240 training examples are too few to measure a held-out loss" in said.text
+    assert "ends when the accuracy on its training tokens, 99 % or more over 15 steps, has stopped rising" in said.text
+    assert (
+        f"after step {summary.steps} of 60: training token accuracy saturated. Weights of the model: last."
+        in said.text
+    )
+
+
+def test_a_run_that_ends_by_its_training_accuracy_resumes_exactly(tmp_path, text):
+    grades = GradESConfig(metric="none", stopping="train_accuracy")
+    changes = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 25, "logging_steps": 7}
+    straight = memorizing(text, tmp_path, grades, **changes)
+    straight.train()
+    assert 31 <= straight.state.global_step < 60
+    resumed = memorizing(text, tmp_path, grades, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-25"))
+    assert resumed.state.global_step == straight.state.global_step
+    assert resumed.grades.stopping.state_dict() == straight.grades.stopping.state_dict()
+    assert same(weights(resumed.model), weights(straight.model))
+
+
+def test_a_trainer_that_logs_no_accuracy_goes_on_and_says_so_once(tmp_path, text, said):
+    class Silent(GradESTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            self._metrics["train"].pop("mean_token_accuracy", None)
+            return loss
+
+    trainer = build(text, tmp_path, GradESConfig(metric="none"), cls=Silent)
+    trainer.train()
+    assert trainer.state.global_step == 12
+    assert [m for m in said.messages if "mean_token_accuracy" in m] == [
+        "The trainer logs no mean_token_accuracy: the run ends with its schedule."
+    ]

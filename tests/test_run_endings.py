@@ -141,7 +141,7 @@ class Seen(TrainerCallback):
         self.weights = weights(model)
 
 
-@pytest.mark.parametrize("stopping", ["heldout_loss", "end_of_schedule"])
+@pytest.mark.parametrize("stopping", ["heldout", "end_of_schedule"])
 def test_the_best_average_is_in_the_last_checkpoint_and_in_what_callbacks_see(tmp_path, text, stopping):
     grades = GradESConfig(
         metric="none",
@@ -150,7 +150,7 @@ def test_the_best_average_is_in_the_last_checkpoint_and_in_what_callbacks_see(tm
         heldout_every=1,
         heldout_cost=1.0,
         heldout_grace=0.0,
-        heldout_patience=2 if stopping == "heldout_loss" else 100,
+        heldout_patience=2 if stopping == "heldout" else 100,
     )
     seen = Seen()
     # The rate is so high that the last weights are worse than the average of some earlier ones.
@@ -168,13 +168,13 @@ def test_the_best_average_is_in_the_last_checkpoint_and_in_what_callbacks_see(tm
     trainer.train()
     assert trainer.grades.restored_best
     last = f"checkpoint-{trainer.state.global_step}"
-    assert (trainer.state.global_step < 12) == (stopping == "heldout_loss")
+    assert (trainer.state.global_step < 12) == (stopping == "heldout")
     own, saved = weights(trainer.model), load_file(tmp_path / last / "model.safetensors")
     assert all(torch.equal(saved[name], own[name]) for name in saved)
     assert same(seen.weights, own)
     summary = json.loads((tmp_path / "grades" / "summary.json").read_text())
     assert summary["weights"] == "best average"
-    expected = "held-out loss stopped improving" if stopping == "heldout_loss" else "schedule finished"
+    expected = "held-out loss stopped improving" if stopping == "heldout" else "schedule finished"
     assert summary["stop_reason"] == expected
 
 

@@ -140,8 +140,8 @@ def test_logs_are_of_the_steps_since_the_last_ones(tmp_path, now):
     run = ToyRun(tmp_path, now, toy_matrices() | {vision.name: vision})
     run.step(values={"layers.0.q_proj": 5.0, "layers.1.q_proj": 2.0, "vision.0.fc1": 7.0})
     run.step(values={"layers.0.q_proj": 4.0})
-    run.report.record_heldout(2, 3.5, 16)
-    run.report.record_heldout(2, 3.25, 16)
+    run.report.record_heldout("loss", 3.5, 16)
+    run.report.record_heldout("loss", 3.25, 16)
     logs = run.report.logs()
     measured = {key: value for key, value in logs.items() if "metric" in key or "heldout" in key}
     expected = {"grades/q_proj/metric": 3.0, "grades/vision/fc1/metric": 7.0, "grades/heldout_loss": 3.25}
@@ -208,11 +208,11 @@ def test_heldout_measurements_cost_forward_passes(tmp_path, now):
     run = ToyRun(tmp_path, now)
     for _ in range(10):
         run.step(rows=4, length=8)
-    run.report.record_heldout(5, 2.0, 12)
-    run.report.record_heldout(10, 1.5, 12)
-    found = run.end(heldout_examples=12, heldout_every=5, best_step=10, best_loss=1.5)
+    run.report.record_heldout("loss", 2.0, 12)
+    run.report.record_heldout("loss", 1.5, 12)
+    found = run.end(heldout_examples=12, heldout_every=5, best_step=10, best_score=1.5)
     assert found.flops.run - found.flops.baseline_same_length == 24 * 8 * 6 * 2 * N
-    assert found.heldout == Heldout(12, 5, 2, 24 / 40, 10, 1.5)
+    assert found.heldout == Heldout("loss", 12, 5, 2, 24 / 40, 10, 1.5)
 
 
 def test_the_gain_and_the_flops_of_the_same_steps(tmp_path, now):
@@ -266,10 +266,10 @@ def test_a_run_without_countable_tokens_has_its_fraction(tmp_path, now):
         run.report.count_batch({"pixels": torch.ones(3)}, None)
         run.report.record(step, [], {}, {})
         run.run.step(1.0)
-    run.report.record_heldout(50, 1.0, 4)
+    run.report.record_heldout("loss", 1.0, 4)
     found = run.end(heldout_examples=4, heldout_every=50)
     assert found.flops == Flops(None, None, None, 0.5)
-    assert found.heldout.examples_per_training_example is None
+    assert found.heldout.passes_per_training_example is None
     run.report.write(found)
 
 
@@ -300,10 +300,10 @@ def test_a_run_that_diverged_has_no_speedup(tmp_path, now):
     run = ToyRun(tmp_path, now)
     for _ in range(20):
         run.step()
-    found = run.end(diverged_at=3, stop_reason="diverged", best_loss=float("nan"), heldout_every=5, best_step=4)
+    found = run.end(diverged_at=3, stop_reason="diverged", best_score=None, heldout_every=5, best_step=0)
     assert found.speedup == Speedup() and found.flops.fraction is None
     assert found.overhead.ms_per_step is None and found.overhead.fraction is None
-    assert found.heldout.best_loss is None and found.heldout.best_step is None
+    assert found.heldout.best_score is None and found.heldout.best_step is None
     text = format_summary(found)
     assert "diverged at step 3" in text and "x  " not in text
     facts = {"environment": ENVIRONMENT, "warmup_steps": 0, "argv": [], "scored_with": {}}
@@ -493,7 +493,7 @@ def scenario(run, first, last):
         frozen = {12: ["layers.0.q_proj"], 25: ["layers.0.down_proj", "layers.2.q_proj"]}.get(step, [])
         run.step(frozen, values, {"layers": 1} if step >= 25 else {}, seconds=2.0 if step < 25 else 1.5)
         if step % 7 == 0:
-            run.report.record_heldout(step, 10 / step, 4)
+            run.report.record_heldout("loss", 10 / step, 4)
         if step % 4 == 0:
             logs.append(run.report.logs())
     return logs

@@ -1,19 +1,20 @@
-"""Stopping rules on their own: sequences of held-out losses by hand, and what their measurements may cost."""
+"""Stopping rules on their own: sequences of scores by hand, and what held-out measurements may cost."""
 
 import json
 import math
+import random
 
 import pytest
 
-from grades_trl.stopping import STOPPING_RULES, HeldoutLoss
-from grades_trl.stopping.heldout_loss import MAX_MEASUREMENTS, MIN_SAMPLES, plan
+from grades_trl.stopping import HELDOUT_METRICS, STOPPING_RULES, HeldoutScore
+from grades_trl.stopping.heldout import MAX_MEASUREMENTS, MIN_SAMPLES, plan
 
-DEFAULTS = dict(HeldoutLoss.defaults)
+DEFAULTS = dict(HeldoutScore.defaults)
 NAN, INF = math.nan, math.inf
 
 
 def rule(total_steps=100, **settings):
-    return HeldoutLoss(total_steps, **{**DEFAULTS, **settings})
+    return HeldoutScore(total_steps, **{**DEFAULTS, **settings})
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_a_run_ends_when_its_heldout_loss_has_stopped_improving(losses, patience
             assert stopping.reason == "held-out loss stopped improving"
             break
     assert (step if stopping.reason else None) == ends_at
-    assert (stopping.best_loss, stopping.best_step) == (lowest, best_step)
+    assert (stopping.best_score, stopping.best_step) == (None if lowest == INF else lowest, best_step)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():
@@ -47,7 +48,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     for step, loss in enumerate([3.0, 2.0, 2.5], 1):
         stopping.update(step, loss)
     before = dict(vars(stopping))
-    assert (stopping.loss, stopping.evals_since_best, stopping.measurements) == (2.5, 1, 3)
+    assert (stopping.score, stopping.evals_since_best, stopping.measurements) == (2.5, 1, 3)
     for step, loss in enumerate([NAN, INF, -INF] * 3, 4):
         assert stopping.update(step, loss) is False
         assert vars(stopping) == before
@@ -69,6 +70,46 @@ def test_a_heldout_loss_goes_on_where_it_was():
         assert vars(second) == vars(straight)
 
 
+@pytest.mark.parametrize("metric", HELDOUT_METRICS)
+def test_a_loss_improves_downwards_and_an_accuracy_upwards(metric):
+    stopping = rule(metric=metric, patience=1)
+    better, worse = (0.4, 0.6) if metric == "loss" else (0.6, 0.4)
+    assert stopping.update(1, 0.5) and stopping.update(2, better)
+    assert not stopping.reason
+    assert not stopping.update(3, worse)
+    assert stopping.reason == f"held-out {metric.replace('_', ' ')} stopped improving"
+    assert (stopping.best_score, stopping.best_step) == (better, 2)
+    assert stopping.is_below_best(worse) and stopping.is_below_best(NAN)
+    assert not stopping.is_below_best(better)
+
+
+def test_of_equal_scores_the_one_with_the_lower_loss_is_kept_and_is_no_improvement():
+    stopping = rule(metric="token_accuracy", patience=3)
+    measurements = [(0.5, 2.0), (0.75, 1.5), (0.75, 1.2), (0.75, 1.3), (0.5, 0.1)]
+    kept = [stopping.update(step, *one) for step, one in enumerate(measurements, 1)]
+    assert kept == [True, True, True, False, False]
+    assert (stopping.best_step, stopping.evals_since_best, bool(stopping.reason)) == (3, 3, True)
+    assert stopping.is_below_best(0.75, 1.25) and not stopping.is_below_best(0.75, 1.1)
+    assert not stopping.update(6, 0.9, NAN)  # weights that are no numbers
+    alone = rule(metric="exact_match")  # the loss is not known: the first of them
+    assert [alone.update(step, score) for step, score in enumerate([0.5, 0.75, 0.75], 1)] == [True, True, False]
+
+
+def test_a_run_does_not_end_before_its_first_right_answer():
+    stopping = rule(metric="exact_match", patience=2)
+    for step, score in enumerate([0.0, 0.0, 0.0, 0.0, 0.25], 1):
+        stopping.update(step, score)
+        assert (stopping.evals_since_best, stopping.reason) == (0, "")
+    for step, score in enumerate([0.0, 0.25], 6):  # forgotten again
+        stopping.update(step, score)
+    assert stopping.reason and stopping.best_step == 5
+
+
+def test_a_state_of_another_metric_is_refused():
+    with pytest.raises(ValueError, match="heldout_metric 'loss' and this run has 'exact_match': resume with"):
+        rule(metric="exact_match").load_state_dict(rule().state_dict())
+
+
 @pytest.mark.parametrize(
     ("total", "settings", "every", "first"),
     [
@@ -87,13 +128,83 @@ def test_when_a_heldout_loss_is_measured(total, settings, every, first):
 
 
 @pytest.mark.parametrize(
-    ("name", "goes_on"), [("all_frozen", False), ("heldout_loss", False), ("end_of_schedule", True)]
+    ("name", "goes_on"),
+    [("all_frozen", False), ("heldout", False), ("train_accuracy", False), ("end_of_schedule", True)],
 )
 def test_whether_a_rule_trains_on_when_all_matrices_are_frozen(name, goes_on):
     stopping = STOPPING_RULES[name](10, **STOPPING_RULES[name].defaults)
     assert stopping.ends_when_all_frozen != goes_on
     assert stopping.reason == ""
     assert json.loads(json.dumps(stopping.state_dict())) == stopping.state_dict()
+
+
+# ---- the training accuracy ----
+
+
+def ended_by_accuracy(accuracies, total=None):
+    """The step after which a run ends, or `None`."""
+    stopping = STOPPING_RULES["train_accuracy"](total or len(accuracies))
+    for step, accuracy in enumerate(accuracies, 1):
+        stopping.update(step, accuracy)
+        if stopping.reason:
+            assert stopping.reason == "training token accuracy saturated"
+            return step
+    return None
+
+
+def noisy(curve, steps, scale, seed=0):
+    noise = random.Random(seed)
+    return [min(1.0, curve(step / steps) + noise.gauss(0, scale)) for step in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize("total", [12, 30, 60, 400])
+def test_no_run_ends_in_its_first_half(total):
+    assert ended_by_accuracy([1.0] * total) == max(8, total // 2 + 1)
+
+
+def test_a_run_that_has_memorized_its_data_ends():
+    """Full accuracy after 40 % of 200 steps: the last 50 are at it from step 130 on."""
+    assert 105 < ended_by_accuracy([min(1.0, 0.5 + step / 160) for step in range(1, 201)]) <= 132
+    for seed in range(20):
+        curve = noisy(lambda t: 1 - 0.4 * math.exp(-15 * t), 200, 0.002, seed)
+        assert 101 <= ended_by_accuracy(curve) < 175
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "curve",
+    [
+        lambda t: 0.6 + 0.15 * t,  # one epoch, and it still improves
+        lambda t: 0.7,  # one epoch on a plateau: who knows
+        lambda t: 0.985,
+        lambda t: 0.98 + 0.02 * t,  # nearly all tokens are easy, and the last ones improve
+    ],
+)
+def test_a_run_that_improves_or_has_not_memorized_its_data_goes_on(curve, seed):
+    for steps in (30, 60, 400):
+        assert ended_by_accuracy(noisy(curve, steps, 0.001, seed)) is None
+
+
+def test_an_accuracy_that_is_no_number_is_left_out():
+    accuracies = [1.0, NAN] * 20
+    assert ended_by_accuracy(accuracies) == ended_by_accuracy([1.0] * 40) == 21
+    assert ended_by_accuracy([NAN] * 40) is None
+    assert ended_by_accuracy([NAN] * 30 + [1.0] * 10) == 40  # eight or more that are numbers
+
+
+def test_a_training_accuracy_goes_on_where_it_was():
+    accuracies = noisy(lambda t: 1 - 0.4 * math.exp(-15 * t), 40, 0.01)
+    straight = STOPPING_RULES["train_accuracy"](40)
+    for step, accuracy in enumerate(accuracies, 1):
+        straight.update(step, accuracy)
+    for end in range(41):
+        first, second = (STOPPING_RULES["train_accuracy"](40) for _ in range(2))
+        for step, accuracy in enumerate(accuracies[:end], 1):
+            first.update(step, accuracy)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+        for step, accuracy in enumerate(accuracies[end:], end + 1):
+            second.update(step, accuracy)
+        assert vars(second) == vars(straight)
 
 
 # ---- the plan ----
@@ -131,17 +242,52 @@ def cost_of(total_steps, rows_per_step, rows, every, **settings):
     ],
 )
 def test_the_plan_of_a_run(steps, per_step, expected):
-    rows, every = plan(DEFAULTS, steps, per_step, available=10_000)
+    rows, every, _ = plan(DEFAULTS, steps, per_step, available=10_000)
     assert (rows, every) == expected
 
 
-@pytest.mark.parametrize(("steps", "per_step"), [(60, 8), (188, 8), (411, 8), (125, 8), (375, 8)])
-def test_the_quick_starts_of_others_are_long_enough_for_a_heldout_loss(steps, per_step):
-    rows, every = plan(DEFAULTS, steps, per_step, available=10_000)
+QUICK_STARTS = {
+    "Unsloth's notebooks": (60, 8),
+    "ms-swift, 1,500 x 1": (94, 16),
+    "1,000 x 1": (125, 8),
+    "1,500 x 1": (188, 8),
+    "1,000 x 3": (375, 8),
+    "LLaMA-Factory, 1,096 x 3": (411, 8),
+    "1,000 x 1 row by row": (1000, 1),
+}
+SHORTER = {"Unsloth, shortened": (30, 8), "the GradES authors": (60, 4)}
+
+
+@pytest.mark.parametrize(("steps", "per_step"), QUICK_STARTS.values(), ids=QUICK_STARTS)
+def test_the_quick_starts_of_others_are_long_enough_for_a_heldout_score(steps, per_step):
+    rows, every, cost = plan(DEFAULTS, steps, per_step, available=10_000)
     assert rows >= MIN_SAMPLES
     # one, two that are no improvement, and one of the last weights
     assert len(measured(steps, every)) >= DEFAULTS["patience"] + 2
-    assert cost_of(steps, per_step, rows, every) <= 0.05
+    assert 0 < cost <= 0.05
+    assert cost == pytest.approx(cost_of(steps, per_step, rows, every))
+
+
+@pytest.mark.parametrize(("steps", "per_step"), SHORTER.values(), ids=SHORTER)
+def test_shorter_quick_starts_are_decided_by_the_training_accuracy_which_costs_nothing(steps, per_step):
+    _, every, cost = plan(DEFAULTS, steps, per_step, available=10_000)
+    assert every > steps and cost == 0
+    stopping = STOPPING_RULES["train_accuracy"](steps)
+    for step in range(1, steps + 1):
+        stopping.update(step, 1.0)
+        if stopping.reason:
+            break
+    assert step == steps // 2 + 1
+
+
+def test_an_answer_costs_more_passes_than_a_row_and_gets_fewer_measurements():
+    """Twice a row's passes: half as many rows of a long run; 480 examples cannot pay for it, 2,400 can."""
+    assert plan(DEFAULTS, 1000, 32, 10_000, passes_per_row=2.0)[:2] == (48, 50)
+    assert plan(DEFAULTS, 60, 8, 10_000, passes_per_row=2.0).every > 60
+    for steps, per_step, passes in ((300, 8, 2.0), (1000, 32, 2.0), (1000, 8, 1.3)):
+        rows, every, cost = plan(DEFAULTS, steps, per_step, 10_000, passes)
+        assert rows >= MIN_SAMPLES and len(measured(steps, every)) >= DEFAULTS["patience"] + 2
+        assert cost == pytest.approx(passes * cost_of(steps, per_step, rows, every)) and cost <= 0.02
 
 
 @pytest.mark.parametrize(("steps", "per_step", "available"), [(30, 8, 1000), (60, 4, 1000), (10, 1, 5)])
@@ -162,7 +308,7 @@ def test_427_training_examples_are_the_fewest_that_are_measured():
 @pytest.mark.parametrize("budget", [0.02, 0.5])
 def test_an_interval_that_is_set_is_kept_and_its_cost_bounds_the_rows(every, budget):
     settings = {**DEFAULTS, "every": every, "cost": budget}
-    rows, kept = plan(settings, 400, 16, available=1000)
+    rows, kept, _ = plan(settings, 400, 16, available=1000)
     assert kept == every
     afforded = budget * 400 * 16 * 3 / len(measured(400, every))
     assert rows == min(128, max(1, math.floor(afforded)))
@@ -181,7 +327,7 @@ def test_an_interval_that_is_set_is_kept_and_its_cost_bounds_the_rows(every, bud
     ],
 )
 def test_there_are_no_more_rows_than_the_data_or_the_setting_says(settings, available, expected):
-    assert plan({**DEFAULTS, **settings}, 1000, 32, available) == expected
+    assert plan({**DEFAULTS, **settings}, 1000, 32, available)[:2] == expected
 
 
 def test_fewer_rows_are_measured_more_often():
@@ -201,7 +347,7 @@ def test_a_run_that_could_not_be_ended_is_not_measured(patience, expected):
 @pytest.mark.parametrize("per_step", [1, 4, 7, 32, 128])
 @pytest.mark.parametrize("settings", [{}, {"grace": 0.5}, {"patience": 5}, {"cost": 0.3}, {"samples": 12}])
 def test_no_plan_costs_more_than_it_may(steps, per_step, settings):
-    rows, every = plan({**DEFAULTS, **settings}, steps, per_step, available=10_000)
+    rows, every, _ = plan({**DEFAULTS, **settings}, steps, per_step, available=10_000)
     count = len(measured(steps, every, **settings))
     allowed = max(settings.get("cost", 0.02), 0.05 if count * rows <= 64 else 0.0)
     assert cost_of(steps, per_step, rows, every, **settings) <= allowed + 1e-12

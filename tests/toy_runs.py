@@ -64,7 +64,7 @@ def summary(**changes):
         "overhead": Overhead(0.4, 0.01),
         "seconds": Seconds(70.0, 50.1, 10.0, 8.0, 1.9),
         "flops": Flops(1.5e15, 2e15, 5e15, 0.3),
-        "heldout": Heldout(64, 10, 7, 0.014, 25, 1.23456),
+        "heldout": Heldout("loss", 64, 10, 7, 0.014, 25, 1.23456),
         "peak_memory_mib": 812.0,
         "gain": GainSummary(
             28,

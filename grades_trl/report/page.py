@@ -261,10 +261,11 @@ def _flops(flops: Flops) -> list[tuple]:
 def _heldout(heldout: Heldout) -> list[tuple]:
     return [
         ("measurements", heldout.measurements),
+        ("score", heldout.metric.replace("_", " ")),
         ("examples in each", heldout.examples),
         ("optimizer steps between them", heldout.every),
-        ("examples per training example", heldout.examples_per_training_example),
-        ("lowest loss", heldout.best_loss),
+        ("forward passes per training example", heldout.passes_per_training_example),
+        ("best score", heldout.best_score),
         ("at step", heldout.best_step),
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Collection
@@ -82,9 +81,9 @@ class RunReport:
         # Where the cost of a step changed: after that step, so many of `_frozen`, and the layers that backward skips.
         self._states: list[dict[str, Any]] = []
         self._unlogged: dict[str, float] = {}  # not every measurement is in a step that is logged
-        self._heldout_loss: float | None = None  # since the last log
+        self._heldout_scores: dict[str, float] = {}  # since the last log, by their keys
         self._heldout_measurements = 0
-        self._heldout_examples = 0  # of all measurements
+        self._heldout_passes = 0.0  # forward passes of an example, of all measurements
         self._share_in_figure, self._figure_seconds = 0.0, 0.0
         self._in_wandb = False
         self._reads_caches = 0
@@ -158,17 +157,17 @@ class RunReport:
             self._share_in_figure = share
             self._figure_seconds += time.perf_counter() - start
 
-    def record_heldout(self, step: int, loss: float, examples: int) -> None:
+    def record_heldout(self, metric: str, score: float, passes: float) -> None:
         """Takes in one held-out measurement.
 
         Args:
-            step (`int`): optimizer step.
-            loss (`float`): mean loss of the examples.
-            examples (`int`): how many there were. Each is counted as one forward pass.
+            metric (`str`): what the score is, e.g. `"loss"`.
+            score (`float`): of the examples.
+            passes (`float`): forward passes of an example that it took.
         """
-        self._heldout_loss = loss
+        self._heldout_scores[f"heldout_{metric}"] = score
         self._heldout_measurements += 1
-        self._heldout_examples += examples
+        self._heldout_passes += passes
 
     def logs(self) -> dict[str, float]:
         """
@@ -183,7 +182,7 @@ class RunReport:
             - `<tower>/backward_skipped_layers`: leading layers of a tower that backward skips;
             - `<role>/metric` (language), `<tower>/<role>/metric` (other towers): mean of the last values of the
               matrices that were measured since the last call;
-            - `heldout_loss`: the last one since the last call;
+            - `heldout_loss`, `heldout_token_accuracy` or `heldout_exact_match`: the last one since the last call;
             - `step_time`: seconds of a recent step; `overhead_ms`: of it, what GradES takes;
             - `step_speedup`: measured, baseline step over recent step; `step_speedup_predicted`: from FLOPs.
         """
@@ -210,15 +209,14 @@ class RunReport:
                 f"{tower}/frozen_fraction": count.frozen / count.matrices,
                 f"{tower}/backward_skipped_layers": float(skipped),
             }
-        if self._heldout_loss is not None:
-            logs["heldout_loss"] = self._heldout_loss
+        logs |= self._heldout_scores
         by_role: dict[str, list[float]] = {}
         for name, value in self._unlogged.items():
             matrix = matrices[name]
             prefix = "" if matrix.tower == "language" else f"{matrix.tower}/"
             by_role.setdefault(f"{prefix}{matrix.role}/metric", []).append(value)
         logs |= {key: statistics.fmean(values) for key, values in by_role.items()}
-        self._unlogged, self._heldout_loss = {}, None
+        self._unlogged, self._heldout_scores = {}, {}
         return {f"grades/{key}": value for key, value in logs.items()}
 
     def console_line(self, step: int, events: list[FreezeEvent]) -> str:
@@ -303,9 +301,9 @@ class RunReport:
             "states": self._states,
             "tokens": self._tokens.state_dict(),
             "unlogged": self._unlogged,
-            "heldout_loss": self._heldout_loss,
+            "heldout_scores": self._heldout_scores,
             "heldout_measurements": self._heldout_measurements,
-            "heldout_examples": self._heldout_examples,
+            "heldout_passes": self._heldout_passes,
             "share_in_figure": self._share_in_figure,
             "figure_seconds": self._figure_seconds,
             "measurements": self._history.measurements,
@@ -315,9 +313,9 @@ class RunReport:
         """Goes on where the report of a checkpoint was."""
         self._frozen, self._states = list(state["frozen"]), list(state["states"])
         self._tokens.load_state_dict(state["tokens"])
-        self._unlogged, self._heldout_loss = dict(state["unlogged"]), state["heldout_loss"]
+        self._unlogged, self._heldout_scores = dict(state["unlogged"]), dict(state["heldout_scores"])
         self._heldout_measurements = state["heldout_measurements"]
-        self._heldout_examples = state["heldout_examples"]
+        self._heldout_passes = state["heldout_passes"]
         self._share_in_figure, self._figure_seconds = state["share_in_figure"], state["figure_seconds"]
         self._history.measurements = state["measurements"]
 
@@ -394,9 +392,9 @@ class RunReport:
             run += cost * (state["step"] - start)
             start, cost = state["step"], self._flops(tokens, set(self._frozen[: state["frozen"]]), state["layers"])
         run += cost * (steps - start)
-        if per_batch is not None and self._heldout_examples:
+        if per_batch is not None and self._heldout_passes:
             per_example = _times(per_batch, self._tokens.batches / self._tokens.examples)
-            run += self._heldout_examples * forward_flops(
+            run += self._heldout_passes * forward_flops(
                 self._matrices.values(), tokens=per_example, experts_per_token=self._tokens.experts_per_token
             )
         full = baseline * schedule
@@ -409,14 +407,15 @@ class RunReport:
         if outcome.heldout_every is None and not self._heldout_measurements:
             return None
         seen = self._tokens.examples
-        finite = outcome.best_loss is not None and math.isfinite(outcome.best_loss)
+        best = outcome.best_score
         return Heldout(
+            metric=outcome.heldout_metric,
             examples=outcome.heldout_examples,
             every=outcome.heldout_every,
             measurements=self._heldout_measurements,
-            examples_per_training_example=self._heldout_examples / seen if seen else None,
-            best_step=outcome.best_step if finite else None,
-            best_loss=outcome.best_loss if finite else None,
+            passes_per_training_example=self._heldout_passes / seen if seen else None,
+            best_step=None if best is None else outcome.best_step,
+            best_score=best,
         )
 
 

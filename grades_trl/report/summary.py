@@ -50,7 +50,8 @@ class Outcome:
         untracked_parameters (`int`): trained elements outside the tracked matrices.
         heldout_examples (`int`): examples of one held-out measurement; 0 if there is none.
         heldout_every (`int` or `None`): optimizer steps from one held-out measurement to the next.
-        best_step (`int` or `None`), best_loss (`float` or `None`): the held-out measurement with the lowest loss.
+        heldout_metric (`str`): what the held-out score is: `"loss"`, `"token_accuracy"` or `"exact_match"`.
+        best_step (`int` or `None`), best_score (`float` or `None`): the best held-out measurement.
         caches (`dict[str, CacheSummary]`): `"encoder"` and `"frozen_layers"`, those that were used.
     """
 
@@ -63,8 +64,9 @@ class Outcome:
     untracked_parameters: int = 0
     heldout_examples: int = 0
     heldout_every: int | None = None
+    heldout_metric: str = "loss"
     best_step: int | None = None
-    best_loss: float | None = None
+    best_score: float | None = None
     caches: dict[str, CacheSummary] = field(default_factory=dict)
 
 
@@ -116,19 +118,21 @@ class Heldout:
     The held-out measurements of a run.
 
     Attributes:
+        metric (`str`): what was measured: `"loss"`, `"token_accuracy"` or `"exact_match"`.
         examples (`int`): of one measurement.
         every (`int` or `None`): optimizer steps from one to the next.
         measurements (`int`): how many there were.
-        examples_per_training_example (`float` or `None`): their cost; each is a forward pass only.
-        best_step (`int` or `None`), best_loss (`float` or `None`): the one with the lowest loss.
+        passes_per_training_example (`float` or `None`): their cost, in forward passes of an example.
+        best_step (`int` or `None`), best_score (`float` or `None`): the best one.
     """
 
+    metric: str
     examples: int
     every: int | None
     measurements: int
-    examples_per_training_example: float | None
+    passes_per_training_example: float | None
     best_step: int | None
-    best_loss: float | None
+    best_score: float | None
 
 
 @dataclass(frozen=True)
@@ -378,7 +382,7 @@ def format_summary(summary: RunSummary) -> str:
             f"  against the full schedule               {_times(speedup.against_full_schedule)}",
         ]
     if heldout is not None:
-        cost = heldout.examples_per_training_example
+        cost = heldout.passes_per_training_example
         lines.append(
             f"  held-out measurements  {heldout.measurements} of {heldout.examples} examples"
             + ("" if cost is None else f": {cost:.1%} of the training examples, forward only")
@@ -394,6 +398,14 @@ def format_summary(summary: RunSummary) -> str:
         f"saving {seconds.saving:.1f} s; peak memory {memory} on {summary.environment.device}"
     )
     return "\n".join(lines)
+
+
+def format_ending(summary: RunSummary) -> str:
+    """When and why a run ended, and which weights the model has, in one line."""
+    return (
+        f"The run ended after step {summary.steps} of {summary.total_steps}: {summary.stop_reason}. Weights of the "
+        f"model: {_weights(summary)}."
+    )
 
 
 def _times(ratio: float | None) -> str:
@@ -417,6 +429,8 @@ def _cached(cache: CacheSummary) -> str:
 
 
 def _weights(summary: RunSummary) -> str:
-    if summary.weights != "best average" or summary.heldout is None or summary.heldout.best_loss is None:
+    if summary.weights != "best average" or summary.heldout is None or summary.heldout.best_score is None:
         return summary.weights
-    return f"best average, of step {summary.heldout.best_step}: held-out loss {summary.heldout.best_loss:.4f}"
+    heldout = summary.heldout
+    metric = heldout.metric.replace("_", " ")
+    return f"best average, of step {heldout.best_step}: held-out {metric} {heldout.best_score:.4f}"

@@ -3,12 +3,14 @@
 from .all_frozen import AllFrozen
 from .base import StoppingRule
 from .end_of_schedule import EndOfSchedule
-from .heldout_loss import HeldoutLoss
+from .heldout import HELDOUT_METRICS, HeldoutScore
+from .train_accuracy import TrainAccuracy
 
-__all__ = ["STOPPING_RULES", "HeldoutLoss", "StoppingRule"]
+__all__ = ["HELDOUT_METRICS", "STOPPING_RULES", "HeldoutScore", "StoppingRule", "TrainAccuracy"]
 
 STOPPING_RULES: dict[str, type[StoppingRule]] = {
     "all_frozen": AllFrozen,
-    "heldout_loss": HeldoutLoss,
+    "heldout": HeldoutScore,
+    "train_accuracy": TrainAccuracy,
     "end_of_schedule": EndOfSchedule,
 }

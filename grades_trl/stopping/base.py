@@ -18,6 +18,7 @@ class StoppingRule:
         defaults (`dict`): the settings, without the prefix that they have in `GradESConfig`, and their defaults.
         ends_when_all_frozen (`bool`): whether the run ends with the last freeze. (It ends anyway where nothing is left
             that trains at all.)
+        description (`str`): when the run ends; completes "The run ends ...".
         reason (`str`): why the rule has ended the run; empty while it goes on.
     """
 
@@ -25,6 +26,7 @@ class StoppingRule:
     ends_when_all_frozen: bool = True
 
     def __init__(self, total_steps: int, **settings: Any):
+        self.description = "with its schedule, or when all tracked matrices are frozen"
         self.reason = ""
 
     def state_dict(self) -> dict[str, Any]:

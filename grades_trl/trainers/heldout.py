@@ -1,4 +1,4 @@
-"""The held-out loss of a trainer: which rows, and what their loss is."""
+"""The held-out score of a trainer: which rows, and what their score is."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import copy
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,49 @@ from torch import Tensor
 IGNORED = -100  # label of a token that is not learned
 
 
+@dataclass(frozen=True)
+class HeldoutAnswers:
+    """
+    How a model answers held-out prompts, for `heldout_metric="exact_match"`.
+
+    Attributes:
+        exact_match (`Callable[[int], float]`): lets the model answer the first N prompts, greedily, and returns the
+            fraction that it answers right.
+        available (`int`): prompts.
+        max_new_tokens (`int`): longest answer, in tokens.
+    """
+
+    exact_match: Callable[[int], float]
+    available: int
+    max_new_tokens: int
+
+    def passes_per_row(self, trainer: Any) -> float:
+        """What an answer costs at most, in forward passes of a row of the trainer's `eval_dataset`.
+
+        With a cache of keys and values each token passes once: those of the prompt, which is a part of the row, and
+        those of the longest answer. Rows are as long as the mean of the first 16.
+        """
+        dataset = _rows_for_the_collator(trainer)
+        rows = range(min(16, len(dataset)))
+        with nothing_random_moves():
+            tokens = [trainer.data_collator([dataset[row]])["input_ids"].shape[-1] for row in rows]
+        return 1 + self.max_new_tokens / (sum(tokens) / len(tokens))
+
+
 class HeldoutRows:
     """
-    Always the same held-out rows, and their loss at the weights that the model has. Forward passes only.
+    Always the same held-out rows, and their score at the weights that the model has. Forward passes only.
 
-    For language models it is the mean negative log-likelihood per learned token (nats), whatever the training loss is;
-    it does not depend on how rows are batched. For other models it is the trainer's own loss, averaged over the rows.
-    The model is in evaluation mode meanwhile, without dropout and noise, and random states, logged metrics and
-    gradients are afterwards what they were.
+    For language models the loss is the mean negative log-likelihood per learned token (nats), whatever the training
+    loss is; it does not depend on how rows are batched. For other models it is the trainer's own loss, averaged over
+    the rows. The model is in evaluation mode meanwhile, without dropout and noise, and random states, logged metrics
+    and gradients are afterwards what they were.
 
     Args:
         trainer (`Trainer`): with `eval_dataset`; of several sets the first one is taken.
         count (`int`): rows to draw. Rows without a learned token are left out.
+        metric (`str`, *optional*, defaults to `"loss"`): `"loss"`, or `"token_accuracy"`: the fraction of all learned
+            tokens that the model predicts.
 
     Attributes:
         rows (`list[int]`): indices into the dataset.
@@ -39,12 +71,10 @@ class HeldoutRows:
             no loss of them (it generates).
     """
 
-    def __init__(self, trainer: Any, count: int):
+    def __init__(self, trainer: Any, count: int, metric: str = "loss"):
         self._trainer = trainer
-        dataset = heldout_dataset(trainer)
-        if isinstance(dataset, Dataset):
-            dataset = trainer._remove_unused_columns(dataset, "evaluation")  # as for the collator in training
-        self._dataset = dataset
+        self._metric = metric
+        self._dataset = dataset = _rows_for_the_collator(trainer)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
         self.rows: list[int] = []
         with nothing_random_moves():
@@ -65,49 +95,57 @@ class HeldoutRows:
         if not isinstance(batch, Mapping):
             raise ValueError(
                 f"{type(self._trainer).__name__} computes no loss of its eval_dataset as it is (it generates first), "
-                'so there is no held-out loss to measure: set stopping="all_frozen" and keep="last".'
+                'so there is no held-out score to measure: set stopping="all_frozen" and keep="last".'
             )
         labels: Any = batch.get("labels")
+        if self._metric == "token_accuracy" and not _are_tokens(labels):
+            raise ValueError(
+                f'heldout_metric is "token_accuracy", and {type(self._trainer).__name__} has no labels of tokens: set '
+                'heldout_metric="loss".'
+            )
         return not _are_tokens(labels) or bool((labels != IGNORED).any())
 
-    def __call__(self) -> float:
-        """The mean loss of the rows now.
+    def __call__(self) -> float | tuple[float, float]:
+        """The mean loss of the rows now; with `metric="token_accuracy"` the accuracy and the loss.
 
         Raises:
-            ValueError: the loss of a row was not finite in the first measurement, although that of others was.
+            ValueError: the loss of a row was not finite in the first measurement, although that of others was; the
+                model returns no logits to compute an accuracy from.
         """
         model = self._trainer.model
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
             with torch.no_grad(), nothing_random_moves(), self._no_metrics_logged():
-                loss = self._loss_of(self.rows)
+                loss, accuracy = self._scores_of(self.rows)
                 if not math.isfinite(loss) and not self._has_been_finite:
                     self._blame_a_row()
         finally:
             for module, training in modes.items():
                 module.training = training
         self._has_been_finite = self._has_been_finite or math.isfinite(loss)
-        return loss
+        return (accuracy, loss) if self._metric == "token_accuracy" else loss
 
-    def _loss_of(self, rows: list[int]) -> float:
+    def _scores_of(self, rows: list[int]) -> tuple[float, float]:
+        """Loss and token accuracy; the accuracy is 0 where it is not asked for."""
         size = self._trainer._train_batch_size  # smaller than its argument after auto_find_batch_size
         total: Any = 0.0
+        right: Any = 0
         weight: Any = 0
         for start in range(0, len(rows), size):
             batch = self._trainer.data_collator([self._dataset[row] for row in rows[start : start + size]])
             inputs = self._trainer._prepare_inputs(copy.copy(batch))
             with self._trainer.compute_loss_context_manager():
-                loss, count = self._sum_and_count(inputs, len(rows[start : start + size]))
-            total, weight = total + loss, weight + count
-        return float(total / weight)
+                loss, correct, count = self._sums_and_count(inputs, len(rows[start : start + size]))
+            total, right, weight = total + loss, right + correct, weight + count
+        return float(total / weight), float(right / weight)
 
-    def _sum_and_count(self, inputs: dict[str, Any], rows: int) -> tuple[Tensor, Any]:
-        """The sum of the losses of a batch, and of how many tokens or rows it is."""
+    def _sums_and_count(self, inputs: dict[str, Any], rows: int) -> tuple[Tensor, Any, Any]:
+        """The sum of the losses of a batch, its correct tokens, and of how many tokens or rows these are."""
         trainer = self._trainer
         labels: Any = inputs.get("labels")
         if not _are_tokens(labels):
-            return trainer.compute_loss(trainer.model, inputs).detach().float() * rows, rows
+            return trainer.compute_loss(trainer.model, inputs).detach().float() * rows, 0, rows
         config = trainer.model.config
         learned = labels != IGNORED
         count = (learned if config.is_encoder_decoder else learned[:, 1:]).sum()
@@ -115,13 +153,34 @@ class HeldoutRows:
         if getattr(trainer, "aux_loss_enabled", False):  # TRL adds the routers' loss unless told not to
             inputs["output_router_logits"] = False
         if trainer.args.use_liger_kernel:
-            inputs["skip_logits"] = True
+            inputs |= {"skip_logits": True, "return_token_accuracy": self._metric == "token_accuracy"}
         if trainer.model_accepts_loss_kwargs:  # the sum over tokens, divided by 1
-            return trainer.model(**inputs, num_items_in_batch=1)["loss"].float(), count
-        return trainer.model(**inputs)["loss"].float() * count, count
+            outputs = trainer.model(**inputs, num_items_in_batch=1)
+            loss = outputs["loss"].float()
+        else:
+            outputs = trainer.model(**inputs)
+            loss = outputs["loss"].float() * count
+        return loss, self._correct_tokens(outputs, labels, count) if self._metric == "token_accuracy" else 0, count
+
+    def _correct_tokens(self, outputs: Any, labels: Tensor, count: Any) -> Any:
+        if outputs.get("num_correct_tokens") is not None:  # TRL's loss in chunks
+            return outputs["num_correct_tokens"]
+        if outputs.get("token_accuracy") is not None:  # Liger's loss
+            return outputs["token_accuracy"] * count
+        logits = outputs.get("logits")
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                'heldout_metric is "token_accuracy", and the model returns no logits to compute it from (its loss is '
+                "fused with the output head, as Unsloth's): "
+                'set heldout_metric="loss".'
+            )
+        logits = logits[:, -labels.shape[1] :]  # without the virtual tokens of prompt tuning
+        if not self._trainer.model.config.is_encoder_decoder:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
 
     def _blame_a_row(self) -> None:
-        losses = {row: self._loss_of([row]) for row in self.rows}
+        losses = {row: self._scores_of([row])[0] for row in self.rows}
         bad = [row for row, loss in losses.items() if not math.isfinite(loss)]
         if bad and len(bad) < len(losses):  # of all rows it is the model, not the rows
             raise ValueError(
@@ -151,7 +210,7 @@ def first_dataset(datasets: Any) -> Any:
 
 
 def heldout_dataset(trainer: Any) -> Any:
-    """The rows that the held-out loss is measured on: `eval_dataset`, of several the first.
+    """The rows that the held-out score is measured on: `eval_dataset`, of several the first.
 
     Raises:
         ValueError: there are no rows, or they are streamed.
@@ -159,12 +218,17 @@ def heldout_dataset(trainer: Any) -> Any:
     dataset = first_dataset(trainer.eval_dataset)
     if not hasattr(dataset, "__len__"):
         raise ValueError(
-            "The held-out loss is measured on the same rows each time, and eval_dataset is streamed: pass a dataset "
+            "The held-out score is measured on the same rows each time, and eval_dataset is streamed: pass a dataset "
             'of known length (64 rows are enough), or set stopping="all_frozen" and keep="last".'
         )
     if len(dataset) == 0:
-        raise ValueError("The held-out loss is measured on eval_dataset, which has no rows.")
+        raise ValueError("The held-out score is measured on eval_dataset, which has no rows.")
     return dataset
+
+
+def _rows_for_the_collator(trainer: Any) -> Any:
+    dataset = heldout_dataset(trainer)
+    return trainer._remove_unused_columns(dataset, "evaluation") if isinstance(dataset, Dataset) else dataset
 
 
 def _are_tokens(labels: Any) -> bool:

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import logging
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +24,15 @@ from grades_trl.model.flops import StepCosts
 from grades_trl.model.matrices import describe, untracked_parameters
 from grades_trl.report.environment import Environment
 from grades_trl.report.run_report import RunReport
-from grades_trl.report.summary import CacheSummary, Outcome, RunSummary, stop_reason
+from grades_trl.report.summary import CacheSummary, Outcome, RunSummary, format_ending, stop_reason
 from grades_trl.report.timing import RunClock
 from grades_trl.report.tracking import Tracker
-from grades_trl.stopping import heldout_loss
+from grades_trl.stopping.heldout import name_of, plan
 
-from .binding import on_sft_trainer, refuse_stale_base
+from .binding import is_sft_trainer, on_sft_trainer, refuse_stale_base
 from .checkpoint import load_renamed_weights, load_state, save_state
 from .divergence import Divergence
-from .heldout import HeldoutRows, first_dataset, heldout_dataset
+from .heldout import HeldoutAnswers, HeldoutRows, first_dataset, heldout_dataset, nothing_random_moves
 
 if TYPE_CHECKING:
     from typing import Any as _Trainer  # a mixin: what it stands on is known when it is mixed
@@ -59,6 +61,7 @@ class GradESMixin(_Trainer):
     Args:
         *args, **kwargs: of the trainer.
         grades (`GradESConfig`, *optional*, defaults to `GradESConfig()`): `None` is the trainer itself, bit for bit.
+        heldout_answers (`HeldoutAnswers`, *optional*): answers held-out prompts, for `heldout_metric="exact_match"`.
 
     Attributes:
         tracked (`dict[str, WeightMatrix]`): the weight matrices that GradES measures.
@@ -72,7 +75,13 @@ class GradESMixin(_Trainer):
             missing; several processes or GPUs, DeepSpeed or FSDP.
     """
 
-    def __init__(self, *args: Any, grades: GradESConfig | None = GradESConfig(), **kwargs: Any):  # noqa: B008
+    def __init__(
+        self,
+        *args: Any,
+        grades: GradESConfig | None = GradESConfig(),  # noqa: B008
+        heldout_answers: HeldoutAnswers | None = None,
+        **kwargs: Any,
+    ):
         if grades is not None and not isinstance(grades, GradESConfig):
             raise TypeError(f"grades is {grades!r}; expected a GradESConfig, or None to train without GradES.")
         refuse_stale_base(type(self))
@@ -83,6 +92,7 @@ class GradESMixin(_Trainer):
         super().__init__(*args, **kwargs)
         # Any, not Optional: all methods below but the first lines of the overridden ones run with an engine only.
         self.grades_config: Any = grades
+        self._heldout_answers = heldout_answers
         self.grades: Any = None
         self.grades_summary: RunSummary | None = None
         self.diverged_at: int | None = None
@@ -94,10 +104,21 @@ class GradESMixin(_Trainer):
         if grades.needs_heldout_rows:
             if self.eval_dataset is None:
                 raise ValueError(
-                    f"stopping {grades.stopping!r} and keep {grades.keep!r} measure the loss of held-out rows: pass "
+                    f"stopping {grades.stopping!r} and keep {grades.keep!r} measure a score of held-out rows: pass "
                     'eval_dataset=..., or set stopping="all_frozen" and keep="last".'
                 )
             heldout_dataset(self)
+        if grades.heldout_metric == "exact_match" and heldout_answers is None:
+            raise ValueError(
+                "heldout_metric 'exact_match' lets the model answer held-out prompts: pass heldout_answers=..., as "
+                "the recipes do where rows have a prompt, or choose 'loss' or 'token_accuracy'."
+            )
+        if grades.stopping == "train_accuracy" and not self._computes_train_accuracy:
+            raise ValueError(
+                "stopping 'train_accuracy' reads the mean_token_accuracy of TRL's SFTTrainer, and "
+                f"{type(self).__name__}{' through Unsloth' if 'unsloth' in sys.modules else ''} computes none: choose "
+                "'heldout', 'all_frozen' or 'end_of_schedule'."
+            )
         logger.info("GradES tracks %d weight matrices\n%s", len(self.tracked), describe(self.model, self.tracked))
         self._environment = Environment.gather(self.model)
         clocks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, RunClock)]
@@ -130,19 +151,30 @@ class GradESMixin(_Trainer):
         """Called when the optimizer exists, before a checkpoint's optimizer state is loaded."""
         if self.grades is not None:  # a second train(), or a smaller batch size after running out of memory
             self.grades.close()
-        config, rows = self.grades_config, None
-        if config.may_measure_heldout_loss and (config.needs_heldout_rows or self._has_heldout_rows()):
-            config, rows = self._plan_heldout(config)
+        config, score = self.grades_config, None
+        self._heldout_rows, self._heldout_passes, self._heldout_cost = 0, 0.0, 0.0
+        self._accuracies: list[float] | None = []  # of the micro-batches of a step; `None`: the trainer computes none
+        if config.may_measure_heldout and (config.needs_heldout_rows or self._has_heldout_rows()):
+            config, score = self._plan_heldout(config)
         epoch = self._epoch()
         comes_back = epoch is not None and self.state.max_steps > epoch[1]
         cache_bytes = psutil.virtual_memory().available // 10 if comes_back else 0
-        self.grades = GradES(self.model, config, self.state.max_steps, self.optimizer, rows, cache_bytes, epoch)
+        self.grades = GradES(
+            self.model,
+            config,
+            self.state.max_steps,
+            self.optimizer,
+            score,
+            cache_bytes,
+            epoch,
+            knows_train_accuracy=self._computes_train_accuracy,
+        )
+        self._say_when_it_ends()
         prefix = self.grades.prefix
         if self.args.torch_compile:
             prefix.compiled, prefix.cache, prefix.encoder_cache = True, None, None
             if config.activation_cache_mib or config.encoder_cache_dir:
                 logger.warning("With torch_compile, no outputs of frozen layers are cached.")
-        self._heldout_rows = 0 if rows is None else len(rows.rows)
         text_config = self.model.config.get_text_config() if hasattr(self.model, "config") else None
         self._divergence = Divergence(getattr(text_config, "vocab_size", None))
         if self.grades.average is not None and self.grades.average.host_bytes > 2**30:
@@ -163,25 +195,62 @@ class GradESMixin(_Trainer):
         dataset = first_dataset(self.eval_dataset)
         return hasattr(dataset, "__len__") and len(dataset) > 0  # not streamed
 
-    def _plan_heldout(self, config: GradESConfig) -> tuple[GradESConfig, HeldoutRows | None]:
-        """Draws the rows whose loss is measured; returns the config with the interval that their cost allows."""
-        steps, dataset = self.state.max_steps, heldout_dataset(self)
+    @property
+    def _computes_train_accuracy(self) -> bool:
+        """Whether the training step leaves a token accuracy behind. Unsloth's fused loss has none."""
+        return is_sft_trainer(type(self)) and "unsloth" not in sys.modules
+
+    def _plan_heldout(self, config: GradESConfig) -> tuple[GradESConfig, Callable[[], Any] | None]:
+        """Draws the rows that are measured; returns the config with the interval that their cost allows."""
+        settings, steps, available = config.heldout_settings(), self.state.max_steps, len(heldout_dataset(self))
+        metric, answers, passes = settings["metric"], self._heldout_answers, 1.0
+        if metric == "exact_match":
+            assert answers is not None  # checked when the trainer was made
+            available, passes = answers.available, answers.passes_per_row(self)
         per_step = self._train_batch_size * self.args.gradient_accumulation_steps
-        count, every = heldout_loss.plan(config.heldout_settings(), steps, per_step, len(dataset))
+        rows, every, cost = plan(settings, steps, per_step, available, passes)
         if every > steps:
-            if config.needs_heldout_rows:
-                logger.warning(
-                    "%d training examples are too few to measure a held-out loss: its cost would be more than "
-                    "heldout_cost (%.0f %%) or 5 %%. The run ends with its schedule.",
-                    steps * per_step,
-                    100 * config.heldout_settings()["cost"],
-                )
-                return dataclasses.replace(config, heldout_every=every), HeldoutRows(self, 1)
-            logger.info("%d training examples are too few to measure a held-out loss.", steps * per_step)
-            return config, None
-        rows = HeldoutRows(self, count)
-        logger.info("The loss of %d held-out rows is measured every %d steps.", len(rows.rows), every)
-        return dataclasses.replace(config, heldout_every=every), rows
+            logger.log(
+                logging.WARNING if config.needs_heldout_rows else logging.INFO,
+                "%d training examples are too few to measure a held-out %s: it would cost more than heldout_cost "
+                "(%g %%), or 5 %% in a short run.",
+                steps * per_step,
+                name_of(metric),
+                100 * settings["cost"],
+            )
+            if not config.needs_heldout_rows:
+                return config, None
+        config = dataclasses.replace(config, heldout_every=every)
+        if metric == "exact_match":
+            self._heldout_rows = rows
+        else:
+            drawn = HeldoutRows(self, rows, metric)
+            self._heldout_rows = len(drawn.rows)
+        self._heldout_passes, self._heldout_cost = self._heldout_rows * passes, cost
+        return config, self._exact_match if metric == "exact_match" else drawn
+
+    def _exact_match(self) -> float:
+        assert self._heldout_answers is not None
+        with nothing_random_moves():
+            return self._heldout_answers.exact_match(self._heldout_rows)
+
+    def _say_when_it_ends(self) -> None:
+        heldout, description, last = self.grades.heldout, self.grades.stopping.description, self.state.max_steps
+        if heldout is None:
+            logger.info("The run ends %s.", description)
+        elif heldout.every > last:
+            logger.info("The run ends %s.", "with its schedule" if heldout is self.grades.stopping else description)
+        else:
+            logger.info(
+                "The held-out %s of %d rows is measured every %d steps from step %d on, %.1f %% of the training "
+                "FLOPs; the run ends %s.",
+                name_of(heldout.metric),
+                self._heldout_rows,
+                heldout.every,
+                heldout.first_step,
+                100 * self._heldout_cost,
+                description,
+            )
 
     def _begin_training(self) -> None:
         if self.state.global_step == 0 or self.grades is None:
@@ -259,16 +328,38 @@ class GradESMixin(_Trainer):
         # The order of the layers is seen in a first pass that is not compiled.
         eager = self.args.torch_compile and not self.grades.prefix.called
         with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+            before = len(self._logged_accuracies())
             loss = super().training_step(model, inputs, *args, **kwargs)
+        if self._accuracies is not None:
+            self._accuracies += self._logged_accuracies()[before:]
         # The last micro-batch of an optimizer step: gradients are complete and not clipped yet.
         if self.accelerator.sync_gradients:
             self._grades_step(loss)
         return loss
 
+    def _logged_accuracies(self) -> list[float]:
+        """Those of the micro-batches since the last log, which SFTTrainer collects in `compute_loss`."""
+        if self.grades.stopping_name != "train_accuracy":
+            return []
+        return self._metrics["train"].get("mean_token_accuracy", [])
+
+    def _train_accuracy(self) -> float | None:
+        """The mean of the micro-batches of this optimizer step."""
+        if self.grades.stopping_name != "train_accuracy" or self._accuracies is None:
+            return None
+        if not self._accuracies:
+            logger.warning("The trainer logs no mean_token_accuracy: the run ends with its schedule.")
+            self._accuracies = None
+            return None
+        accuracy = sum(self._accuracies) / len(self._accuracies)
+        self._accuracies = []
+        return accuracy
+
     def _grades_step(self, loss: torch.Tensor) -> None:
         step, scaler = self.state.global_step + 1, self.accelerator.scaler
         with self._clock.overhead():
-            events = self.grades.step(step, grad_scale=scaler.get_scale() if scaler is not None else 1.0)
+            scale = scaler.get_scale() if scaler is not None else 1.0
+            events = self.grades.step(step, grad_scale=scale, train_accuracy=self._train_accuracy())
         self._divergence.update(step, loss.item())  # the Trainer waits for it next
         if scaler is not None and self.grades.done and all(p.grad is None for p in self.model.parameters()):
             # A scaler refuses to step an optimizer when no tensor has a gradient: the run ends without that step.
@@ -278,8 +369,8 @@ class GradESMixin(_Trainer):
         values, gains = self.grades.criterion.values, self.grades.gain.steps.get(step)
         self.report.record(step, events, values, dict(prefix.skipped_layers), gains, reads_caches)
         heldout = self.grades.heldout
-        if heldout is not None and heldout.loss is not None and step % heldout.every == 0:
-            self.report.record_heldout(step, heldout.loss, self._heldout_rows)
+        if heldout is not None and heldout.score is not None and step % heldout.every == 0:
+            self.report.record_heldout(heldout.metric, heldout.score, self._heldout_passes)
         if events:
             logger.info(self.report.console_line(step, events))
 
@@ -330,6 +421,7 @@ class GradESMixin(_Trainer):
         try:
             self.grades_summary = self.report.summarize(self._outcome())
             self.report.write(self.grades_summary)
+            logger.info(format_ending(self.grades_summary))
         except Exception:
             logger.exception("The report in %s is not complete; the model is not affected.", self.report.directory)
 
@@ -351,8 +443,9 @@ class GradESMixin(_Trainer):
             untracked_parameters=sum(untracked_parameters(self.model, grades.matrices).values()),
             heldout_examples=self._heldout_rows,
             heldout_every=None if heldout is None else heldout.every,
+            heldout_metric="loss" if heldout is None else heldout.metric,
             best_step=None if heldout is None else heldout.best_step,
-            best_loss=None if heldout is None else heldout.best_loss,
+            best_score=None if heldout is None else heldout.best_score,
             caches={
                 name: CacheSummary(use.hits, use.misses, use.peak_bytes / 2**20, use.saved_seconds, off)
                 for name, (use, off) in grades.prefix.cache_use.items()

@@ -44,8 +44,8 @@ def test_plain_loop_ends_by_its_heldout_loss(plain_loop, monkeypatch):
     """A loss that only grows: measured first at step 10, it is no lower at 15 and 20."""
     losses = itertools.count(1.0)
 
-    def with_growing_loss(*args, heldout_loss):
-        return GradES(*args, heldout_loss=lambda: next(losses))
+    def with_growing_loss(*args, heldout_score):
+        return GradES(*args, heldout_score=lambda: next(losses))
 
     monkeypatch.setattr(plain_loop, "GradES", with_growing_loss)
     printed = plain_loop.printed(steps=100)
