@@ -139,8 +139,11 @@ class GradESConfig:
     _argument_group_name = "GradES"
 
     metric: str = field(
-        default="grad_change",
-        metadata={"help": "Which matrices freeze: grad_change and grad_norm are the paper's.", "choices": [*CRITERIA]},
+        default="gain",
+        metadata={
+            "help": "Which matrices freeze: gain, where freezing pays; grad_change and grad_norm are the paper's.",
+            "choices": [*CRITERIA],
+        },
     )
     tau: Tau | None = field(
         default=None,

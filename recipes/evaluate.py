@@ -49,7 +49,7 @@ def main() -> None:
 
     # 2. The rows that the recipes score at the end of a run, not those used for decisions during training.
     of_text: Any = {"dates": builtin.dates, "docstrings": builtin.docstrings}
-    of_images: Any = {"digits": vlm.builtin.digit_images}
+    of_images: Any = vlm.builtin.DATASETS
     tests = load_data(recipe, training, of_images if vision else of_text, vision=vision, test_only=True)
     test, asked = tests["test"], {}
     if recipe.num_eval_generations and "prompt" in test.column_names:

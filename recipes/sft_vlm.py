@@ -1,7 +1,8 @@
 """Fine-tune a vision-language model with GradES: every weight matrix is frozen when it has converged, and the run ends
 when nothing is left to learn.
 
-Without arguments: a tiny LLaVA learns to read handwritten numbers, in under two minutes, nothing downloaded.
+Without arguments: a tiny LLaVA that reads handwritten numbers learns to answer in another form, in under two minutes,
+nothing downloaded.
 
   python recipes/sft_vlm.py
   python recipes/sft_vlm.py --config configs/qwen2_5_vl_7b_qlora.yaml --dataset_name my_images/
@@ -44,16 +45,16 @@ def main() -> None:
 
     # 1. Data: images with prompts and replies; only the reply is learned. One half of the held-out rows is used for
     #    decisions during training (validation), the other only for the scores at the end (test).
-    dataset = load_data(recipe, training, {"digits": builtin.digit_images}, vision=True)
+    dataset = load_data(recipe, training, builtin.DATASETS, vision=True)
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
     print(f"{len(train):,} examples to train on, {len(validation):,} to validate on, {len(test):,} to test on")
 
-    # 2. Model: from the hub or a folder; without a name, the tiny one that is built here.
-    if model_args.model_name_or_path is None:
-        torch.set_num_threads(1)  # faster than more, on matrices this small
+    # 2. Model: from the hub or a folder. Without a name, the tiny pretrained one that comes with this repository.
+    if model_args.model_name_or_path == "tiny_llava":  # untrained
         model, processor = builtin.tiny_llava(seed=training.seed)
         model = make_trainable(model, model_args, recipe.train_towers, recipe.train_layers, training.seed)
     else:
+        model_args.model_name_or_path = model_args.model_name_or_path or str(builtin.READER)
         model, processor = load_model(
             model_args,
             BACKEND,
@@ -64,6 +65,8 @@ def main() -> None:
             max_length=training.max_length,
             seed=training.seed,
         )
+    if model.num_parameters() < 10_000_000:
+        torch.set_num_threads(1)  # faster than more, on matrices this small
     environment, clock = Environment.gather(model), RunClock()
 
     def ask(rows: Dataset, blank: bool = False) -> list[str]:

@@ -8,6 +8,7 @@ CPU in about a minute, and a pretrained one of 1.4 million that reads already (`
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,6 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlavaConfig,
@@ -163,6 +163,16 @@ def digit_images(
     return DatasetDict(splits)
 
 
+# The built-in datasets by name: what the pretrained model can do, a new task on the same images (or a harder one), and
+# the same task on images of a kind that it has never seen.
+DATASETS: dict[str, Callable[..., DatasetDict]] = {
+    "digits": digit_images,
+    "digits_dashes": partial(digit_images, prompt=DIGITS),
+    "digits_backwards": partial(digit_images, prompt=BACKWARDS),
+    "digits_inverted": partial(digit_images, inverted=True),
+}
+
+
 def blank(images: list[PILImage.Image]) -> list[PILImage.Image]:
     """Returns white images of the same sizes and modes: what a model can answer without seeing.
 
@@ -290,4 +300,4 @@ def pretrained_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         `tuple[LlavaForConditionalGeneration, LlavaProcessor]`: the model in float32, and its processor.
     """
     model = LlavaForConditionalGeneration.from_pretrained(READER, dtype=torch.float32)
-    return model, AutoProcessor.from_pretrained(READER, backend="pil")
+    return model, LlavaProcessor.from_pretrained(READER)

@@ -24,7 +24,7 @@ from grades_trl.recipe.bema import BEMA
 
 logger = logging.getLogger(__name__)
 
-BUILTIN_DATASETS = ("dates", "docstrings", "digits")
+BUILTIN_DATASETS = ("dates", "docstrings", "digits", "digits_dashes", "digits_backwards", "digits_inverted")
 
 # What a validation loss must fall by to count as better: that of the early stopping the paper compares with.
 EARLY_STOPPING_THRESHOLD = 0.0005
