@@ -171,7 +171,8 @@ class GradES:
                 `stopping="train_accuracy"`.
 
         Returns:
-            `list[FreezeEvent]`: the matrices frozen now; this step's update is not applied to them.
+            `list[FreezeEvent]`: the matrices frozen now; this step's update is not applied to them. Or those that
+                train again from the next step on.
 
         Raises:
             ValueError: `step` did not increase.
@@ -182,17 +183,21 @@ class GradES:
         called = self.prefix.called  # in the training pass, before those of a held-out measurement
         self._without_gradient = {name: p for name, p in self._without_gradient.items() if p.grad is None}
         live = [name for name in self.matrices if name not in self.frozen]
-        self.gain.measure(step, live, grad_scale)  # before the criterion, which waits for the device
+        probing = self.prefix.paused
+        # Before the criterion, which waits for the device.
+        self.gain.measure(step, list(self.matrices) if probing else live, grad_scale, probing)
         converged = self.criterion.update(step, live, grad_scale)
         self.gain.read()
-        events = self._freeze(step, converged)
+        self._freezer.forget_gradients()
+        events = self._unfreeze(step) if self.criterion.resume else self._freeze(step, converged)
         unreached = list(self._without_gradient.values())
-        if events or self._prefix_is_stale:
+        if (events and not self.criterion.resume) or self._prefix_is_stale:
             self._freezer.freeze(self.prefix.parameters_without_gradient(called, unreached))
             self._freeze_norms_and_embeddings()
         if events or self._prefix_is_stale or self.prefix.has_new_calls:  # a tower may be frozen from the start
             self.prefix.update(unreached, rows_come_back=step < self._last_epoch)
             self._prefix_is_stale = False
+        self._probe_if_wanted(step + 1)
         self._measure_heldout_score(step)
         if train_accuracy is not None and isinstance(self.stopping, TrainAccuracy):
             self.stopping.update(step, train_accuracy)
@@ -276,30 +281,53 @@ class GradES:
     def _freeze(self, step: int, converged: list[Converged]) -> list[FreezeEvent]:
         events = []
         for found in converged:
-            matrix = self.matrices[found.name]
             self._freeze_matrix(found.name, step)
-            events.append(
-                FreezeEvent(
-                    step=step,
-                    matrix=found.name,
-                    layer=matrix.layer,
-                    role=matrix.role,
-                    tower=matrix.tower,
-                    value=found.value,
-                    tau=found.tau,
-                    params=matrix.params,
-                    frozen=len(self.frozen),
-                    total=len(self.matrices),
-                    reason=found.reason,
-                )
-            )
+            events.append(self._event(step, found.name, found.reason, value=found.value, tau=found.tau))
         return events
+
+    def _unfreeze(self, step: int) -> list[FreezeEvent]:
+        """Lets all that GradES froze train again."""
+        names, self.frozen = list(self.frozen), {}
+        self._end_probe(names)
+        self._freezer.unfreeze()
+        return [self._event(step, name, self.criterion.resume, unfrozen=True) for name in names]
+
+    def _event(self, step: int, name: str, reason: str, **of_the_event: Any) -> FreezeEvent:
+        matrix = self.matrices[name]
+        return FreezeEvent(
+            step=step,
+            matrix=name,
+            layer=matrix.layer,
+            role=matrix.role,
+            tower=matrix.tower,
+            params=matrix.params,
+            frozen=len(self.frozen),
+            total=len(self.matrices),
+            reason=reason,
+            **({"value": None, "tau": None} | of_the_event),
+        )
 
     def _freeze_matrix(self, name: str, step: int) -> None:
         self.frozen[name] = step
         self.criterion.forget(name)
         self.gain.forget(name)
         self._freezer.freeze(self.matrices[name].parameters)
+
+    def _probe_if_wanted(self, step: int) -> None:
+        """Before the pass of `step`: lets what is frozen have gradients, or no longer. Not where passes are compiled,
+        which would be compiled anew."""
+        wanted = bool(self.frozen) and not self.prefix.compiled and self.criterion.probes(step)
+        if wanted and not self.prefix.paused:
+            self._freezer.probe(p for name in self.frozen for p in self.matrices[name].parameters)
+        elif not wanted and self.prefix.paused:
+            self._end_probe(list(self.frozen))
+        self.prefix.paused = wanted
+
+    def _end_probe(self, names: list[str]) -> None:
+        self._freezer.end_probe()
+        self.prefix.paused = False
+        for name in names:
+            self.gain.forget(name)
 
     def _freeze_norms_and_embeddings(self) -> None:
         """Norms, biases and embeddings of layers that are frozen otherwise, where the user allows it."""
@@ -376,6 +404,8 @@ class GradES:
         def tensors_of(kind: str) -> dict[str, Tensor]:
             return {name.removeprefix(kind): t for name, t in state["tensors"].items() if name.startswith(kind)}
 
+        for name, step in state["frozen"].items():
+            self._freeze_matrix(name, step)
         if self.heldout is not None:
             self.heldout.load_state_dict(state["heldout"]["rule"])
         self.criterion.load_state_dict(state["criterion"], tensors_of("criterion/"))
@@ -387,8 +417,7 @@ class GradES:
         self._without_gradient = {name: p for name, p in self._without_gradient.items() if name in before}
         if self.average is not None:
             self.average.load_state_dict(state["heldout"]["average"], tensors_of("weights/"))
-        for name, step in state["frozen"].items():
-            self._freeze_matrix(name, step)
+        self._probe_if_wanted(self._last_step + 1)
         self._update_stop_reason()
         self._prefix_is_stale = True  # it is built in the next step: the order of layers is seen in a forward pass
 

@@ -1,4 +1,4 @@
-"""The record of one freeze: what the engine returns, what the report writes, and what a schedule reads back."""
+"""The record of one freeze, or of its end: what the engine returns, the report writes, and a schedule reads back."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class FreezeEvent:
     """
-    One weight matrix was frozen.
+    One weight matrix was frozen, or trains again.
 
     Attributes:
         step (`int`): optimizer step, counted from 1. The update of this step is the first one that was not applied.
+            Where the matrix trains again, that of the next step is the first one that is applied.
         matrix (`str`): name of the matrix, as in `GradES.matrices`.
         layer (`int`): index of its layer; -1 outside the layers (projectors).
         role (`str`): what it is in its layer, e.g. `"q_proj"`.
@@ -20,9 +21,10 @@ class FreezeEvent:
             in a schedule.
         tau (`float` or `None`): the threshold that the value was below. `None` if there was none.
         params (`int`): number of trainable elements of the matrix.
-        frozen (`int`): number of matrices frozen so far, this one included.
+        frozen (`int`): number of matrices that are frozen now.
         total (`int`): number of matrices that are tracked.
-        reason (`str`): why it was frozen, e.g. `"grad_change below tau"` or `"schedule"`.
+        reason (`str`): why, e.g. `"grad_change below tau"` or `"schedule"`.
+        unfrozen (`bool`): the matrix trains again.
     """
 
     step: int
@@ -36,3 +38,4 @@ class FreezeEvent:
     frozen: int
     total: int
     reason: str
+    unfrozen: bool = False

@@ -44,6 +44,7 @@ class Criterion(ABC):
         gain_meter (`GainMeter`): what the updates of each layer gain; the engine's, which has measured the step when
             `update` is called.
         values (`dict[str, float]`): matrix -> what was measured in the last `update`.
+        resume (`str`): why all that is frozen is to train again, as found in the last `update`; mostly empty.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -55,6 +56,7 @@ class Criterion(ABC):
         self.matrices = matrices
         self.costs: Callable[[], StepCosts] = StepCosts
         self.values: dict[str, float] = {}
+        self.resume = ""
 
     @abstractmethod
     def update(self, step: int, live: Collection[str], grad_scale: float) -> list[Converged]:
@@ -67,6 +69,10 @@ class Criterion(ABC):
             live (`Collection[str]`): names of the matrices that are not frozen.
             grad_scale (`float`): the loss scale that gradients are still multiplied by.
         """
+
+    def probes(self, step: int) -> bool:
+        """Whether the gradients of what is frozen are wanted in this step. No update is applied to it."""
+        return False
 
     def forget(self, name: str) -> None:  # noqa: B027
         """Releases what is kept about a matrix, which has frozen."""

@@ -34,12 +34,16 @@ class Gain(Criterion):
     windows end at the end of the grace period, and after twice, four times, ... as many steps; so the earliest freeze
     comes after twice the grace period. Late in a run the gain is noise, and then nothing is sure.
 
+    What has frozen is probed: after half as many steps again, and so on, its gradients are computed in 6 steps. All
+    trains again if its share of the gain has risen above a `margin`-th of its share of the cost, by one standard
+    error.
+
     Args:
         alpha (`float`): grace period as a fraction of all steps; at least 5 steps are measured.
         margin (`float`): how many times smaller than the share of the cost the share of the gain must be.
     """
 
-    defaults = {"alpha": 0.08, "margin": 4.0}  # noqa: RUF012
+    defaults = {"alpha": 0.08, "margin": 2.0}  # noqa: RUF012
     freezes_whole_layers = True
 
     def __init__(self, matrices: dict[str, WeightMatrix], total_steps: int, **settings: Any):
@@ -49,20 +53,45 @@ class Gain(Criterion):
         self._last_window: list[dict[str, float]] = []
         self._window: list[dict[str, float]] = []  # layer -> gain, of every step measured since the last one ended
         self._ends_at = self.grace_steps
+        self._probe_at = math.inf  # the first step of the next probe
         self._members = layers_in_order(matrices)
         self._layer_of = {m.name: layer for layer, members in self._members.items() for m in members}
         self.layers = list(self._members)  # from input to output
 
     def update(self, step: int, live: Collection[str], grad_scale: float) -> list[Converged]:
-        self.values = self.gain_meter.values
+        self.values, self.resume = self.gain_meter.values, ""
         if self.values:
             self._window.append(self.gain_meter.steps[step])
+        if step == self._probe_at + MIN_STEPS:
+            self.resume = self._pays_again(step, set(live))
+            if self.resume:  # a decision needs two whole windows, in which all is measured
+                self._last_window, self._window, self._probe_at = [], [], math.inf
+                return []
+            self._probe_at = math.ceil(1.5 * step)
         if step < self._ends_at:
             return []
         self._ends_at *= 2
         converged = self._decide(set(live))
         self._last_window, self._window = self._window, []
+        if converged:
+            self._probe_at = math.ceil(1.5 * step)
         return converged
+
+    def probes(self, step: int) -> bool:
+        return self._probe_at <= step <= self._probe_at + MIN_STEPS
+
+    def _pays_again(self, step: int, live: set[str]) -> str:
+        """Why what is frozen should train again, by the steps of the probe that ends now; empty if it should not."""
+        frozen = {self._layer_of[name] for name in self.matrices if name not in live}
+        probed = [self.gain_meter.steps.get(at, {}) for at in range(step - MIN_STEPS + 1, step + 1)]
+        window = [gains for gains in probed if frozen <= gains.keys()]
+        if len(window) < 2:
+            return ""
+        costs = self.costs()
+        cost = 1 - self._cost(self.matrices.keys() - live, costs) / self._cost(set(), costs)
+        share, error = share_of_gain(window, frozen, self.layers)
+        pays = share - error > cost / self.margin
+        return f"{share:.0%} of the gain, {cost:.0%} of the time" if pays else ""
 
     def _decide(self, live: set[str]) -> list[Converged]:
         windows = (self._last_window, self._window)
@@ -109,12 +138,15 @@ class Gain(Criterion):
         )
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {"last_window": self._last_window, "window": self._window, "ends_at": self._ends_at}, {}
+        probe_at = None if self._probe_at == math.inf else self._probe_at
+        windows = {"last_window": self._last_window, "window": self._window}
+        return windows | {"ends_at": self._ends_at, "probe_at": probe_at}, {}
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self._last_window = [dict(gains) for gains in state["last_window"]]
         self._window = [dict(gains) for gains in state["window"]]
         self._ends_at = state["ends_at"]
+        self._probe_at = math.inf if state["probe_at"] is None else state["probe_at"]
 
 
 def share_of_gain(

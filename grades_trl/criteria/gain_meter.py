@@ -74,7 +74,7 @@ class GainMeter:
         self.read()
         return self._values
 
-    def measure(self, step: int, live: Collection[str], grad_scale: float) -> None:
+    def measure(self, step: int, live: Collection[str], grad_scale: float, probing: bool = False) -> None:
         """Measures the matrices that still train, if this step is one of those measured.
 
         Called after the backward pass of every optimizer step, before clipping and the update. Nothing waits for the
@@ -82,12 +82,14 @@ class GainMeter:
 
         Args:
             step (`int`): optimizer step, counted from 1.
-            live (`Collection[str]`): names of the matrices that are not frozen.
+            live (`Collection[str]`): names of the matrices that have a gradient: those that train or are probed.
             grad_scale (`float`): the loss scale that gradients are still multiplied by.
+            probing (`bool`, *optional*, defaults to `False`): what is frozen is probed, so that the step is measured
+                in any case.
         """
         self.read()
         self._values = {}
-        due, due_next = self._is_due(step), self._is_due(step + 1)
+        due, due_next = probing or self._is_due(step), probing or self._is_due(step + 1)
         if not (due or due_next):
             return
         measurement = self._measurement

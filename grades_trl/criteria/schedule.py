@@ -57,6 +57,8 @@ def read_events(path: Path) -> dict[str, int]:
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
             event: Any = json.loads(line)
+            if event.get("unfrozen"):
+                raise TypeError("a schedule freezes only")
             steps[event["matrix"]] = int(event["step"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(

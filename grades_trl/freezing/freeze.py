@@ -33,6 +33,7 @@ class Freezer:
     def __init__(self, model: nn.Module, optimizer: Any = None):
         self.optimizer = optimizer
         self.frozen: list[nn.Parameter] = []
+        self._probed: list[nn.Parameter] = []
         # Where PEFT keeps a tensor: its module, the adapter, the name of the weight.
         self._places: dict[int, tuple[Any, str, str]] = {}
         adapted: list[Any] = [module for module in model.modules() if is_lora(module)]
@@ -46,8 +47,9 @@ class Freezer:
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
         """Takes tensors out of training. Their values stay bit-identical until `unfreeze`. What is frozen already, by
         whomever, is left alone."""
+        probed = {id(parameter) for parameter in self._probed}
         for parameter in parameters:
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or id(parameter) in probed:
                 continue
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -57,8 +59,27 @@ class Freezer:
             if id(parameter) in self._places:
                 self._declare(*self._places[id(parameter)])
 
+    def probe(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Lets tensors that are frozen here have a gradient, until `end_probe`."""
+        self._probed = list(parameters)
+        for parameter in self._probed:
+            parameter.requires_grad_(True)
+
+    def forget_gradients(self) -> None:
+        """Drops the gradients of what is probed, so that no optimizer sees them."""
+        for parameter in self._probed:
+            parameter.grad = None
+
+    def end_probe(self) -> None:
+        """Takes what was probed out of training again."""
+        self.forget_gradients()
+        for parameter in self._probed:
+            parameter.requires_grad_(False)
+        self._probed = []
+
     def unfreeze(self) -> None:
         """Gives all tensors that were frozen here back to training. Their values stay as they are."""
+        self.end_probe()
         for module, names in reversed(self._declared):
             if names is None:
                 del module.frozen_peft_weight_names  # back to that of the class

@@ -49,6 +49,7 @@ class FrozenPrefix:
 
     Attributes:
         compiled (`bool`): passes are compiled; to be set by whoever does that.
+        paused (`bool`): no layer is skipped and no cache is read, for as long as it is set.
         has_new_calls (`bool`): a module was called for the first time since the last `update`.
         skipped_layers (`dict[str, int]`): path of a list of layers in the base model -> number of its leading layers
             that the backward pass skips.
@@ -58,7 +59,7 @@ class FrozenPrefix:
         self, model: nn.Module, cache: ActivationCache | None = None, encoder_cache: EncoderCache | None = None
     ):
         self.cache, self.encoder_cache = cache, encoder_cache
-        self.compiled = False
+        self.compiled = self.paused = False
         self.has_new_calls = False
         self.skipped_layers: dict[str, int] = {}
         self._model = model
@@ -254,6 +255,8 @@ class FrozenPrefix:
         if not (self._model.training and torch.is_grad_enabled()):
             return
         self._in_pass, self._order, self._trained_towers = True, [], set()
+        if self.paused:
+            return
         # Set anew in each pass: `for_training()` of Unsloth turns checkpointing on in all layers.
         self._look_up(inputs)
         learns = self._learns
@@ -315,7 +318,7 @@ class FrozenPrefix:
         trained = (
             self._trained_towers if self._towers[path] == "language" else {self._towers[path]} & self._trained_towers
         )
-        if trained or not self._in_pass:
+        if trained or self.paused or not self._in_pass:
             return forward(*args, **kwargs), False
         if self.encoder_cache is not None and self.encoder_cache.handles(path):
             run = functools.partial(self.encoder_cache.run, path, forward)

@@ -40,7 +40,8 @@ class RunHistory:
             fresh.
 
     Attributes:
-        events (`dict[str, FreezeEvent]`): the freeze of every frozen matrix, by name, in order.
+        events (`dict[str, FreezeEvent]`): the freeze of every matrix that is frozen now, by name, in order.
+        all_events (`list[FreezeEvent]`): these, and those of matrices that train again.
         gains (`dict[int, dict[str, float]]`): optimizer step -> layer -> gain, see `GainMeter`.
         step (`int`): the last optimizer step that was recorded.
         measurements (`int`): steps with values so far. A resumed run must set it for its history to go on in the same
@@ -65,6 +66,7 @@ class RunHistory:
         self.metric = metric
         self.grace_steps = grace_steps
         self.events: dict[str, FreezeEvent] = {}
+        self.all_events: list[FreezeEvent] = []
         self.gains: dict[int, dict[str, float]] = {}
         self.step = resume_step
         self._column = {name: i for i, name in enumerate(matrices)}
@@ -89,7 +91,7 @@ class RunHistory:
             for line in kept:
                 event = FreezeEvent(**json.loads(line))
                 self._check_known([event.matrix], self._events_path)
-                self.events[event.matrix] = event
+                self._note(event)
         self._events_path.write_text("".join(kept), encoding="utf-8")
         if resume_step > 0 and self._history_path.exists():
             self._load_history(resume_step)
@@ -100,6 +102,13 @@ class RunHistory:
                 self.gains.setdefault(row["step"], {})[row["layer"]] = row["gain"]
         else:
             self._gain_path.unlink(missing_ok=True)
+
+    def _note(self, event: FreezeEvent) -> None:
+        self.all_events.append(event)
+        if event.unfrozen:
+            del self.events[event.matrix]
+        else:
+            self.events[event.matrix] = event
 
     def record(
         self,
@@ -139,7 +148,7 @@ class RunHistory:
             self._check_known([event.matrix for event in events], "record()")
             with self._events_path.open("a", encoding="utf-8") as file:
                 for event in events:
-                    self.events[event.matrix] = event
+                    self._note(event)
                     file.write(json.dumps(jsonable(asdict(event)), allow_nan=False) + "\n")
 
     def flush(self) -> None:

@@ -271,11 +271,22 @@ def _heldout(heldout: Heldout) -> list[tuple]:
 
 
 def _events(history: RunHistory) -> str:
-    events = sorted(history.events.values(), key=lambda event: event.step)
+    events = sorted(history.all_events, key=lambda event: event.step)
     if not events:
         return "<section><h2>Freeze events</h2><p class=soft>No matrix froze.</p></section>"
     rows = [
-        (e.step, e.matrix, e.tower, e.layer, e.role, e.reason, e.params, e.value, e.tau, e.frozen)
+        (
+            e.step,
+            e.matrix,
+            e.tower,
+            e.layer,
+            e.role,
+            f"trains again: {e.reason}" if e.unfrozen else e.reason,
+            e.params,
+            e.value,
+            e.tau,
+            e.frozen,
+        )
         for e in events[:MAX_EVENTS]
     ]
     header = ("Step", "Matrix", "Tower", "Layer", "Role", "Reason", "Parameters", "Value", "Tau", "Frozen so far")

@@ -117,6 +117,7 @@ class RunReport:
         skipped_layers: dict[str, int],
         gains: dict[str, float] | None = None,
         reads_caches: int = 0,
+        probing: bool = False,
     ) -> None:
         """
         Takes in one optimizer step. Call it in the step, after the freezes and before the update.
@@ -125,23 +126,30 @@ class RunReport:
 
         Args:
             step (`int`): optimizer step, counted from 1.
-            events (`list[FreezeEvent]`): what froze in this step.
+            events (`list[FreezeEvent]`): what froze in this step, or trains again from the next one on.
             values (`dict[str, float]`): the metric of each matrix that was measured in this step.
             skipped_layers (`dict[str, int]`): path of a layer list -> number of its leading layers that backward skips
                 from the next step on.
             gains (`dict[str, float]`, *optional*): the gain of each layer, if it was measured in this step.
             reads_caches (`int`, *optional*, defaults to `0`): how many caches the outputs of frozen layers are read
                 from.
+            probing (`bool`, *optional*, defaults to `False`): the gradients of what is frozen are computed in the next
+                step, which costs as much as one with nothing frozen.
 
         Raises:
             `KeyError`: an event or a value names an unknown matrix.
         """
         self._history.record(step, events, values, gains)
         self._unlogged |= values
-        self._frozen += [event.matrix for event in events]
+        thawed = {event.matrix for event in events if event.unfrozen}
+        self._frozen = [name for name in self._frozen if name not in thawed]
+        self._frozen += [event.matrix for event in events if not event.unfrozen]
         before = self._skipped_layers
+        if probing:
+            skipped_layers = {}
         if events or skipped_layers != before:
-            self._states.append({"step": step, "frozen": len(self._frozen), "layers": dict(skipped_layers)})
+            frozen = [] if probing else list(self._frozen)
+            self._states.append({"step": step, "frozen": frozen, "layers": dict(skipped_layers)})
         # Layers that are skipped although nothing has been frozen yet are frozen by the user, in the baseline as well.
         changed = events or skipped_layers != before
         if (changed and self._frozen) or reads_caches > self._reads_caches:
@@ -220,9 +228,11 @@ class RunReport:
         return {f"grades/{key}": value for key, value in logs.items()}
 
     def console_line(self, step: int, events: list[FreezeEvent]) -> str:
-        """What froze in a step, in one line."""
+        """What froze in a step, or trains again, in one line."""
         shown = ", ".join(f"{e.tower} {e.layer} {e.role}" for e in events[:3]) + (" ..." if len(events) > 3 else "")
-        return f"step {step}: froze {len(events)} ({shown}); {len(self._frozen)} of {len(self._matrices)} frozen"
+        what = f"{'training again' if events[0].unfrozen else 'froze'} {len(events)} ({shown})"
+        why = f" for {events[0].reason}" if events[0].tau is None else ""
+        return f"step {step}: {what}{why}; {len(self._frozen)} of {len(self._matrices)} frozen"
 
     # ---- its end ----
 
@@ -369,13 +379,13 @@ class RunReport:
         towers = {layers[layer][0].tower for of_step in gains.values() for layer in of_step}
         if tokens is not None and not all(tokens.get(tower) for tower in towers):
             tokens = None  # not all that trains could be counted: as many in each tower
-        states = [{"step": 0, "frozen": 0, "layers": {}}, *self._states]
+        states = [{"step": 0, "frozen": [], "layers": {}}, *self._states]
         costs: dict[int, dict[str, float]] = {}  # number of the state -> layer -> FLOPs
         of_steps = []
         for step in gains:
             number = max(i for i, state in enumerate(states) if state["step"] < max(1, step - 1))
             if number not in costs:
-                frozen, skipped = set(self._frozen[: states[number]["frozen"]]), states[number]["layers"]
+                frozen, skipped = set(states[number]["frozen"]), states[number]["layers"]
                 costs[number] = {
                     layer: self._flops(tokens, frozen, skipped, members) for layer, members in layers.items()
                 }
@@ -390,7 +400,7 @@ class RunReport:
         run, start, cost = 0.0, 0, baseline
         for state in self._states:  # each holds for the steps after the one in which it was reached
             run += cost * (state["step"] - start)
-            start, cost = state["step"], self._flops(tokens, set(self._frozen[: state["frozen"]]), state["layers"])
+            start, cost = state["step"], self._flops(tokens, set(state["frozen"]), state["layers"])
         run += cost * (steps - start)
         if per_batch is not None and self._heldout_passes:
             per_example = _times(per_batch, self._tokens.batches / self._tokens.examples)

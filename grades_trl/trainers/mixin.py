@@ -367,7 +367,8 @@ class GradESMixin(_Trainer):
         prefix = self.grades.prefix
         reads_caches = sum(use.reads for use, _ in prefix.cache_use.values())
         values, gains = self.grades.criterion.values, self.grades.gain.steps.get(step)
-        self.report.record(step, events, values, dict(prefix.skipped_layers), gains, reads_caches)
+        skipped = dict(prefix.skipped_layers)
+        self.report.record(step, events, values, skipped, gains, reads_caches, probing=prefix.paused)
         heldout = self.grades.heldout
         if heldout is not None and heldout.score is not None and step % heldout.every == 0:
             self.report.record_heldout(heldout.metric, heldout.score, self._heldout_passes)
