@@ -65,8 +65,8 @@ class GradESConfig:
             Gradients are those of the whole optimizer step, before clipping.
         tau (`float`, `dict[str, float]` or `"auto"`, *optional*, defaults to `"auto"`):
             Threshold of `"grad_change"`, `"grad_norm"` and `"weight_change"`, in their unit: a matrix whose value is
-            below it has converged. A number; a number per tower, as `{"vision": 0.3, "language": 6.0}` (JSON on the command line); or `"auto"`:
-            `auto_ratio` times the median of the matrix's own values during the grace period.
+            below it has converged. A number; a number per tower, as `{"vision": 0.3, "language": 6.0}` (JSON on the
+            command line); or `"auto"`: `auto_ratio` times the median of the matrix's own values in the grace period.
         auto_ratio (`float`, *optional*, defaults to `0.5`):
             With `tau="auto"`: the fraction of its level in the grace period that a matrix must fall below.
         alpha (`float`, *optional*):

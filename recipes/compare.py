@@ -25,7 +25,17 @@ from typing import Any
 import yaml
 
 from grades_trl.config import CRITERION_SETTINGS, HELDOUT_SETTINGS
-from grades_trl.recipe.comparison import RUN_ID, VARIANTS, Run, draw, markdown, matched_steps, reordered, summarize
+from grades_trl.recipe.comparison import (
+    RUN_ID,
+    VARIANTS,
+    Run,
+    draw,
+    markdown,
+    matched_steps,
+    reordered,
+    split_flags,
+    summarize,
+)
 from grades_trl.report.strict_json import write_json
 
 RECIPES = Path(__file__).parent
@@ -217,18 +227,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-
-
-def split_flags(flags: list[str], names: Collection[str]) -> tuple[list[str], list[str]]:
-    """The flags named, with their values, and all others."""
-    named: list[str] = []
-    others: list[str] = []
-    is_named = False
-    for word in flags:
-        if word.startswith("--"):
-            is_named = word.removeprefix("--").partition("=")[0] in names
-        (named if is_named else others).append(word)
-    return named, others
 
 
 def train_towers(flags: list[str], config: dict[str, Any]) -> list[str]:

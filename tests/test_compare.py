@@ -24,6 +24,7 @@ from grades_trl.recipe.comparison import (
     markdown,
     matched_steps,
     reordered,
+    split_flags,
     summarize,
 )
 
@@ -256,7 +257,7 @@ def test_the_vision_tower_is_frozen_where_it_would_train(
 
 def test_flags_are_taken_out_with_their_values(compare_py):
     flags = ["--tau", "1e9", "--metric=none", "--max_steps", "8", "--train_towers", "vision", "language", "--use_peft"]
-    taken, left = compare_py.split_flags(flags, ("tau", "metric", "train_towers"))
+    taken, left = split_flags(flags, ("tau", "metric", "train_towers"))
     assert left == ["--max_steps", "8", "--use_peft"]
     assert taken == ["--tau", "1e9", "--metric=none", "--train_towers", "vision", "language"]
 

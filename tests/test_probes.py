@@ -1,16 +1,16 @@
-"""What is frozen is probed: its gradients are measured, nothing else changes, and it trains again where it would pay."""
+"""What is frozen is probed: its gradients are measured, nothing else changes; where it would pay, it trains again."""
 
 import copy
 import json
 
 import pytest
 import torch
+from test_gain import criterion, feed
 
 from grades_trl import GradES, GradESConfig
 from grades_trl.criteria.gain import MIN_STEPS
 from grades_trl.model.towers import towers_of_parameters
 from helpers import llava
-from test_gain import criterion, feed
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 FROZEN_AT, PROBED = 2, (6, 7, 8)

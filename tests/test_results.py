@@ -58,6 +58,7 @@ def test_what_to_run_next(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["recipes/sft_text.py", "--seed", "3"])
     monkeypatch.chdir(tmp_path)
     first = next_commands(tmp_path.joinpath("run").relative_to(tmp_path), with_grades=True)
+    assert first.pop(1).endswith("python recipes/compare.py --recipe sft_text")
     assert first[0].endswith("python recipes/sft_text.py --seed 3 --grades false --output_dir run_baseline")
     assert first[1].endswith("python recipes/evaluate.py run")
     (tmp_path / "run").mkdir()

@@ -11,6 +11,7 @@ import random
 import statistics
 import sys
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ COLORS = {
     "bottom_up": "#be185d",
     "paper": "#0891b2",
 }
+
+
+def split_flags(flags: list[str], names: Collection[str]) -> tuple[list[str], list[str]]:
+    """The flags named, with their values, and all others."""
+    named: list[str] = []
+    others: list[str] = []
+    is_named = False
+    for word in flags:
+        if word.startswith("--"):
+            is_named = word.removeprefix("--").partition("=")[0] in names
+        (named if is_named else others).append(word)
+    return named, others
 
 
 def exit_with_comparison() -> None:

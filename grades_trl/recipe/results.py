@@ -19,7 +19,7 @@ from trl import ModelConfig
 from grades_trl.recipe.arguments import RecipeArguments, scored_with
 from grades_trl.recipe.bema import BEMA
 from grades_trl.recipe.choice import ChoiceFlops
-from grades_trl.recipe.comparison import RUN_ID
+from grades_trl.recipe.comparison import RUN_ID, split_flags
 from grades_trl.report.environment import Environment
 from grades_trl.report.strict_json import write_json
 from grades_trl.report.summary import format_summary, run_result
@@ -156,7 +156,8 @@ def format_run(trainer: Any, results: dict[str, float]) -> str:
 
 
 def next_commands(output_dir: Path, with_grades: bool) -> list[str]:
-    """What to run next, a line each: the baseline, and evaluate.py beside it, whichever of the two this is."""
+    """What to run next, a line each: the baseline, a comparison with all controls, and evaluate.py beside the
+    baseline, whichever of the two this is."""
     lines = []
     baseline = f"{output_dir}_baseline"
     if with_grades:
@@ -165,6 +166,11 @@ def next_commands(output_dir: Path, with_grades: bool) -> list[str]:
     sibling = baseline if with_grades else str(output_dir).removesuffix("_baseline")
     folders = [sibling, str(output_dir)] if (Path(sibling) / "result.json").exists() else [str(output_dir)]
     evaluate = str(Path(sys.argv[0]).with_name("evaluate.py"))
+    if with_grades:
+        _, flags = split_flags(sys.argv[1:], ("output_dir", "seed", "grades", "run_name", "resume_from_checkpoint"))
+        recipe = Path(sys.argv[0])
+        command = ["python", str(recipe.with_name("compare.py")), "--recipe", recipe.stem, *flags]
+        lines.append(f"Is it worth it? Compared with the baseline and other controls: {shlex.join(command)}")
     lines.append(
         f"Score it again, or beside other models: {shlex.join(['python', evaluate, *dict.fromkeys(folders)])}"
     )
