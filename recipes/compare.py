@@ -39,11 +39,12 @@ from grades_trl.recipe.comparison import (
 from grades_trl.report.strict_json import write_json
 
 RECIPES = Path(__file__).parent
-DEFAULT_VARIANTS = ["baseline", "baseline_matched_flops", "early_stopping", "grades", "random_order", "paper"]
+DEFAULT_VARIANTS = ["baseline", "grades", "baseline_matched_flops", "nothing_frozen", "bema", "paper"]
 FROM_GRADES = ("baseline_matched_flops", "random_order", "bottom_up")  # made from the GradES run of the same seed
 # Variants with a metric of their own: these settings are not taken from the flags and the config file.
 SCHEDULED = ("random_order", "bottom_up")
 REPLACED = {
+    "nothing_frozen": ("metric", *CRITERION_SETTINGS),
     "vision_frozen": ("metric", *CRITERION_SETTINGS, "stopping", "keep", *HELDOUT_SETTINGS, "train_towers"),
     **dict.fromkeys(SCHEDULED, ("metric", *CRITERION_SETTINGS)),
     "paper": ("metric", *CRITERION_SETTINGS, "stopping", "keep", *HELDOUT_SETTINGS),
@@ -249,6 +250,8 @@ def variant_flags(
         return ["--grades", "true", *settings.split(), "--tau", paper_tau]
     if variant in SCHEDULED:
         return ["--grades", "true", "--metric", "schedule", "--schedule", str(folder / "schedule.jsonl")]
+    if variant == "nothing_frozen":
+        return ["--grades", "true", "--metric", "none"]
     if variant == "early_stopping":
         return ["--grades", "false", "--early_stopping_patience", "3"]
     if variant == "bema":

@@ -211,14 +211,14 @@ def test_the_recipe_understands_the_flags_of_every_variant(compare_py, variant, 
     towers = ["vision", "projector", "language"]
     of_variant = compare_py.variant_flags(variant, tmp_path, made_by, '{"language": 6.0}', towers)
     recipe, training, _, grades = parse("", Path(config), ["--config", config, "--report_to", "none", *of_variant])
-    with_engine = ("grades", "random_order", "bottom_up", "paper", "vision_frozen")
+    with_engine = ("grades", "nothing_frozen", "random_order", "bottom_up", "paper", "vision_frozen")
     assert recipe.grades == (variant in with_engine)
     assert recipe.train_towers == (["projector", "language"] if variant == "vision_frozen" else None)
     assert [type(callback).__name__ for callback in configure_bema(recipe, training)] == ["BEMA"] * (variant == "bema")
     assert (training.max_steps, training.warmup_steps) == ((50, 5) if "matched" in variant else (500, 50))
     is_scheduled = variant in ("random_order", "bottom_up")
-    metric = "schedule" if is_scheduled else "none" if variant == "vision_frozen" else "grad_change"
-    assert grades.metric == metric
+    metrics = {"paper": "grad_change", "vision_frozen": "none", "nothing_frozen": "none"}
+    assert grades.metric == ("schedule" if is_scheduled else metrics.get(variant, "gain"))
     assert (grades.schedule is not None) == is_scheduled
     assert grades.tau == ({"language": 6.0} if variant == "paper" else None)
     assert grades.sample_fraction == (1 if variant == "paper" else None)
