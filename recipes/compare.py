@@ -154,7 +154,7 @@ def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str,
         events_file = Path(args.output_dir) / f"grades-seed{seed}" / "grades" / "events.jsonl"
         all_events = [json.loads(line) for line in events_file.read_text("utf-8").splitlines()]
         latest = {event["matrix"]: event for event in all_events}
-        events = [event for event in latest.values() if not event["unfrozen"]]
+        events = [event for event in latest.values() if not event.get("unfrozen")]
         if not events:
             return {"variant": variant, "seed": seed, "skipped": "nothing froze"}
         made_of["schedule"] = reordered(events, grades["tracked"], variant, seed)
