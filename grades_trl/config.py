@@ -50,28 +50,32 @@ class GradESConfig:
     Which weight matrices freeze, when the run ends and which weights are kept. A dataclass beside `SFTConfig`, so that
     `TrlParser` reads both.
 
-    The default freezes each matrix by the paper's metric (arXiv 2509.01842 v3, algorithm 1) with thresholds that set
-    themselves. Where held-out rows are given, it also ends the run by their loss and keeps the better of the last
-    weights and their best average. A published setting is replayed with its number and without the rest:
+    The default freezes leading layers that could gain far less than they cost. Where held-out rows are given, it also
+    ends the run by their loss and keeps the better of the last weights and their best average. The paper's rule (arXiv
+    2509.01842 v3, algorithm 1) is `metric="grad_change"`, by default with thresholds that set themselves. A published
+    setting is replayed with its number and without the rest:
     `GradESConfig(metric="weight_change", tau=1.804456, sample_fraction=1.0, stopping="all_frozen")`.
 
     Parameters:
-        metric (`str`, *optional*, defaults to `"grad_change"`):
-            Which matrices freeze, and when. `"grad_change"`: `sum |g_t - g_{t-1}|` of a matrix is below tau (paper,
-            Eq. 1). `"grad_norm"`: `sum |g_t|` is (paper v1, and Eq. 3 for LoRA). `"weight_change"`:
+        metric (`str`, *optional*, defaults to `"gain"`):
+            Which matrices freeze, and when. `"gain"`: leading layers freeze together, with their norms, when their
+            share of the squared gradient of the training loss (how fast their weights could bring it down) is far
+            below their share of the FLOPs. `"grad_change"`: a matrix freezes when `sum |g_t - g_{t-1}|` is below tau
+            (paper, Eq. 1). `"grad_norm"`: when `sum |g_t|` is (paper v1, and Eq. 3 for LoRA). `"weight_change"`: when
             `sum |W_t - W_{t-1}|` is (the authors' package `grades` 1.0.6; the published thresholds are on this
-            scale). `"gain"`: leading layers whose updates buy less of the loss than they cost (experimental).
-            `"schedule"`: at the steps of `schedule`. `"none"`: none freezes. Gradients are those of the whole
+            scale). `"schedule"`: at the steps of `schedule`. `"none"`: none freezes. Gradients are those of the whole
             optimizer step, before clipping.
         tau (`float`, `dict[str, float]` or `"auto"`, *optional*, defaults to `"auto"`):
-            Threshold of the first three metrics, in their unit: a matrix whose value is below it has converged. A
-            number; a number per tower, as `{"vision": 0.3, "language": 6.0}` (JSON on the command line); or `"auto"`:
-            `auto_ratio` times the median of the matrix's own values during the grace period.
+            Threshold of `"grad_change"`, `"grad_norm"` and `"weight_change"`, in their unit: a matrix whose value is
+            below it has converged. A number; a number per tower, as `{"vision": 0.3, "language": 6.0}` (JSON on the
+            command line); or `"auto"`: `auto_ratio` times the median of the matrix's own values during the grace
+            period.
         auto_ratio (`float`, *optional*, defaults to `0.5`):
             With `tau="auto"`: the fraction of its level in the grace period that a matrix must fall below.
-        alpha (`float`, *optional*, defaults to `0.55`):
-            Grace period of the first three metrics, as a fraction of all optimizer steps: nothing freezes while
-            `step <= ceil(alpha * total_steps)`. 0.1 for `"gain"`.
+        alpha (`float`, *optional*, defaults to `0.08` for `"gain"` and `0.55` for metrics with a tau):
+            Grace period, as a fraction of all optimizer steps: nothing freezes while
+            `step <= ceil(alpha * total_steps)`. With `"gain"`, a window of as many steps must confirm what the grace
+            period shows, so the earliest freeze comes after twice as many.
         patience (`int`, *optional*, defaults to `1`):
             Consecutive values below tau that freeze a matrix. 1 is the paper's.
         measure_every (`int`, *optional*, defaults to `1`):
@@ -81,8 +85,9 @@ class GradESConfig:
             Fraction of each large matrix that is measured and kept for comparison. The estimate is unbiased, with an
             error of 0.6 % for a matrix of 16M elements and 2 % for small ones (`criteria/metrics.py`). 1 measures all
             elements, as the paper does.
-        margin (`float`, *optional*, defaults to `0.02`):
-            For `metric="gain"`: by how much the gain per time must rise for leading layers to freeze.
+        margin (`float`, *optional*, defaults to `4`):
+            For `metric="gain"`: leading layers freeze when their share of the gain is below their share of the cost
+            divided by this, by two standard errors.
         schedule (`str` or `dict[str, int]`, *optional*):
             For `metric="schedule"`: when each matrix freezes. The path of another run's `events.jsonl`, or a mapping
             from a matrix, a pattern of names (`"*.layers.[0-4].*"`) or a tower to the step whose update is the first
@@ -156,7 +161,7 @@ class GradESConfig:
         default=None, metadata={"help": "With tau=auto: fraction of its own level to fall below (default: 0.5)."}
     )
     alpha: float | None = field(
-        default=None, metadata={"help": "Grace period, a fraction of all steps (default: 0.55)."}
+        default=None, metadata={"help": "Grace period, a fraction of all steps (default: 0.08 for gain, else 0.55)."}
     )
     patience: int | None = field(
         default=None, metadata={"help": "Consecutive values below tau that freeze a matrix (default: 1)."}
@@ -166,7 +171,8 @@ class GradESConfig:
         default=None, metadata={"help": "Fraction of each large matrix that is measured (default: 1/64; paper: 1)."}
     )
     margin: float | None = field(
-        default=None, metadata={"help": "With metric=gain: by how much the gain per time must rise (default: 0.02)."}
+        default=None,
+        metadata={"help": "With metric=gain: how many times the share of the cost is that of the gain (default: 4)."},
     )
     schedule: Schedule | None = field(
         default=None,
@@ -276,7 +282,7 @@ class GradESConfig:
         check("patience", "a whole number of consecutive measurements, 1 or more", 1, whole=True)
         check("measure_every", "a whole number of steps, 1 or more", 1, whole=True)
         check("sample_fraction", "a fraction of a matrix above 0 and at most 1", 0, 1, above=True)
-        check("margin", "a number of at least 0", 0)
+        check("margin", "a number above 0", 0, above=True)
         check("heldout_every", "a whole number of steps, 1 or more", 1, whole=True)
         check("heldout_patience", "a whole number of measurements, 1 or more", 1, whole=True)
         check("heldout_grace", "a fraction of the training steps from 0 to 1", 0, 1)

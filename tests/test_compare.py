@@ -216,8 +216,8 @@ def test_the_recipe_understands_the_flags_of_every_variant(compare_py, variant, 
     assert [type(callback).__name__ for callback in configure_bema(recipe, training)] == ["BEMA"] * (variant == "bema")
     assert (training.max_steps, training.warmup_steps) == ((50, 5) if "matched" in variant else (500, 50))
     is_scheduled = variant in ("random_order", "bottom_up")
-    metric = "schedule" if is_scheduled else "none" if variant == "vision_frozen" else "grad_change"
-    assert grades.metric == metric
+    metrics = {"random_order": "schedule", "bottom_up": "schedule", "vision_frozen": "none", "paper": "grad_change"}
+    assert grades.metric == metrics.get(variant, "gain")
     assert (grades.schedule is not None) == is_scheduled
     assert grades.tau == ({"language": 6.0} if variant == "paper" else None)
     assert grades.sample_fraction == (1 if variant == "paper" else None)
