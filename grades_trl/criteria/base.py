@@ -17,8 +17,8 @@ from .gain_meter import GainMeter
 
 @dataclass(frozen=True)
 class Converged:
-    """A matrix that has converged: by which value, below which threshold, and why in words. A scheduled freeze has
-    neither value nor threshold."""
+    """A matrix that has converged: by which value, below which threshold, and why in words. A freeze of whole
+    layers (`gain`) and a scheduled one have neither value nor threshold."""
 
     name: str
     reason: str

@@ -75,7 +75,7 @@ def draw(table: GainTable) -> Figure:
     beside.tick_params(labelbottom=True)
     text(right, head + above, "share of gain", fontsize=9, color=BLUE, fontweight="bold")
     text(right + 1.1, head + above, "|  of FLOPs", fontsize=9, color=INK, fontweight="bold")
-    _draw_legend(figure, height, values)
+    _draw_legend(figure, height)
     return figure
 
 
@@ -170,7 +170,7 @@ def _draw_shares(ax: Axes, shares: list, longest: float) -> None:
     ax.spines[:].set_visible(False)
 
 
-def _draw_legend(figure: Figure, height: float, values: np.ndarray) -> None:
+def _draw_legend(figure: Figure, height: float) -> None:
     handles: list = [
         Line2D([], [], color=INK, linewidth=0, marker="|", markersize=9, markeredgewidth=2.5, label="freeze"),
         Patch(facecolor="#cbd2d9", edgecolor="#7b8794", hatch="/////", linewidth=0, label="frozen"),
