@@ -158,7 +158,7 @@ class GradESConfig:
         default=None, metadata={"help": "With tau=auto: fraction of its own level to fall below (default: 0.5)."}
     )
     alpha: float | None = field(
-        default=None, metadata={"help": "Grace period, a fraction of all steps (default: 0.55; gain: 0.08)."}
+        default=None, metadata={"help": "Grace period, a fraction of all steps (default: 0.08 for gain, else 0.55)."}
     )
     patience: int | None = field(
         default=None, metadata={"help": "Consecutive values below tau that freeze a matrix (default: 1)."}
@@ -279,7 +279,7 @@ class GradESConfig:
         check("patience", "a whole number of consecutive measurements, 1 or more", 1, whole=True)
         check("measure_every", "a whole number of steps, 1 or more", 1, whole=True)
         check("sample_fraction", "a fraction of a matrix above 0 and at most 1", 0, 1, above=True)
-        check("margin", "a number of at least 1", 1)
+        check("margin", "a number above 0", 0, above=True)
         check("heldout_every", "a whole number of steps, 1 or more", 1, whole=True)
         check("heldout_patience", "a whole number of measurements, 1 or more", 1, whole=True)
         check("heldout_grace", "a fraction of the training steps from 0 to 1", 0, 1)

@@ -62,7 +62,7 @@ class GradES:
         matrices (`dict[str, WeightMatrix]`): all that is tracked.
         frozen (`dict[str, int]`): matrix -> step.
         stop_reason (`str`): why nothing is left to train; empty while the run goes on.
-        gain (`GainMeter`): what the updates of each layer have gained; measured in every run.
+        gain (`GainMeter`): how fast each layer could bring the loss down; measured in every run.
         criterion (`Criterion`): what decides which matrices freeze; `criterion.values` has the last measurements.
         heldout (`HeldoutScore` or `None`): the held-out scores so far, where they are measured.
         stopping (`StoppingRule`): what decides when the run ends.

@@ -156,7 +156,7 @@ LORA = LoraConfig(r=4, target_modules="all-linear")
 
 def never(**changes) -> GradESConfig:
     """Measures in every step and freezes nothing."""
-    return GradESConfig(**({"tau": 0.0, "alpha": 0.0} | changes))
+    return GradESConfig(**({"metric": "grad_change", "tau": 0.0, "alpha": 0.0} | changes))
 
 
 def arguments(output_dir, **changes) -> SFTConfig:

@@ -12,9 +12,20 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from grades_trl.model.flops import TokenCounter, step_flops
+from grades_trl.model.matrices import find_matrices
 from grades_trl.recipe.generation import exact_match
-from vlm import builtin
-from vlm.builtin import blank, digit_images, split_scans, tiny_llava
+from vlm import builtin, pretrain
+from vlm.builtin import (
+    DATASETS,
+    DIGITS,
+    PRETRAINED_TASKS,
+    blank,
+    digit_images,
+    pretrained_llava,
+    split_scans,
+    tiny_llava,
+)
 from vlm.generation import answers
 
 
@@ -41,19 +52,24 @@ def test_scans_are_split_without_overlap():
     assert not np.array_equal(split_scans(seed=4)["test"], parts["test"])
 
 
-def test_images_are_made_of_their_own_split_and_labelled_right(monkeypatch):
+@pytest.mark.parametrize(
+    ("seed", "name"), [(0, "digits"), (5, "digits"), (5, "digits_dashes"), (6, "digits_inverted")]
+)
+def test_images_are_made_of_their_own_split_and_labelled_right(monkeypatch, seed, name):
+    """For every seed and dataset the same split: no scan of a test image was in the training of any model."""
     seen = []
     white = Image.new("L", builtin.CANVAS_SIZE, "white")
     monkeypatch.setattr(builtin, "_draw", lambda scans, rng: seen.append(scans) or white)
-    images = digit_images(train=40, test=20, seed=5)
+    images = DATASETS[name](train=40, test=20, seed=seed)
     digits = load_digits()
     index = {scan.tobytes(): i for i, scan in enumerate(digits.images)}
     assert len(index) == 1797  # no two scans are alike: the scans of an image tell where they are from
     used = [[index[scan.tobytes()] for scan in scans] for scans in seen]
-    parts = split_scans(seed=5)
+    parts = split_scans()
     assert {i for scans in used[:40] for i in scans} <= set(parts["train"])
     assert {i for scans in used[40:] for i in scans} <= set(parts["test"])
-    expected = ["".join(str(digits.target[i]) for i in scans) for scans in used]
+    joint = "-" if name == "digits_dashes" else ""
+    expected = [joint.join(str(digits.target[i]) for i in scans) for scans in used]
     assert numbers(images["train"]) + numbers(images["test"]) == expected
 
 
@@ -86,6 +102,92 @@ def test_images_depend_on_the_seed_alone():
     np.random.seed(7)
     assert content(1) == first
     assert content(2) != first
+
+
+def test_inverted_images_have_light_ink_on_dark_paper():
+    dark, light = DATASETS["digits_inverted"](train=3, test=3, seed=2), digit_images(train=3, test=3, seed=2)
+    for split in ("train", "test"):
+        assert numbers(dark[split]) == numbers(light[split])
+        for ours, theirs in zip(dark[split], light[split], strict=True):
+            assert np.array_equal(np.asarray(ours["images"][0]), 255 - np.asarray(theirs["images"][0]))
+            assert np.median(np.asarray(ours["images"][0])) < 50
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("Read the number.", "3729"),
+        ("Read the first digit.", "3"),
+        ("Read the second digit.", "7"),
+        ("Read the last digit.", "9"),
+        ("Count the digits.", "4"),
+        ("Read the largest digit.", "9"),
+        ("Read the smallest digit.", "2"),
+        ("Read the number backwards.", "9273"),
+        ("Read the digits.", "3-7-2-9"),
+    ],
+)
+def test_every_task_has_its_answer(monkeypatch, prompt, answer):
+    white = Image.new("L", builtin.CANVAS_SIZE, "white")
+    monkeypatch.setattr(builtin, "draw_numbers", lambda split, count, rng: ([white] * count, ["3729"] * count))
+    row = digit_images(train=1, test=1, prompt=prompt)["test"][0]
+    assert (row["prompt"][0]["content"], row["completion"][0]["content"]) == (prompt, answer)
+    assert builtin.TASKS.keys() - PRETRAINED_TASKS.keys() == {builtin.BACKWARDS, DIGITS}
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return pretrained_llava()
+
+
+@pytest.mark.parametrize("prompt", ["Read the number.", "Read the second digit.", "Count the digits."])
+def test_the_pretrained_model_answers_what_it_has_learned(reader, prompt):
+    rows = digit_images(train=1, test=60, seed=1, prompt=prompt)["test"]
+    assert exact_match(answers(*reader, rows, batch_size=60, max_new_tokens=6), rows) >= 0.8
+
+
+def test_the_pretrained_model_cannot_do_the_new_task_yet(reader):
+    rows = DATASETS["digits_dashes"](train=1, test=30, seed=1)["test"]
+    assert {prompt[0]["content"] for prompt in rows["prompt"]} == {DIGITS}
+    assert exact_match(answers(*reader, rows, batch_size=30, max_new_tokens=8), rows) == 0.0
+    assert exact_match(answers(*reader, rows, batch_size=30, max_new_tokens=8, blank=True), rows) == 0.0
+
+
+def test_most_flops_of_the_pretrained_model_are_in_its_vision_tower(reader, data):
+    model, processor = reader
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert 1_300_000 < sum(p.numel() for p in model.parameters()) < 1_500_000
+    counter = TokenCounter()
+    collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    counter.add(collator([data["train"][i] for i in range(8)]), model.config)
+    matrices, tokens = find_matrices(model).values(), counter.per_batch()
+    vision = step_flops([m for m in matrices if m.tower == "vision"], tokens=tokens)
+    assert 0.5 < vision / step_flops(matrices, tokens=tokens) < 0.7
+
+
+def test_pretraining_saves_a_model_that_loads(tmp_path, monkeypatch, data):
+    pretrain.pretrain(tmp_path / "first", steps=2, images=40)
+    pretrain.pretrain(tmp_path / "again", steps=2, images=40)
+    loaded = []
+    for folder in ("first", "again"):
+        monkeypatch.setattr(builtin, "READER", tmp_path / folder)
+        loaded.append(pretrained_llava())
+    model, processor = loaded[0]
+    weights = loaded[1][0].state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    untrained = tiny_llava(vision_layers=5, vision_size=128)[0].state_dict()
+    moved = [name for name, w in model.state_dict().items() if not torch.equal(w, untrained[name].bfloat16().float())]
+    assert any("vision_tower" in name for name in moved) and any("language_model" in name for name in moved)
+    assert len(answers(model, processor, data["test"].select(range(2)), max_new_tokens=2)) == 2
+
+
+def test_pretraining_learns_the_answers_alone():
+    processor = tiny_llava()[1]
+    batch = pretrain.tokenized(processor, ["Read the number.", "Count the digits."], ["372", "2"])
+    learned = [processor.decode(labels[labels != -100]) for labels in batch["labels"]]
+    assert learned == ["372<|im_end|>", "2<|im_end|>"]
+    assert (batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum(1).tolist() == [16, 16]
+    assert torch.equal(batch["labels"][batch["labels"] != -100], batch["input_ids"][batch["labels"] != -100])
 
 
 def test_blank_images_show_nothing(data):

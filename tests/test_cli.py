@@ -77,7 +77,7 @@ def test_early_stopping_needs_validation():
             ["--metric", "grad_norm"],
             "tau, alpha .*weight_change",
         ),
-        ({"tau": 0.3}, ["--metric=weight_change"], "tau for metric grad_change"),
+        ({"alpha": 0.3}, ["--metric=weight_change"], "alpha for metric gain"),
         (
             {"metric": "grad_norm", "patience": 2},
             ["--tau", "1", "--metric", "grad_change"],
@@ -98,6 +98,8 @@ def test_settings_that_are_given_again_or_of_the_same_metric_are_none(tmp_path):
     assert (grades.metric, grades.tau, grades.alpha) == ("grad_norm", 7, 0.5)
     _, _, _, grades = with_config(tmp_path, config, "--metric", "weight_change", "--alpha", "0.5")
     assert (grades.metric, grades.tau, grades.alpha) == ("weight_change", 0.3, 0.5)
+    _, _, _, grades = with_config(tmp_path, {"tau": 0.3}, "--metric", "weight_change")  # the default metric has none
+    assert (grades.metric, grades.tau) == ("weight_change", 0.3)
 
 
 def test_nested_and_unknown_keys_of_the_file_are_errors(tmp_path):
@@ -107,7 +109,12 @@ def test_nested_and_unknown_keys_of_the_file_are_errors(tmp_path):
         with_config(tmp_path, {"alpha": {"vision": 0.5}})
     with pytest.raises(ValueError, match=r"Unknown arguments from config file.*metrik"):
         with_config(tmp_path, {"metrik": "grad_norm"})
-    config = {"tau": {"vision": 0.5}, "lr_scheduler_kwargs": {"min_lr": 1e-5}, "env": {"SOME_VARIABLE": "1"}}
+    config = {
+        "metric": "grad_norm",
+        "tau": {"vision": 0.5},
+        "lr_scheduler_kwargs": {"min_lr": 1e-5},
+        "env": {"SOME_VARIABLE": "1"},
+    }
     _, training, _, grades = with_config(tmp_path, config)
     assert grades.tau == {"vision": 0.5}
     assert training.lr_scheduler_kwargs == {"min_lr": 1e-5}

@@ -38,9 +38,9 @@ def events(tmp_path):
     ],
 )
 def test_tau_is_read_from_a_command_line(text, expected):
-    (config,) = HfArgumentParser(GradESConfig).parse_args_into_dataclasses(["--tau", text])
+    (config,) = HfArgumentParser(GradESConfig).parse_args_into_dataclasses(["--metric", "grad_change", "--tau", text])
     assert config.tau == expected
-    assert GradESConfig(tau=expected).tau == expected
+    assert GradESConfig(metric="grad_change", tau=expected).tau == expected
 
 
 def test_a_schedule_is_read_from_a_command_line(events):
@@ -115,7 +115,7 @@ def test_replace_takes_a_config_back_and_forth(arguments):
 
 def test_replace_keeps_no_setting_that_the_new_metric_does_not_have():
     with pytest.raises(ValueError, match=r"tau is 1\.8, but metric 'none' has no tau"):
-        dataclasses.replace(GradESConfig(tau=1.8), metric="none")
+        dataclasses.replace(GradESConfig(metric="grad_change", tau=1.8), metric="none")
     with pytest.raises(ValueError, match="heldout_every is 5, but with stopping 'all_frozen' and keep 'auto'"):
         dataclasses.replace(GradESConfig(heldout_every=5), stopping="all_frozen")
 
@@ -153,6 +153,7 @@ OUT_OF_RANGE = {
     "patience": (0, -1, 1.5),
     "measure_every": (0, -3, 2.5),
     "sample_fraction": (0, -0.1, 1.5),
+    "margin": (0, -1),
     "heldout_every": (0, -1, 2.5),
     "heldout_patience": (0, -2, 1.5),
     "heldout_grace": (-0.1, 1.1),
@@ -166,17 +167,20 @@ OUT_OF_RANGE = {
     ("name", "value"), [(name, value) for name, values in OUT_OF_RANGE.items() for value in (*values, *NO_NUMBER)]
 )
 def test_a_number_out_of_range_is_an_error_that_names_it(name, value):
+    metric = "gain" if name in CRITERIA["gain"].defaults else "grad_change"
     with pytest.raises(ValueError, match=f"^{name} is .*; expected"):
-        GradESConfig(**{name: value})
+        GradESConfig(metric=metric, **{name: value})
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"auto_ratio": 1.5},
+        {"metric": "grad_change", "auto_ratio": 1.5},
+        {"alpha": 0},
         {"alpha": 1},
-        {"alpha": 0, "tau": 0.0},
-        {"sample_fraction": 1},
+        {"margin": 0.1},
+        {"metric": "grad_change", "alpha": 0, "tau": 0.0},
+        {"metric": "grad_change", "sample_fraction": 1},
         {"heldout_grace": 0},
         {"heldout_grace": 1.0},
         {"heldout_cost": 1},
@@ -199,7 +203,7 @@ def test_a_folder_for_a_cache_that_is_off():
 )  # fmt: skip
 def test_a_tau_that_is_no_threshold(tau):
     with pytest.raises(ValueError, match=r"^tau is .*expected a number of at least 0"):
-        GradESConfig(tau=tau)
+        GradESConfig(metric="grad_change", tau=tau)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +236,8 @@ def test_a_schedule_that_is_none(schedule):
         ({"keep": "best"}, "^keep is 'best'; expected one of auto, last, best_average"),
         ({"heldout_metric": "accuracy"}, "^heldout_metric is 'accuracy'; expected one of loss, token_accuracy, exact"),
         ({"metric": "schedule"}, 'metric is "schedule", which needs schedule'),
-        ({"alpha": 0}, 'alpha is 0 and tau is "auto"'),
-        ({"alpha": 0, "tau": "auto"}, 'alpha is 0 and tau is "auto"'),
+        ({"metric": "grad_change", "alpha": 0}, 'alpha is 0 and tau is "auto"'),
+        ({"metric": "grad_change", "alpha": 0, "tau": "auto"}, 'alpha is 0 and tau is "auto"'),
     ],
 )
 def test_answers_that_do_not_exist_or_do_not_fit(arguments, message):

@@ -268,6 +268,29 @@ def test_images_in_a_model_whose_leading_language_layers_are_frozen_too():
         assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6) for name in theirs)
 
 
+def test_the_flops_of_a_run_are_without_the_passes_that_were_read(tmp_path):
+    dataset = builtin.digit_images(train=16, test=8)
+    runs = []
+    for mib in (0, 16):
+        model, processor = builtin.tiny_llava()
+        config = {"metric": "schedule", "schedule": {"vision": 1}, "freeze_norms": True, "freeze_embeddings": True}
+        trainer = GradESVLMTrainer(
+            model=model,
+            args=arguments(tmp_path / str(mib), max_steps=6, max_length=None),
+            train_dataset=dataset["train"],
+            processing_class=processor,
+            grades=GradESConfig(**config, activation_cache_mib=mib, stopping="end_of_schedule"),
+        )
+        trainer.train()
+        runs.append(trainer)
+    off, on = (trainer.grades_summary.flops for trainer in runs)
+    hits = runs[1].grades_summary.caches["encoder"].hits
+    weights = sum(m.params for m in runs[1].grades.matrices.values() if m.tower == "vision")
+    assert hits > 0
+    assert off.run - on.run == hits * 8 * 17 * 2 * weights
+    assert on.baseline_full_schedule == off.baseline_full_schedule
+
+
 def test_a_run_whose_tower_is_frozen_from_the_start_reads_it_from_the_second_epoch_on(tmp_path, caplog):
     """By default, and it says so; the losses are those without the cache."""
     caplog.set_level("INFO")

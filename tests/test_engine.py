@@ -178,7 +178,7 @@ def test_what_would_be_tracked_and_what_does_not_fit_is_known_before_training():
     model = llava()
     assert tracked_in(model, GradESConfig()).keys() == GradES(model, GradESConfig(), 10).matrices.keys()
     for config, message in (
-        (GradESConfig(tau={"vision": 1.0}), "language"),
+        (GradESConfig(metric="grad_change", tau={"vision": 1.0}), "language"),
         (GradESConfig(metric="schedule", schedule={"audio": 1}), "'audio', which is no matrix"),
     ):
         for build in (lambda c: tracked_in(model, c), lambda c: GradES(model, c, 10)):
@@ -239,7 +239,8 @@ def test_bottom_up_and_random_are_plain_schedules():
 
 @pytest.mark.parametrize("heldout", [False, True])
 def test_a_replay_of_a_run_freezes_the_same_and_ends_the_same(tmp_path, heldout):
-    config = GradESConfig(alpha=0.3, auto_ratio=0.95, **({"heldout_every": 4} if heldout else {}))
+    settings = {"heldout_every": 4} if heldout else {}
+    config = GradESConfig(metric="grad_change", alpha=0.3, auto_ratio=0.95, **settings)
     first = Run(qwen3, config, heldout).train().finish()
     path = tmp_path / "events.jsonl"
     path.write_text("".join(json.dumps(dataclasses.asdict(event)) + "\n" for event in first.events))
@@ -374,9 +375,9 @@ def test_a_tower_that_the_user_froze_is_read_from_the_cache_when_its_images_come
         grades.step(step)
         model.zero_grad()
         skipped.append(sum(grades.prefix.skipped_layers.values()))
-        hits.append(grades.prefix.encoder_cache.hits)
+        hits.append(grades.prefix.encoder_cache.use.hits)
     assert skipped == [0, 2, 2, 2, 2, 2]
-    assert hits == [0, 0, 0, 0, 1, 2]  # one pass to see which layer is read, one to keep its output
+    assert hits == [0, 0, 0, 1, 2, 3]  # one pass shows which layer is read, and its output is kept
 
 
 @pytest.mark.parametrize("stopping", ["all_frozen", "end_of_schedule"])
@@ -773,7 +774,7 @@ def test_a_state_of_another_run_is_refused():
 
     state = engine(metric="grad_norm").state_dict()
     for other, message in (
-        (engine(), r"with metric 'grad_norm' and this run has 'grad_change': resume with --metric grad_norm"),
+        (engine(), r"with metric 'grad_norm' and this run has 'gain': resume with --metric grad_norm"),
         (engine(metric="grad_norm", sample_fraction=1.0), r"resume with --sample_fraction 0\.015625"),
         (engine(heldout=True, metric="grad_norm"), "was written without .* this run is with them"),
         (
@@ -917,7 +918,7 @@ def test_a_step_waits_once_for_the_device(monkeypatch, metric, scale):
         with Waits() as waits:
             grades.step(step, grad_scale=scale)
         if step > 1:  # in the first one, samples are drawn
-            # The gain is read after the criterion has waited: its numbers are there by then.
+            # The gain is read after the criterion has waited: its numbers are on the host by then.
             assert transfers == ["tolist"] * ((step <= lasts) + gain_is_measured)
             assert waits.count == 0
         optimizer.step()
@@ -941,4 +942,5 @@ def test_a_step_on_a_gpu_waits_once(metric):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         if step > 2:  # samples are drawn in the first, kernels compiled in the first two
+            # That of the criterion: the numbers of the gain are on the way by then, and waited for without a stop.
             assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1

@@ -1,4 +1,4 @@
-"""Where the gain comes from, as the report tells it: shares, windows, the sentence and the heatmap."""
+"""Where the gain is, as the report tells it: shares, windows, the sentence and the heatmap."""
 
 import math
 
@@ -49,8 +49,8 @@ def test_without_gain_there_are_no_shares():
     found = table([[1.0, 0.0, -2.0, 0.0]] * 2).summary()
     assert found.towers["vision"] == GainShare(None, None, 2 / 8)
     assert str(found) == (
-        "The updates did not lower the loss of the next batches over the 2 steps measured, so no layer has a share of "
-        "it."
+        "No layer has a share of the gain: the gradients of consecutive batches do not agree, over the 2 steps "
+        "measured."
     )
     assert table([]).summary() is None
 
@@ -94,16 +94,16 @@ def test_windows_hold_every_measured_step_once(steps):
     [
         (
             LAYERS,
-            "The vision tower brought 12% (+/- 1) of the gain for 25% of the FLOPs; the language tower brought 88% "
+            "The vision tower has 12% (+/- 1) of the gain for 25% of the FLOPs; the language tower has 88% "
             "(+/- 1) of the gain for 75% of the FLOPs, over the 5 steps measured.",
         ),
         (
             layers_in_order({m.name: m for m in LANGUAGE}),
-            "The first of 2 layers brought 43% of the gain for 33% of the FLOPs, over the 5 steps measured.",
+            "The first of 2 layers has 43% of the gain for 33% of the FLOPs, over the 5 steps measured.",
         ),
         (
             layers_in_order({LANGUAGE[0].name: LANGUAGE[0]}),
-            "All of the gain came from one layer, over the 5 steps measured.",
+            "One layer has all of the gain, over the 5 steps measured.",
         ),
     ],
     ids=["towers", "layers", "one layer"],
@@ -118,7 +118,7 @@ def test_one_sentence_says_what_pays(layers, text):
 def test_a_projector_is_no_tower():
     share = GainShare(0.5, None, 0.5)
     text = str(GainSummary(2, 1.0, {"projector": share, "language": share}, {}))
-    assert text.startswith("The projector brought 50% of the gain for 50% of the FLOPs; the language tower ")
+    assert text.startswith("The projector has 50% of the gain for 50% of the FLOPs; the language tower ")
 
 
 # ---- heatmap ----

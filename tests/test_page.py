@@ -142,14 +142,14 @@ def test_a_page_of_a_run_without_anything(tmp_path):
     assert "None" not in text and "Held-out" not in text and "Scores" not in text and "the gain" not in text
 
 
-def test_the_page_shows_where_the_gain_comes_from(tmp_path):
+def test_the_page_shows_where_the_gain_is(tmp_path):
     found = Page(page.build(make(tmp_path, toy_matrices()), summary(), PNG, HEATMAP))
     images = [base64.b64decode(link.removeprefix("data:image/png;base64,")) for link in found.links]
     assert images == [PNG, HEATMAP]
     for expected in (
-        "The vision tower brought 12% (+/- 1) of the gain for 25% of the FLOPs; the language tower brought 88%",
+        "The vision tower has 12% (+/- 1) of the gain for 25% of the FLOPs; the language tower has 88%",
         "over the 28 steps measured.",
-        "All gains together: 1.75 in the unit of the loss",
+        "Sum over these steps, all layers together: 1.75",
         "Gain Standard error FLOPs vision 12.5% 1.0% 25.0% language 87.5% 1.0% 75.0%",
         "All 2 layers",
         "vision/v/0 12.5% 1.0% 25.0% language/t/0 87.5% 1.0% 75.0%",

@@ -204,6 +204,31 @@ def test_overhead_is_per_step_and_of_training(tmp_path, now):
     assert (found.overhead.ms_per_step, found.overhead.fraction) == (1000.0, 10 / 30)
 
 
+def test_forward_passes_that_a_cache_saves_are_deducted(tmp_path, now):
+    """Batches have 3 and 5 patches in turns, and are read from step 4 on. Layers that are not tracked were not counted
+    to begin with."""
+    vision = [matrix(f"v.{i}.fc1", i, "fc1", "vision", "v") for i in range(3)]
+    matrices = {m.name: m for m in (*vision, matrix("layers.0.q_proj"), matrix("layers.1.q_proj", 1))}
+    found = []
+    for reads in (False, True):
+        state, run = None, ToyRun(tmp_path / str(reads), now, matrices)
+        for step in range(1, 7):
+            if step == 5:  # resumed
+                state = {"report": run.report.state_dict(), "clock": run.run.clock.state_dict()}
+                run = ToyRun(tmp_path / str(reads), now, matrices, json.loads(json.dumps(state)), step=4)
+            batch = {"input_ids": torch.ones(2, 4), "pixel_values": torch.ones(3 if step % 2 else 5, 7)}
+            run.report.count_batch(batch, None)
+            if reads and step >= 4:
+                run.report.count_read({"v": 2, "layers": 1, "untracked": 9} if step == 6 else {"v": 2})
+            run.report.record(step, [], {}, {"v": 2, "layers": 1})
+            run.run.step(1.0)
+        found.append(run.end().flops)
+    without, with_cache = found
+    assert without.run - with_cache.run == 2 * N * (2 * (5 + 3 + 5) + 8)
+    assert with_cache.baseline_full_schedule == without.baseline_full_schedule
+    assert with_cache.fraction == pytest.approx(with_cache.run / with_cache.baseline_full_schedule)
+
+
 def test_heldout_measurements_cost_forward_passes(tmp_path, now):
     run = ToyRun(tmp_path, now)
     for _ in range(10):
@@ -216,7 +241,7 @@ def test_heldout_measurements_cost_forward_passes(tmp_path, now):
 
 
 def test_the_gain_and_the_flops_of_the_same_steps(tmp_path, now):
-    """A gain is that of the update in the step before. Layer 0 freezes in step 3 and is skipped from step 4 on."""
+    """Layer 0 freezes in step 3 and is skipped from step 4 on."""
     run = ToyRun(tmp_path, now)
     names, layer = list(run.matrices), "language/layers/{}".format
     live, one_frozen = {layer(i): i + 1.0 for i in range(3)}, {layer(i): i + 1.0 for i in (1, 2)}
@@ -227,11 +252,11 @@ def test_the_gain_and_the_flops_of_the_same_steps(tmp_path, now):
         run.step(skipped={"layers": 1}, gains=one_frozen)
     found = run.end(frozen=dict.fromkeys(names[:2], 3)).gain
     assert (found.steps, found.total) == (4, 2 * 6 + 2 * 5)
-    # Measured at steps 2 to 5, so the costs are of steps 1 to 4: the last of them alone is cheaper.
+    # Measured at steps 2 to 5, of which the last two are cheaper.
     whole, skipped = 2 * 3 * 2, 2 * 2
-    total = 4 * 2 * whole + 3 * whole + skipped
+    total = 4 * 2 * whole + 2 * whole + 2 * skipped
     assert [share.gain for share in found.layers.values()] == pytest.approx([2 / 22, 8 / 22, 12 / 22])
-    cost = [(3 * whole + last) / total for last in (skipped, whole, whole)]
+    cost = [(2 * whole + 2 * last) / total for last in (skipped, whole, whole)]
     assert [share.cost for share in found.layers.values()] == pytest.approx(cost)
     assert found.towers["language"].gain == found.towers["language"].cost == 1.0
 
@@ -460,8 +485,8 @@ GradES: 30 of 100 steps, 6 of 6 matrices frozen; all matrices frozen
   against a baseline of the same length   not measurable
   against the full schedule               2.50x
   held-out measurements  7 of 64 examples: 1.4% of the training examples, forward only
-  The vision tower brought 12% (+/- 1) of the gain for 25% of the FLOPs;
-    the language tower brought 88% (+/- 1) of the gain for 75% of the FLOPs, over the 28 steps measured.
+  The vision tower has 12% (+/- 1) of the gain for 25% of the FLOPs;
+    the language tower has 88% (+/- 1) of the gain for 75% of the FLOPs, over the 28 steps measured.
   weights of the model   best average, of step 25: held-out loss 1.2346
   training 50.1 s, GradES 1.90 s, validation 10.0 s, saving 8.0 s; peak memory 812 MiB on CPU, toy"""
     )

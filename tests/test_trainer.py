@@ -162,9 +162,11 @@ def trained(tmp_path, text, config, peft=None, **changes):
 
 
 # With these, matrices freeze one after the other within 30 steps.
+STAGGERED_FULL = GradESConfig(metric="grad_change", alpha=0.4, auto_ratio=0.5)
+STAGGERED_LORA = GradESConfig(metric="grad_change", alpha=0.2, auto_ratio=1.0)
 STAGGERED = pytest.mark.parametrize(
     ("peft", "config"),
-    [(None, GradESConfig(alpha=0.4, auto_ratio=0.5)), (LORA, GradESConfig(alpha=0.2, auto_ratio=1.0))],
+    [(None, STAGGERED_FULL), (LORA, STAGGERED_LORA)],
     ids=["full", "lora"],
 )
 
@@ -197,7 +199,7 @@ def test_the_run_ends_in_the_step_in_which_the_last_matrix_freezes(tmp_path, tex
 
 
 def test_the_contract_s_keys_are_logged(tmp_path, text):
-    trainer, _ = trained(tmp_path, text, GradESConfig(alpha=0.4, auto_ratio=0.5))
+    trainer, _ = trained(tmp_path, text, STAGGERED_FULL)
     row = [row for row in trainer.state.log_history if "loss" in row][-1]
     expected = {"frozen_fraction", "frozen_params_fraction", "frozen_prefix_layers", "step_time"}
     expected |= {"step_speedup_predicted", "overhead_ms", "language/frozen_fraction"}
@@ -295,7 +297,7 @@ def test_qlora_on_the_cpu_freezes_pairs(tmp_path, text):
         args=arguments(tmp_path, max_steps=10),
         train_dataset=dataset["train"],
         processing_class=tokenizer,
-        grades=GradESConfig(alpha=0.3, auto_ratio=1.0),
+        grades=GradESConfig(metric="grad_change", alpha=0.3, auto_ratio=1.0),
     )
     q = trainer.tracked["model.layers.0.self_attn.q_proj"]
     assert (len(trainer.tracked), q.shape, q.params) == (14, (32, 32), 2 * 4 * 32)
@@ -311,7 +313,7 @@ def test_vlm_freezes_in_both_towers_at_their_own_tau(tmp_path, pictures):
         args=arguments(tmp_path, max_steps=6, max_length=None),
         train_dataset=pictures["train"],
         processing_class=processor,
-        grades=GradESConfig(tau={"vision": 1e9, "language": 0.0}, alpha=0.5),
+        grades=GradESConfig(metric="grad_change", tau={"vision": 1e9, "language": 0.0}, alpha=0.5),
     )
     trainer.train()
     frozen = {trainer.grades.matrices[name].tower for name in trainer.grades.frozen}
@@ -323,8 +325,9 @@ def test_vlm_freezes_in_both_towers_at_their_own_tau(tmp_path, pictures):
 def test_vlm_errors_come_before_training(tmp_path, pictures):
     model, processor = vlm_builtin.tiny_llava()
     common = {"model": model, "args": arguments(tmp_path, max_length=None), "train_dataset": pictures["train"]}
+    grades = GradESConfig(metric="grad_change", tau={"language": 1.0})
     with pytest.raises(ValueError, match="the model trains a vision tower"):
-        GradESVLMTrainer(**common, processing_class=processor, grades=GradESConfig(tau={"language": 1.0}))
+        GradESVLMTrainer(**common, processing_class=processor, grades=grades)
     text = builtin.dates(train=8, test=2)["train"]
     with pytest.raises(ValueError, match="trained with its processor"):
         GradESVLMTrainer(

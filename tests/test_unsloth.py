@@ -26,7 +26,7 @@ trainer = GradESTrainer(
     args=trl.SFTConfig(sys.argv[2], max_steps=20, per_device_train_batch_size=8, learning_rate=2e-3, report_to=[]),
     train_dataset=builtin.dates(train=256, test=2)["train"],
     processing_class=tokenizer,
-    grades=GradESConfig(alpha=0.3, auto_ratio=1.0),
+    grades=GradESConfig(metric="grad_change", alpha=0.3, auto_ratio=1.0),
 )
 before = {n: [p.detach().clone() for p in m.parameters] for n, m in trainer.tracked.items()}
 trainer.train()

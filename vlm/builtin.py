@@ -28,7 +28,7 @@ from transformers import (
 )
 
 PROMPT = "Read the number."
-# Prompt -> the answer to it, of the digits of a number. The pretrained model has seen all of these,
+# Prompt -> the answer to it, of the digits of a number. The pretrained model was trained on all of these,
 PRETRAINED_TASKS: dict[str, Callable[[str], str]] = {
     PROMPT: str,
     "Read the first digit.": lambda number: number[0],
@@ -292,9 +292,11 @@ def tiny_llava(
 def pretrained_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Loads the pretrained LLaVA that comes with this repository, and its processor.
 
-    It has 1.4 million parameters and answers the `PRETRAINED_TASKS`. Its vision tower makes up a bit more than half of
-    the FLOPs of a training step, as in vision-language models of 2 to 4 billion parameters. `python -m vlm.pretrain`
-    makes it.
+    It has 1.4 million parameters. Of 200 test images it reads 86 % exactly, and it counts the digits of all; of the
+    other `PRETRAINED_TASKS` it answers 97 % (second digit), 58 % (smallest), 51 % (largest) and 37 % (first and last,
+    which it does not tell apart). Its vision tower makes up more than half of the
+    FLOPs of a training step, as in vision-language models of 2 to 4 billion parameters. `python -m vlm.pretrain` makes
+    it.
 
     Returns:
         `tuple[LlavaForConditionalGeneration, LlavaProcessor]`: the model in float32, and its processor.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,19 +24,25 @@ STEPS, BATCH_SIZE, WARMUP_STEPS = 5_000, 32, 100
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.01
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def pretrain(directory: str | Path, steps: int = STEPS, images: int = IMAGES) -> None:
+    """Trains the model and saves it, with its processor.
+
+    Args:
+        directory (`str` or `Path`): where to.
+        steps (`int`, *optional*, defaults to `5000`): optimizer steps, of a batch of 32 images.
+        images (`int`, *optional*, defaults to `20000`): how many are drawn.
+    """
     torch.manual_seed(0)
     chance = random.Random(0)
     model, processor = tiny_llava(vision_layers=5, vision_size=128)
-    images, numbers = draw_numbers("train", IMAGES, np.random.default_rng(20_000))
-    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(torch.bfloat16)
+    drawn, numbers = draw_numbers("train", images, np.random.default_rng(20_000))
+    pixels = processor.image_processor(drawn, return_tensors="pt")["pixel_values"].to(torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     model.train()
-    for step in (progress := trange(1, STEPS + 1, desc="pretraining")):
+    for step in (progress := trange(1, steps + 1, desc="pretraining")):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1, step / WARMUP_STEPS) * (1 + math.cos(math.pi * step / STEPS)) / 2
-        rows = chance.sample(range(IMAGES), BATCH_SIZE)
+            group["lr"] = LEARNING_RATE * min(1, step / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
+        rows = chance.sample(range(images), BATCH_SIZE)
         prompts = [PROMPT if chance.random() < 0.3 else chance.choice(list(PRETRAINED_TASKS)) for _ in rows]
         answers = [PRETRAINED_TASKS[prompt](numbers[row]) for prompt, row in zip(prompts, rows, strict=True)]
         batch = tokenized(processor, prompts, answers)
@@ -46,8 +53,8 @@ def main() -> None:
         optimizer.zero_grad()
         if step % 100 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
-    model.to(torch.bfloat16).save_pretrained(READER)
-    processor.save_pretrained(READER)
+    model.to(torch.bfloat16).save_pretrained(directory)
+    processor.save_pretrained(directory)
 
 
 def tokenized(processor: LlavaProcessor, prompts: list[str], answers: list[str]) -> dict[str, torch.Tensor]:
@@ -75,4 +82,5 @@ def tokenized(processor: LlavaProcessor, prompts: list[str], answers: list[str])
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)  # faster than more, on matrices this small
+    pretrain(READER)

@@ -17,8 +17,8 @@ from .gain_meter import GainMeter
 
 @dataclass(frozen=True)
 class Converged:
-    """A matrix that has converged: by which value, below which threshold, and why in words. A scheduled freeze has
-    neither value nor threshold."""
+    """A matrix that has converged: by which value, below which threshold, and why in words. A freeze of whole
+    layers (`gain`) and a scheduled one have neither value nor threshold."""
 
     name: str
     reason: str
@@ -41,8 +41,8 @@ class Criterion(ABC):
         freezes_whole_layers (`bool`): norms and biases freeze with the matrices of their layer, and what feeds the
             first layer of an encoder with that.
         costs (`Callable[[], StepCosts]`): what a step costs now; set by whoever knows the batches.
-        gain_meter (`GainMeter`): what the updates of each layer gain; the engine's, which has measured the step when
-            `update` is called.
+        gain_meter (`GainMeter`): how fast each layer could bring the loss down; the engine's, which has measured the
+            step when `update` is called.
         values (`dict[str, float]`): matrix -> what was measured in the last `update`.
         resume (`str`): why all that is frozen is to train again, as found in the last `update`; mostly empty.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grades_trl.model.matrices import WeightMatrix, layers_in_order
 
-from .measurement import L1Measurement
+from .measurement import Arriving, L1Measurement
 
 SAMPLE_FRACTION = 1 / 64  # of each large matrix
 # Every step is measured in the first fifth of a run, but in at least 25 steps and at most 1,000; later one step in
@@ -62,7 +62,7 @@ class GainMeter:
         self._measurement = L1Measurement(matrices, sample_fraction)
         self._steps: dict[int, dict[str, float]] = {}
         self._values: dict[str, float] = {}
-        self._unread: tuple[int, list[str], Tensor] | None = None  # step, matrices, numbers that are on the device
+        self._unread: tuple[int, list[str], Arriving] | None = None  # step, matrices, their numbers
 
     @property
     def steps(self) -> dict[int, dict[str, float]]:
@@ -105,8 +105,8 @@ class GainMeter:
         return step <= self.dense or step % self.every == 0
 
     def read(self) -> None:
-        """Brings what was measured to the host. Called when the device has been waited for already: by the engine
-        after the criterion, or by whoever asks for `steps` or `values`."""
+        """Takes in what was measured. The engine calls it after the criterion, which has waited for the device, and
+        so do `steps` and `values`."""
         if self._unread is None:
             return
         (step, names, numbers), self._unread = self._unread, None

@@ -90,18 +90,17 @@ class L1Measurement:
             changes[name] = self._total(name, [next(rows)[1] for _ in own])
         return norms, changes
 
-    def products(self, tensors: dict[str, list[Tensor]], scale: float) -> Tensor:
-        """`<x / scale, p>` of the tensors of each matrix, p being what was remembered: float32, on the device. For
-        `totals`."""
+    def products(self, tensors: dict[str, list[Tensor]], scale: float) -> Arriving:
+        """`<x / scale, p>` of the tensors of each matrix, p being what was remembered, in float32. For `totals`."""
         rows = [
             torch.dot(x.float().flatten(), p.float().flatten())
             for name, own in tensors.items()
             for x, p in zip(own, self._previous[name], strict=True)
         ]
-        return torch.stack([row.to(rows[0].device) for row in rows]) / scale
+        return Arriving(torch.stack([row.to(rows[0].device) for row in rows]) / scale)
 
-    def totals(self, names: Collection[str], numbers: Tensor) -> dict[str, float]:
-        """The sum over each of these matrices, from one number for each of their tensors. One transfer to the host."""
+    def totals(self, names: Collection[str], numbers: Arriving) -> dict[str, float]:
+        """The sum over each of these matrices, from one number for each of their tensors."""
         each = iter(numbers.tolist())
         return {name: self._total(name, [next(each) for _ in self._samples[name]]) for name in names}
 
@@ -135,6 +134,28 @@ class L1Measurement:
         for name in self.remembered_at:
             parameters = self.matrices[name].parameters
             self._previous[name] = [tensors[f"{name}/{i}"].to(p.device) for i, p in enumerate(parameters)]
+
+
+class Arriving:
+    """
+    Numbers on their way from the device to the host. The transfer begins now, and nothing waits for it before they are
+    read: whoever waits for later work on the device has waited for them too.
+
+    Args:
+        numbers (`Tensor`): on any device.
+    """
+
+    def __init__(self, numbers: Tensor):
+        self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)  # from CUDA into pinned memory
+        self._arrived = None
+        if numbers.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(numbers.device))
+
+    def tolist(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers.tolist()
 
 
 def is_measured(norm: float) -> bool:

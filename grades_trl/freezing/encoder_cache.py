@@ -81,7 +81,7 @@ class EncoderCache:
             layers (`list[str]`): paths of its layers in the model, from input to output; empty if none is frozen.
             rows_come_back (`bool`, *optional*, defaults to `True`): an epoch or more is to come.
         """
-        if layers == [*self._layers]:
+        if layers == self.layers:
             return
         self.clear()
         self.use.next_layers()
@@ -109,6 +109,11 @@ class EncoderCache:
         if self._store is not None:
             self._store.flush()
             self._store = None
+
+    @property
+    def layers(self) -> list[str]:
+        """Paths of the layers of the frozen encoder."""
+        return [*self._layers]
 
     @property
     def waits(self) -> bool:

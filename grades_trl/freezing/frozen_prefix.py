@@ -11,6 +11,7 @@ without checkpointing. The gradients of everything else are the same numbers.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -53,6 +54,8 @@ class FrozenPrefix:
         has_new_calls (`bool`): a module was called for the first time since the last `update`.
         skipped_layers (`dict[str, int]`): path of a list of layers in the base model -> number of its leading layers
             that the backward pass skips.
+        read_layers (`dict[str, int]`): likewise, the layers whose outputs this training pass, or the last, has read
+            from a cache: it does not compute them at all.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class FrozenPrefix:
         self.compiled = self.paused = False
         self.has_new_calls = False
         self.skipped_layers: dict[str, int] = {}
+        self.read_layers: dict[str, int] = {}
         self._model = model
         self._layers = find_layers(model)
         self._towers = towers_of_modules(model)
@@ -270,6 +274,7 @@ class FrozenPrefix:
             self._units[path].gradient_checkpointing = False  # type: ignore[assignment]
 
     def _look_up(self, inputs: dict[str, Any]) -> None:
+        self.read_layers = {}
         cache = self.cache if self.cache is not None and self._last_cached and not self.cache.off else None
         encoder_cache = self.encoder_cache if self.encoder_cache is not None and self.encoder_cache.waits else None
         if cache is None and encoder_cache is None:
@@ -283,6 +288,10 @@ class FrozenPrefix:
             encoder_cache.begin_pass(images, len(inputs.get("input_ids", images.keys)), device)
             if encoder_cache.learns and cache is not None:
                 cache.end_pass()
+        if cache is not None and cache.hit:
+            self.read_layers = dict(self.skipped_layers)
+        elif encoder_cache is not None and encoder_cache.hit:
+            self.read_layers = dict(Counter(base_path(self._layers[path][0]) for path in encoder_cache.layers))
 
     @property
     def _learns(self) -> bool:

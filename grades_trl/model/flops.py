@@ -5,6 +5,8 @@ of: its forward pass, the recomputation of it under gradient checkpointing, the 
 gradient of its weight. LoRA factors of P elements add 2P to the first three, and the fourth is 2P alone. Of a stack
 of experts, each token passes through the active ones only.
 
+A layer whose outputs are read from a cache costs nothing, see [`TokenCounter.add_read`].
+
 Not counted: attention scores, norms, embeddings, routers that are no linear layer, the output head, the optimizer,
 and layers that the user froze before training. Two details are left out: torch's non-reentrant checkpointing does not
 recompute the last product of a layer, and without checkpointing the layers that read frozen embeddings compute no
@@ -87,6 +89,26 @@ def forward_flops(
     return sum(through * _tokens_of(matrix, tokens) for matrix, through, _ in _costs(matrices, experts_per_token))
 
 
+def read_flops(
+    matrices: Iterable[WeightMatrix],
+    tokens: dict[str, dict[int, float | Tensor]],
+    *,
+    experts_per_token: float | None = None,
+) -> float:
+    """FLOPs of the forward passes that were not computed, because their outputs were read from a cache.
+
+    Args:
+        matrices (`Iterable[WeightMatrix]`): all tracked matrices of the model.
+        tokens (`dict[str, dict[int, float or Tensor]]`): path of a layer list (`WeightMatrix.stack`) -> number of its
+            leading layers that were read -> tokens that did not pass through these, see [`TokenCounter`].
+        experts_per_token (`float`, *optional*): experts that a token passes through. By default all of them.
+    """
+    return sum(
+        through * sum(float(n) for layers, n in tokens.get(matrix.stack, {}).items() if 0 <= matrix.layer < layers)
+        for matrix, through, _ in _costs(matrices, experts_per_token)
+    )
+
+
 def _costs(
     matrices: Iterable[WeightMatrix], experts_per_token: float | None
 ) -> Iterable[tuple[WeightMatrix, float, float]]:
@@ -137,6 +159,8 @@ class TokenCounter:
     Attributes:
         batches (`int`): micro-batches seen.
         experts_per_token (`float` or `None`): as the config of the last one says.
+        read (`dict[str, dict[int, float or Tensor]]`): path of a layer list -> number of its leading layers whose
+            outputs were read from a cache -> tokens of these micro-batches.
     """
 
     def __init__(self) -> None:
@@ -145,6 +169,8 @@ class TokenCounter:
         self._config: Any = None
         self._sums: dict[str, float | Tensor] = {}  # tensors stay on the device until somebody asks
         self._examples: float | Tensor = 0
+        self._last: dict[str, float | Tensor] = {}
+        self.read: dict[str, dict[int, float | Tensor]] = {}
 
     def add(self, inputs: dict[str, Any], config: Any) -> None:
         """Adds one micro-batch.
@@ -157,13 +183,26 @@ class TokenCounter:
         if config is not self._config:  # the same one in every batch
             self._config, self.experts_per_token = config, experts_per_token(config)
         ids = _language_inputs(inputs)
-        for tower, count in _tokens_of_batch(inputs, ids, config).items():
+        self._last = _tokens_of_batch(inputs, ids, config)
+        for tower, count in self._last.items():
             self._sums[tower] = self._sums.get(tower, 0) + count
         positions = inputs.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim == 2 and len(positions) == 1:  # packed, without padding
             self._examples = self._examples + (positions == 0).sum()
         else:
             self._examples += max((len(x) for x in ids), default=0)
+
+    def add_read(self, layers: dict[str, int], towers: dict[str, str]) -> None:
+        """The pass of the last micro-batch has read outputs of layers from a cache.
+
+        Args:
+            layers (`dict[str, int]`): path of a layer list -> number of its leading layers that were not computed.
+            towers (`dict[str, str]`): path of a layer list -> tower.
+        """
+        for stack, count in layers.items():
+            if stack in towers:
+                of_stack = self.read.setdefault(stack, {})
+                of_stack[count] = of_stack.get(count, 0) + self._last.get(towers[stack], 0)
 
     @property
     def examples(self) -> float:
@@ -179,11 +218,15 @@ class TokenCounter:
         """JSON-able."""
         sums = {tower: float(total) for tower, total in self._sums.items()}
         counts = {"batches": self.batches, "examples": self.examples, "experts_per_token": self.experts_per_token}
-        return {"sums": sums, **counts}
+        read = [[stack, layers, float(n)] for stack, own in self.read.items() for layers, n in own.items()]
+        return {"sums": sums, "read": read, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._sums, self.batches, self._examples = dict(state["sums"]), state["batches"], state["examples"]
         self.experts_per_token = state["experts_per_token"]
+        self.read = {}
+        for stack, layers, n in state["read"]:
+            self.read.setdefault(stack, {})[layers] = n
 
 
 def _language_inputs(inputs: dict[str, Any]) -> list[Tensor]:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from grades_trl.config import CRITERION_SETTINGS, GradESConfig
+from grades_trl.criteria import CRITERIA
 from grades_trl.model import TOWERS
 from grades_trl.recipe.bema import BEMA
 
@@ -82,7 +83,7 @@ class RecipeArguments:
             `"unsloth"`, `"transformers"`, or `"auto"`: Unsloth if it is installed and there is a GPU.
         dataset_name (`str`, *optional*):
             Hub id, local folder or file in one of TRL's formats; or a built-in dataset: `dates`, `docstrings` (text),
-            `digits` (images).
+            `digits`, `digits_dashes`, `digits_backwards`, `digits_inverted` (images).
         dataset_config (`str`, *optional*):
             Configuration of a dataset on the hub.
         dataset_train_split (`str`, *optional*, defaults to `"train"`), dataset_test_split (`str`, *optional*):
@@ -129,7 +130,7 @@ class RecipeArguments:
     )
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Hub id, local folder or file; or a built-in dataset: dates, docstrings, digits."},
+        metadata={"help": "Hub id, local folder or file; or a built-in dataset: " + ", ".join(BUILTIN_DATASETS) + "."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Name of the training split."})
@@ -242,7 +243,8 @@ def _check_config(path: Path, argv: list[str]) -> None:
     flags |= {flag: value for flag, equals, value in (word.partition("=") for word in argv) if equals}
     of_config = config.get("metric", GradESConfig.metric)
     metric = flags.get("--metric", of_config)
-    kept = [name for name in CRITERION_SETTINGS if config.get(name) is not None and f"--{name}" not in flags]
+    settings = CRITERIA[of_config].defaults if of_config in CRITERIA else CRITERION_SETTINGS
+    kept = [name for name in settings if config.get(name) is not None and f"--{name}" not in flags]
     if metric != of_config and kept:
         raise ValueError(
             f"{path} sets {', '.join(kept)} for metric {of_config}, and --metric is {metric}: give them again for "

@@ -147,7 +147,7 @@ def flops_of_run(run: Run) -> float:
     """FLOPs of a run, held-out measurements included, as a fraction of its whole schedule with everything training.
 
     `run["flops"]` counts the tracked matrices alone; what was frozen before training takes its forward pass in every
-    step.
+    step, also where a cache saves that.
     """
     step, tracked = run["choice"]["step"], run["choice"]["tracked"]
     return tracked * run["flops"] + (step - tracked) * run["steps"] / run["total_steps"]

@@ -1,4 +1,4 @@
-"""Where the gain of a run comes from, and where its FLOPs go: shares of layers and towers, over steps and windows."""
+"""Where the gain of a run is, and where its FLOPs go: shares of layers and towers, over steps and windows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GainTable:
     Attributes:
         layers (`dict[str, list[WeightMatrix]]`): from input to output, see `layers_in_order`.
         steps (`list[int]`): the measured optimizer steps.
-        gains (`np.ndarray`): of shape (steps, layers), in the unit of the loss; NaN where nothing of a layer trained.
+        gains (`np.ndarray`): of shape (steps, layers), see `GainMeter`; NaN where nothing of a layer trained.
         costs (`np.ndarray`): of shape (steps, layers), FLOPs.
         frozen_at (`dict[str, int]`): layer -> the step at which the last of its matrices froze.
     """
@@ -73,7 +73,7 @@ class GainTable:
     def gain_per_cost(self) -> np.ndarray:
         """
         Of shape (layers, windows): a layer's share of the gain of a window over its share of the FLOPs. 1 is that of
-        the model as a whole, negative where the updates of a layer raised the loss. NaN where nothing of it trained.
+        the model as a whole, negative where the gradients of two batches point apart. NaN where nothing of it trained.
 
         A share is one of the sum of absolute values: in a window in which gains of both signs cancel out, which is
         noise, shares of the sum would be anything.

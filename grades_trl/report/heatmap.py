@@ -1,6 +1,6 @@
-"""The heatmap of a run: which layer brought the gain, when, and whether it was worth its FLOPs.
+"""The heatmap of a run: which layers have the gain, when, and whether that is worth their FLOPs.
 
-Rows are layers from input to output, columns are windows of measured steps. Above stands how much was gained at all,
+Rows are layers from input to output, columns are windows of measured steps. Above stands the gain of all layers,
 beside it the shares of each layer over the whole run.
 """
 
@@ -51,8 +51,8 @@ def draw(table: GainTable) -> Figure:
     def text(left: float, top: float, string: str, **style) -> None:
         figure.text(left / WIDTH, 1 - top / height, string, va="baseline", **style)
 
-    text(MARGIN, 0.38, "Where the gain comes from", fontsize=15, fontweight="bold", color=INK)
-    subtitle = "By how much the updates of each layer lower the loss of the next batch, for what the layer costs"
+    text(MARGIN, 0.38, "Where the gain is", fontsize=15, fontweight="bold", color=INK)
+    subtitle = "The share of each layer in the squared gradient of the training loss, for its share of the FLOPs"
     text(MARGIN, 0.64, subtitle, fontsize=9.5, color=GREY)
     norm = Normalize(-LIMIT, LIMIT)
     _draw_key(axes(WIDTH - MARGIN - 2.9, 0.3, 2.9, 0.13), norm)
@@ -75,7 +75,7 @@ def draw(table: GainTable) -> Figure:
     beside.tick_params(labelbottom=True)
     text(right, head + above, "share of gain", fontsize=9, color=BLUE, fontweight="bold")
     text(right + 1.1, head + above, "|  of FLOPs", fontsize=9, color=INK, fontweight="bold")
-    _draw_legend(figure, height, values)
+    _draw_legend(figure, height)
     return figure
 
 
@@ -170,12 +170,12 @@ def _draw_shares(ax: Axes, shares: list, longest: float) -> None:
     ax.spines[:].set_visible(False)
 
 
-def _draw_legend(figure: Figure, height: float, values: np.ndarray) -> None:
+def _draw_legend(figure: Figure, height: float) -> None:
     handles: list = [
         Line2D([], [], color=INK, linewidth=0, marker="|", markersize=9, markeredgewidth=2.5, label="freeze"),
         Patch(facecolor="#cbd2d9", edgecolor="#7b8794", hatch="/////", linewidth=0, label="frozen"),
         Patch(facecolor=LIGHT, linewidth=0, label="no gradient"),
-        Line2D([], [], color="none", label="red: updates raised the loss; patches of red and blue are noise"),
+        Line2D([], [], color="none", label="red: gradients of two batches point apart, which is noise"),
     ]
     figure.legend(
         handles=handles,

@@ -208,11 +208,13 @@ def _gain(gain: GainSummary | None, png: bytes | None) -> str:
     return (
         '<section class=figure><img alt="Gain of every layer over the steps, relative to its FLOPs" '
         f'src="data:image/png;base64,{image}"></section>'
-        f"<section><h2>Where the gain comes from</h2><p>{_e(str(gain))}</p>"
-        "<p class=soft>The gain of an update is by how much it lowers the loss of the next batch, to first order: "
-        "minus the product of that batch's gradient and the update. The steps measured are all of the first tenth of "
-        "the run, and later one in ten. Embeddings, norms and the output head are not tracked, and have no share. "
-        f"Late in a run gains are small and noisy. All gains together: {_e(gain.total)} in the unit of the loss.</p>"
+        f"<section><h2>Where the gain is</h2><p>{_e(str(gain))}</p>"
+        "<p class=soft>The gain of a layer is its part of the squared gradient of the training loss: how fast its "
+        "weights could bring the loss down. It is estimated by the product of the gradients of two consecutive steps. "
+        "A negative one is noise: the gradients of the two batches point apart. The steps measured are those of the "
+        "first fifth of the run, and later one in ten or fewer. Embeddings, norms and the output head are not "
+        "tracked, and have no share. Late in a run gains are small and noisy. Sum over these steps, all layers "
+        f"together: {_e(gain.total)}.</p>"
         f"{_table(rows(gain.towers), header, numbers=3)}"
         f"<details><summary>All {len(gain.layers):,} layers</summary><div class=scroll>"
         f"{_table(rows(gain.layers), header, numbers=3)}</div></details></section>"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grades_trl.events import FreezeEvent
-from grades_trl.model.flops import TokenCounter, forward_flops, step_flops
+from grades_trl.model.flops import TokenCounter, forward_flops, read_flops, step_flops
 from grades_trl.model.matrices import WeightMatrix, layers_in_order
 from grades_trl.report import figure, heatmap, page
 from grades_trl.report.environment import Environment
@@ -99,6 +99,15 @@ class RunReport:
             model_config: the config of the model; `None` for a plain module.
         """
         self._tokens.add(inputs, model_config)
+
+    def count_read(self, layers: dict[str, int]) -> None:
+        """The training pass of the last micro-batch has read outputs of frozen layers from a cache. Call it after the
+        pass.
+
+        Args:
+            layers (`dict[str, int]`): path of a layer list -> number of its leading layers that were not computed.
+        """
+        self._tokens.add_read(layers, {m.stack: m.tower for m in self._matrices.values()})
 
     def tokens_per_batch(self) -> dict[str, float] | None:
         """Tower -> mean tokens of a training micro-batch so far; `None` if none could be counted."""
@@ -192,7 +201,8 @@ class RunReport:
               matrices that were measured since the last call;
             - `heldout_loss`, `heldout_token_accuracy` or `heldout_exact_match`: the last one since the last call;
             - `step_time`: seconds of a recent step; `overhead_ms`: of it, what GradES takes;
-            - `step_speedup`: measured, baseline step over recent step; `step_speedup_predicted`: from FLOPs.
+            - `step_speedup`: measured, baseline step over recent step; `step_speedup_predicted`: from FLOPs,
+              without what caches save.
         """
         matrices, frozen = self._matrices, set(self._frozen)
         logs = {
@@ -373,7 +383,7 @@ class RunReport:
         return figure.render(heatmap.draw(self._gain_table()))
 
     def _gain_table(self) -> GainTable:
-        """The gain of every measured step is that of the update in the step before, and so is its cost."""
+        """The gain of every measured step, and what each layer cost in it."""
         layers, gains = layers_in_order(self._matrices), self._history.gains
         tokens = self._tokens.per_batch()
         towers = {layers[layer][0].tower for of_step in gains.values() for layer in of_step}
@@ -383,7 +393,7 @@ class RunReport:
         costs: dict[int, dict[str, float]] = {}  # number of the state -> layer -> FLOPs
         of_steps = []
         for step in gains:
-            number = max(i for i, state in enumerate(states) if state["step"] < max(1, step - 1))
+            number = max(i for i, state in enumerate(states) if state["step"] < step)
             if number not in costs:
                 frozen, skipped = set(states[number]["frozen"]), states[number]["layers"]
                 costs[number] = {
@@ -394,6 +404,8 @@ class RunReport:
         return GainTable.of(layers, gains, of_steps, frozen_at)
 
     def _flops_of_run(self, steps: int, schedule: int, diverged: bool) -> Flops:
+        """From the run is deducted what frozen layers save in backward, and the forward pass of those whose outputs
+        were read from a cache; from a baseline nothing is. Held-out measurements are added."""
         per_batch = self._tokens.per_batch()
         tokens = None if per_batch is None else _times(per_batch, self._tokens.batches / max(1, steps))
         baseline = self._flops(tokens)
@@ -402,6 +414,7 @@ class RunReport:
             run += cost * (state["step"] - start)
             start, cost = state["step"], self._flops(tokens, set(state["frozen"]), state["layers"])
         run += cost * (steps - start)
+        run -= read_flops(self._matrices.values(), self._tokens.read, experts_per_token=self._tokens.experts_per_token)
         if per_batch is not None and self._heldout_passes:
             per_example = _times(per_batch, self._tokens.batches / self._tokens.examples)
             run += self._heldout_passes * forward_flops(

@@ -100,7 +100,8 @@ class Flops:
     FLOPs in the tracked layers, see `flops.py`.
 
     Attributes:
-        run (`float` or `None`): of the run, held-out measurements included. `None` if no tokens could be counted.
+        run (`float` or `None`): of the run, held-out measurements included, without the forward passes whose outputs
+            were read from a cache. `None` if no tokens could be counted.
         baseline_same_length (`float` or `None`), baseline_full_schedule (`float` or `None`): of a baseline.
         fraction (`float` or `None`): of the baseline over the full schedule, also where tokens could not be counted.
             `None` if the run diverged.
@@ -138,10 +139,10 @@ class Heldout:
 @dataclass(frozen=True)
 class GainShare:
     """
-    What a layer or a tower has brought, and what it has cost.
+    What a layer or a tower could gain, and what it costs.
 
     Attributes:
-        gain (`float` or `None`): fraction of the gain of all layers. `None` if the loss did not come down.
+        gain (`float` or `None`): fraction of the gain of all layers. `None` if that is not above 0.
         error (`float` or `None`): its standard error, from step to step.
         cost (`float`): fraction of the FLOPs of the same steps, see `flops.py`.
     """
@@ -154,11 +155,13 @@ class GainShare:
 @dataclass(frozen=True)
 class GainSummary:
     """
-    Where the gain comes from: by how much the updates of each layer lowered the loss of the next batch.
+    Where the gain is: the share of each layer in the squared gradient of the training loss, that is how fast its
+    weights could bring the loss down.
 
     Attributes:
-        steps (`int`): measured steps: all in the first tenth of a run, later one in ten.
-        total (`float`): their gain, all layers together, in the unit of the loss.
+        steps (`int`): measured steps: all in the first fifth of a run, later one in ten or fewer, see `GainMeter`.
+        total (`float`): the sum of their gains, all layers together. Not above 0 if the gradients of consecutive
+            batches do not agree.
         towers (`dict[str, GainShare]`), layers (`dict[str, GainShare]`): their shares, from input to output.
     """
 
@@ -171,17 +174,17 @@ class GainSummary:
         """Whether parts pay for themselves, in one sentence."""
         over = "in the one step measured" if self.steps == 1 else f"over the {self.steps:,} steps measured"
         if self.total <= 0:
-            return f"The updates did not lower the loss of the next batches {over}, so no layer has a share of it."
+            return f"No layer has a share of the gain: the gradients of consecutive batches do not agree, {over}."
         if len(self.towers) > 1:
             parts = {f"the {tower}{'' if tower == 'projector' else ' tower'}": s for tower, s in self.towers.items()}
-            told = [f"{part} {_brought(share.gain, share.cost, share.error)}" for part, share in parts.items()]
+            told = [f"{part} has {_shares(share.gain, share.cost, share.error)}" for part, share in parts.items()]
         else:
             layers, half = list(self.layers.values()), len(self.layers) // 2
             if half == 0:
-                return f"All of the gain came from one layer, {over}."
+                return f"One layer has all of the gain, {over}."
             gain, cost = sum(s.gain or 0.0 for s in layers[:half]), sum(s.cost for s in layers[:half])
             first = "the first" if half == 1 else f"the first {half}"
-            told = [f"{first} of {len(layers)} layers {_brought(gain, cost)}"]
+            told = [f"{first} of {len(layers)} layers {'has' if half == 1 else 'have'} {_shares(gain, cost)}"]
         text = "; ".join(told)
         return f"{text[0].upper()}{text[1:]}, {over}."
 
@@ -208,7 +211,7 @@ class RunSummary:
         caches (`dict[str, CacheSummary]`): outputs of frozen layers that were read from memory or disk: of the
             `"encoder"`, and of the leading `"frozen_layers"` of the language tower. Only those that were used.
         peak_memory_mib (`float` or `None`): of training.
-        gain (`GainSummary` or `None`): which layers the gain came from, if any step was measured.
+        gain (`GainSummary` or `None`): which layers have the gain, if any step was measured.
         results (`dict[str, float]`): the final scores, once they are known.
     """
 
@@ -412,9 +415,9 @@ def _times(ratio: float | None) -> str:
     return "not measurable" if ratio is None else f"{ratio:.2f}x"
 
 
-def _brought(gain: float | None, cost: float, error: float | None = None) -> str:
+def _shares(gain: float | None, cost: float, error: float | None = None) -> str:
     unsure = "" if error is None else f" (+/- {100 * error:.0f})"
-    return f"brought {gain:.0%}{unsure} of the gain for {cost:.0%} of the FLOPs"
+    return f"{gain:.0%}{unsure} of the gain for {cost:.0%} of the FLOPs"
 
 
 def _saved(part: Any) -> str:

@@ -330,6 +330,7 @@ class GradESMixin(_Trainer):
         with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
             before = len(self._logged_accuracies())
             loss = super().training_step(model, inputs, *args, **kwargs)
+        self.report.count_read(self.grades.prefix.read_layers)
         if self._accuracies is not None:
             self._accuracies += self._logged_accuracies()[before:]
         # The last micro-batch of an optimizer step: gradients are complete and not clipped yet.
