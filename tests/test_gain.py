@@ -109,14 +109,21 @@ def test_language_layers_freeze_only_where_backward_can_skip_them():
         assert len(frozen_layers(made)) == expected
 
 
-def test_windows_end_after_the_grace_period_and_after_twice_as_many_steps():
-    made = criterion(total_steps=100)
+@pytest.mark.parametrize(
+    ("total_steps", "expected"),
+    [
+        (100, [(10, 0, 10), (20, 10, 10), (40, 10, 20), (80, 20, 40)]),
+        (60, [(6, 0, 6), (12, 6, 6), (24, 6, 12), (48, 12, 24)]),  # Unsloth's quick start
+    ],
+)
+def test_windows_end_after_the_grace_period_and_after_twice_as_many_steps(total_steps, expected):
+    made = criterion(total_steps=total_steps)
     asked = []
     made._decide = lambda live: asked.append((step, len(made._last_window), len(made._window))) or []
-    for step in range(1, 101):
+    for step in range(1, total_steps + 1):
         made.gain_meter._values, made.gain_meter._steps[step] = {"a": 1.0}, {"layer": 1.0}
         made.update(step, [], 1.0)
-    assert asked == [(10, 0, 10), (20, 10, 10), (40, 10, 20), (80, 20, 40)]
+    assert asked == expected
 
 
 def test_too_few_measurements_decide_nothing():
