@@ -242,7 +242,7 @@ def test_the_vision_tower_is_frozen_where_it_would_train(
     compare_py, recipe, tmp_path, recipe_name, flags, config, towers
 ):
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(config | {"stopping": "heldout_loss", "max_steps": 8}))
+    file.write_text(yaml.safe_dump(config | {"stopping": "heldout", "max_steps": 8}))
     run = run_variant(compare_py, tmp_path, *flags, variant="vision_frozen", config=str(file), recipe_name=recipe_name)
     if isinstance(towers, str):
         assert (run["skipped"], recipe.commands) == (towers, [])
