@@ -56,7 +56,7 @@ class StepProbe(TrainerCallback):
         seconds (`list[float]`): of each step.
         own_seconds (`list[float]`): of each step, what GradES took of them.
         held_bytes (`dict[str, int]`): of gradients and optimizer state; on CUDA also the peak of all allocations.
-        remembered_bytes (`int`): of what the criterion keeps to compare with.
+        remembered_bytes (`int`): of what is kept to compare with.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,10 @@ class StepProbe(TrainerCallback):
         if torch.cuda.is_available():  # the peak of a process never falls on the CPU
             self.held_bytes["peak_allocated"] = torch.cuda.max_memory_allocated()
         if isinstance(self._trainer, GradESTrainer):
-            self.remembered_bytes = size(self._trainer.grades.criterion.state_dict()[1].values())
+            grades = self._trainer.grades
+            self.remembered_bytes = sum(
+                size(part.state_dict()[1].values()) for part in (grades.criterion, grades.gain)
+            )
 
 
 def synchronize() -> None:
@@ -203,7 +206,10 @@ def memory_bandwidth() -> float:
 
 
 def measuring(args: argparse.Namespace, tokenizer, data: Dataset) -> dict[str, dict]:
-    """Step time of SFTTrainer, of GradES that measures (a sample, or all elements), and of the authors' package.
+    """Step time of SFTTrainer, of GradES that measures, and of the authors' package.
+
+    The default measures the gain, in every step as at the beginning of a run. With the paper's metric, that is measured
+    too: of a sample, or of all elements.
 
     `own_ms` is what GradES itself takes. `limit_ms` is the bytes that it has to move, over the bandwidth of a copy in
     this process. A sample cannot reach that limit: it is gathered in pieces of 16 elements, which a copy is not.
@@ -217,12 +223,13 @@ def measuring(args: argparse.Namespace, tokenizer, data: Dataset) -> dict[str, d
     sampled: dict[str, Any] = {"metric": "grad_change", "tau": 0.0, "alpha": 0.0}  # no value is below 0
     variants: dict[str, tuple[GradESConfig | None, Callable[[], list[TrainerCallback]]]] = {
         "baseline": (None, list),
-        "grades_trl": (GradESConfig(**sampled), list),
-        "grades_trl_exact": (GradESConfig(**sampled, sample_fraction=1.0), list),
+        "gain": (GradESConfig(alpha=1.0), list),
+        "grad_change": (GradESConfig(**sampled), list),
+        "grad_change_exact": (GradESConfig(**sampled, sample_fraction=1.0), list),
         "grades_1.0.6": (None, authors),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    own: dict[str, list[float]] = {"grades_trl": [], "grades_trl_exact": []}
+    own: dict[str, list[float]] = {"gain": [], "grad_change": [], "grad_change_exact": []}
     moved: dict[str, int] = {}
     bandwidths = []
     for turn in range(args.rounds):
@@ -249,7 +256,7 @@ def measuring(args: argparse.Namespace, tokenizer, data: Dataset) -> dict[str, d
     for name, times in own.items():
         rows[name] |= {
             "own_ms": 1e3 * statistics.median(times),
-            "gathers": name == "grades_trl",
+            "gathers": name != "grad_change_exact",
             "bytes": moved[name],
             "bytes_per_second": bandwidth,
             "limit_ms": 1e3 * moved[name] / bandwidth,
