@@ -208,8 +208,8 @@ def memory_bandwidth() -> float:
 def measuring(args: argparse.Namespace, tokenizer, data: Dataset) -> dict[str, dict]:
     """Step time of SFTTrainer, of GradES that measures, and of the authors' package.
 
-    The default measures the gain, in every step as at the beginning of a run. With the paper's metric, that is measured
-    too: of a sample, or of all elements.
+    The default measures the gain, in every step as at the beginning of a run. With the paper's metric, of a sample or
+    of all elements, that is measured too.
 
     `own_ms` is what GradES itself takes. `limit_ms` is the bytes that it has to move, over the bandwidth of a copy in
     this process. A sample cannot reach that limit: it is gathered in pieces of 16 elements, which a copy is not.
