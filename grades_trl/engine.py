@@ -138,7 +138,11 @@ class GradES:
             p.requires_grad and id(p) not in tracked and towers[name] == "projector"
             for name, p in self._model.named_parameters()
         )
-        return StepCosts(language_prefix_can_be_skipped=not trains and not projector)
+        cache = self.prefix.encoder_cache
+        return StepCosts(
+            language_prefix_can_be_skipped=not trains and not projector,
+            encoder_is_cached=cache is not None and not cache.off and self._last_step < self._last_epoch,
+        )
 
     def _caches(self, default: int, rows: int | None) -> tuple[ActivationCache | None, EncoderCache | None]:
         mib, directory = self.config.activation_cache_mib, self.config.encoder_cache_dir

@@ -22,6 +22,7 @@ from .base import Converged, Criterion
 
 MIN_STEPS = 5  # measured, in each of the two windows of a decision
 SURE = 2.0  # standard errors
+ENCODERS = ("vision", "audio")
 
 
 class Gain(Criterion):
@@ -29,7 +30,8 @@ class Gain(Criterion):
     Freezes leading layers: of the vision tower first, then the projector, then the language layers from below.
 
     They freeze when their share of the gain is below a `margin`-th of their share of the cost of a step, by two
-    standard errors, in two windows of steps one after the other. One window is not enough: at the beginning of a run
+    standard errors, in two windows of steps one after the other. (The cost of an encoder includes its forward pass
+    where later epochs read its outputs from memory.) One window is not enough: at the beginning of a run
     the output layers gain most, whatever the task, and only then it shows whether those before them have to move. The
     windows end at the end of the grace period, and after twice, four times, ... as many steps; so the earliest freeze
     comes after twice the grace period. Late in a run the gain is noise, and then nothing is sure.
@@ -128,10 +130,15 @@ class Gain(Criterion):
 
     def _cost(self, frozen: set[str], costs: StepCosts) -> float:
         """FLOPs of a step with these matrices frozen."""
+        skipped = self._skipped_layers(frozen, costs)
+        cached: set[str] = set()  # layer lists whose outputs come from memory
+        if costs.encoder_is_cached:
+            stacks = {m.stack: m.layer for m in self.matrices.values() if m.tower in ENCODERS}  # to their last layer
+            cached = {stack for stack, last in stacks.items() if skipped.get(stack, 0) > last}
         return step_flops(
-            self.matrices.values(),
+            [matrix for matrix in self.matrices.values() if matrix.stack not in cached],
             frozen=frozen,
-            skipped_layers=self._skipped_layers(frozen, costs),
+            skipped_layers=skipped,
             tokens=costs.tokens,
             checkpointing=costs.checkpointing,
             experts_per_token=costs.experts_per_token,
@@ -154,6 +161,9 @@ def share_of_gain(
 ) -> tuple[float, float]:
     """The share of the gain that some layers have, and its standard error: that of a ratio of two means.
 
+    Each step is divided by the sum of all absolute gains in it. Gains fall by orders of magnitude within a window, and
+    a single spike of the loss would be all that counts.
+
     Args:
         window (`list[dict[str, float]]`): layer -> gain, of each measured step.
         layers (`Collection[str]`): those whose share it is,
@@ -162,8 +172,11 @@ def share_of_gain(
     Returns:
         `tuple[float, float]`: the error is infinite where the gain of all is not above 0.
     """
-    totals = [math.fsum(gains.get(layer, 0.0) for layer in trained) for gains in window]
-    own = [math.fsum(gains.get(layer, 0.0) for layer in layers) for gains in window]
+    sizes = [math.fsum(abs(gains.get(layer, 0.0)) for layer in trained) or 1.0 for gains in window]
+    totals, own = (
+        [math.fsum(g.get(layer, 0.0) for layer in of) / size for g, size in zip(window, sizes, strict=True)]
+        for of in (trained, layers)
+    )
     mean = statistics.fmean(totals)
     if mean <= 0:
         return 0.0, math.inf

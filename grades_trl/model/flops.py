@@ -42,12 +42,14 @@ class StepCosts:
         checkpointing (`bool`): the forward pass is run again in backward.
         experts_per_token (`float` or `None`): experts that a token passes through; `None` for all.
         language_prefix_can_be_skipped (`bool`): nothing trains in front of the language layers but what is tracked.
+        encoder_is_cached (`bool`): later epochs read the outputs of a frozen encoder from memory.
     """
 
     tokens: dict[str, float] | None = None
     checkpointing: bool = False
     experts_per_token: float | None = None
     language_prefix_can_be_skipped: bool = False
+    encoder_is_cached: bool = False
 
 
 def step_flops(
