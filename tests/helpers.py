@@ -142,7 +142,7 @@ def trajectory(trainer_class, monkeypatch, prefix, **arguments):
     """A whole run, with or without the frozen prefix: trainer, losses and gradient norms, final weights."""
     with monkeypatch.context() as patch:
         if not prefix:
-            patch.setattr(FrozenPrefix, "update", lambda self, *_: False)
+            patch.setattr(FrozenPrefix, "update", lambda self, *_, **__: False)
         trainer = trainer_class(**arguments)
         trainer.train()
     losses = [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]

@@ -40,9 +40,11 @@ def test_events_are_on_disk_as_they_happen(tmp_path):
     history.record(12, [second], {})
     assert (tmp_path / "events.jsonl").read_text() == (
         '{"step": 11, "matrix": "layers.0.q_proj", "layer": 0, "role": "q_proj", "tower": "language", '
-        '"value": 0.01, "tau": 0.02, "params": 32, "frozen": 1, "total": 6, "reason": "grad_change below tau"}\n'
+        '"value": 0.01, "tau": 0.02, "params": 32, "frozen": 1, "total": 6, "reason": "grad_change below tau", '
+        '"unfrozen": false}\n'
         '{"step": 12, "matrix": "layers.1.down_proj", "layer": 1, "role": "down_proj", "tower": "language", '
-        '"value": 0.01, "tau": 0.02, "params": 32, "frozen": 2, "total": 6, "reason": "grad_change below tau"}\n'
+        '"value": 0.01, "tau": 0.02, "params": 32, "frozen": 2, "total": 6, "reason": "grad_change below tau", '
+        '"unfrozen": false}\n'
     )
 
 
