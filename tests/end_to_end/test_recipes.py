@@ -162,7 +162,8 @@ def test_vlm_on_a_users_own_folder_of_images(tmp_path):
     config = ["--config", ROOT / "configs" / "demo_vlm.yaml"]
     printed = succeeded(run("sft_vlm.py", *config, *flags.split(), "--train_towers", "language", cwd=tmp_path))
     assert "21 examples to train on, 1 to validate on, 2 to test on" in printed
-    assert "vision     " not in printed  # frozen by choice
+    assert "vision     fc1" not in printed  # frozen by choice
+    assert "vision           5                 0        1,018,752                0" in printed
     (folder / "7.png").write_bytes(b"no image")
     failed = run("sft_vlm.py", *config, *flags.split(), cwd=tmp_path)
     assert failed.returncode != 0
@@ -210,5 +211,6 @@ def test_stdout_has_nothing_but_the_recipes_own_prints(tmp_path):
     assert "step 4: froze 28" in done.stderr and "q_proj" in done.stderr
     lines = [line for line in done.stdout.splitlines() if line and not line.startswith("{")]  # those of the Trainer
     assert lines[0] == "64 examples to train on, 300 to validate on, 300 to test on"
-    assert lines[1].startswith("final/")
+    assert lines[1].split() == ["tower", "layers", "matrices", "tracked", "parameters", "trainable"]
+    assert lines[4].startswith("final/")
     assert "step 4" not in done.stdout
