@@ -1,5 +1,7 @@
 """What several test files share: toy models, all built from configs, and ways to run them."""
 
+import logging
+
 import pytest
 import torch
 import transformers as T
@@ -58,6 +60,11 @@ def llava(**changes) -> T.LlavaForConditionalGeneration:
 CHECKPOINTING = pytest.mark.parametrize("reentrant", [None, False, True], ids=["none", "non_reentrant", "reentrant"])
 IDS = torch.arange(32).view(2, 16)
 MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+
+def warnings_in(caplog) -> list[str]:
+    """What was warned of. Other messages are captured too where another test has set the level of the logger."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 class CountMatmuls(TorchDispatchMode):

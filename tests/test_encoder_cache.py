@@ -13,7 +13,7 @@ from grades_trl.freezing.encoder_cache import EncoderCache
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
 from grades_trl.model.towers import towers_of_parameters
 from grades_trl.report.summary import format_summary
-from helpers import CountMatmuls, arguments, gradients, llava, losses
+from helpers import CountMatmuls, arguments, gradients, llava, losses, warnings_in
 from vlm import GradESVLMTrainer, builtin
 
 
@@ -198,7 +198,7 @@ def test_a_damaged_file_is_left_out_with_one_warning(tmp_path, batches, caplog):
     whole.with_name("c.partial").write_bytes(b"")  # a run that was killed
     cache, _ = run_with_disk(tmp_path, llava(image_token_index=60), batches)
     assert cache.use.hits == 3
-    assert len([message for message in caplog.messages if "damaged" in message]) == 1
+    assert len([message for message in warnings_in(caplog) if "damaged" in message]) == 1
 
 
 def test_the_disk_is_not_filled(tmp_path, batches, monkeypatch, caplog):

@@ -57,9 +57,9 @@ def read_events(path: Path) -> dict[str, int]:
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
             event: Any = json.loads(line)
-            if event.get("unfrozen"):
-                raise TypeError("a schedule freezes only")
             steps[event["matrix"]] = int(event["step"])
+            if event.get("unfrozen"):
+                raise ValueError("a schedule freezes only")
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f'{path}, line {number}: expected a freeze event, {{"matrix": ..., "step": ...}}, found {line[:80]!r}.'
