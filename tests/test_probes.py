@@ -20,6 +20,7 @@ class Run:
     """A LLaVA that trains with its vision tower frozen at step 2, by AdamW, on other rows in each step."""
 
     def __init__(self, probed=PROBED, cache_bytes=0, state=None):
+        self.read_in = []  # steps whose pass read the cache
         self.model = llava(image_token_index=60).train() if state is None else copy.deepcopy(state["model"])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.1)
         whole_layers = {"freeze_norms": True, "freeze_embeddings": True}
@@ -46,6 +47,8 @@ class Run:
         labels = ids.masked_fill(ids == 60, -100)
         self.model(input_ids=ids, pixel_values=IMAGES[chosen], labels=labels).loss.backward()
         self.gradients = {name for name, p in self.model.named_parameters() if p.grad is not None}
+        if self.grades.prefix.read_layers:
+            self.read_in.append(step)
         events = self.grades.step(step)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -81,6 +84,9 @@ def test_a_probe_measures_what_is_frozen_and_changes_nothing(cache_bytes):
         hits, misses = (probed.grades.prefix.encoder_cache.use.hits, probed.grades.prefix.encoder_cache.use.misses)
         assert hits == left_alone.grades.prefix.encoder_cache.use.hits - len(PROBED) > 0
         assert misses == left_alone.grades.prefix.encoder_cache.use.misses
+        # So a probe counts as computed in the FLOPs of the run.
+        assert probed.read_in == [step for step in left_alone.read_in if step not in PROBED]
+        assert len(probed.read_in) == hits
 
 
 def test_the_gradients_of_a_probe_are_those_of_a_model_with_nothing_frozen():

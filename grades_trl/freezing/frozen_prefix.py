@@ -258,7 +258,7 @@ class FrozenPrefix:
         self.end_pass()  # of a pass that was interrupted
         if not (self._model.training and torch.is_grad_enabled()):
             return
-        self._in_pass, self._order, self._trained_towers = True, [], set()
+        self._in_pass, self._order, self._trained_towers, self.read_layers = True, [], set(), {}
         if self.paused:
             return
         # Set anew in each pass: `for_training()` of Unsloth turns checkpointing on in all layers.
@@ -274,7 +274,6 @@ class FrozenPrefix:
             self._units[path].gradient_checkpointing = False  # type: ignore[assignment]
 
     def _look_up(self, inputs: dict[str, Any]) -> None:
-        self.read_layers = {}
         cache = self.cache if self.cache is not None and self._last_cached and not self.cache.off else None
         encoder_cache = self.encoder_cache if self.encoder_cache is not None and self.encoder_cache.waits else None
         if cache is None and encoder_cache is None:
