@@ -19,6 +19,7 @@ from grades_trl.freezing.frozen_prefix import FrozenPrefix
 from grades_trl.freezing.unsloth_lora import skip_frozen_pairs
 from grades_trl.model.flops import StepCosts
 from grades_trl.model.matrices import WeightMatrix, find_matrices, matrices_by_layer
+from grades_trl.model.structure import embeddings_train
 from grades_trl.model.towers import towers_of_parameters
 from grades_trl.stopping import STOPPING_RULES, HeldoutScore, StoppingRule, TrainAccuracy
 from grades_trl.weight_average import WeightAverage
@@ -51,12 +52,12 @@ class GradES:
             (by default their mean loss), always the same rows, at the weights that the model has. It runs forward
             passes only, in evaluation mode. Or the score and the loss: of equal scores the one with the lower loss is
             the best.
-        knows_train_accuracy (`bool`, *optional*, defaults to `False`): `step` is given the accuracy on the training
-            tokens.
         encoder_cache_bytes (`int`, *optional*, defaults to `0`): CPU memory for the outputs of a frozen encoder, where
             `config.activation_cache_mib` says nothing. They are not cached if they do not fit.
         epoch (`tuple[int, float]`, *optional*): rows and optimizer steps of an epoch. An encoder that freezes in the
             last epoch is not cached.
+        knows_train_accuracy (`bool`, *optional*, defaults to `False`): `step` is given the accuracy on the training
+            tokens.
 
     Attributes:
         matrices (`dict[str, WeightMatrix]`): all that is tracked.
@@ -130,8 +131,6 @@ class GradES:
 
     def step_costs(self) -> StepCosts:
         """What a step costs as far as the model tells: the criterion's default, see `Criterion.costs`."""
-        embeddings: Any = getattr(self._model, "get_input_embeddings", lambda: None)()
-        trains = embeddings is not None and any(p.requires_grad for p in embeddings.parameters())
         tracked = {id(p) for matrix in self.matrices.values() for p in matrix.parameters}
         towers = towers_of_parameters(self._model)
         projector = any(
@@ -140,7 +139,7 @@ class GradES:
         )
         cache = self.prefix.encoder_cache
         return StepCosts(
-            language_prefix_can_be_skipped=not trains and not projector,
+            language_prefix_can_be_skipped=not embeddings_train(self._model) and not projector,
             encoder_is_cached=cache is not None and not cache.off and self._last_step < self._last_epoch,
         )
 
@@ -193,9 +192,9 @@ class GradES:
         converged = self.criterion.update(step, live, grad_scale)
         self.gain.read()
         self._freezer.forget_gradients()
-        events = self._unfreeze(step) if self.criterion.resume else self._freeze(step, converged)
+        events = self._unfreeze(step) if self.criterion.unfreeze_reason else self._freeze(step, converged)
         unreached = list(self._without_gradient.values())
-        if (events and not self.criterion.resume) or self._prefix_is_stale:
+        if (events and not self.criterion.unfreeze_reason) or self._prefix_is_stale:
             self._freezer.freeze(self.prefix.parameters_without_gradient(called, unreached))
             self._freeze_norms_and_embeddings()
         if events or self._prefix_is_stale or self.prefix.has_new_calls:  # a tower may be frozen from the start
@@ -294,7 +293,7 @@ class GradES:
         names, self.frozen = list(self.frozen), {}
         self._end_probe(names)
         self._freezer.unfreeze()
-        return [self._event(step, name, self.criterion.resume, unfrozen=True) for name in names]
+        return [self._event(step, name, self.criterion.unfreeze_reason, unfrozen=True) for name in names]
 
     def _event(self, step: int, name: str, reason: str, **of_the_event: Any) -> FreezeEvent:
         matrix = self.matrices[name]
@@ -323,9 +322,9 @@ class GradES:
         wanted = bool(self.frozen) and not self.prefix.compiled and self.criterion.probes(step)
         if wanted and not self.prefix.paused:
             self._freezer.probe(p for name in self.frozen for p in self.matrices[name].parameters)
+            self.prefix.paused = True
         elif not wanted and self.prefix.paused:
             self._end_probe(list(self.frozen))
-        self.prefix.paused = wanted
 
     def _end_probe(self, names: list[str]) -> None:
         self._freezer.end_probe()

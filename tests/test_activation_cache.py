@@ -28,6 +28,7 @@ from helpers import (
     layers,
     llava,
     lora,
+    losses,
     qwen3,
     qwen3_moe,
     warnings_in,
@@ -327,12 +328,12 @@ def test_whole_runs_with_and_without_the_cache_are_equal(tmp_path):
             peft_config=LoraConfig(r=4, lora_dropout=0.0, target_modules="all-linear"),
         )
         trainer.train()
-        runs.append((trainer, [row["loss"] for row in trainer.state.log_history if "loss" in row]))
-    (_, expected), (trainer, losses) = runs
+        runs.append((trainer, losses(trainer)))
+    (_, expected), (trainer, found) = runs
     cache = trainer.grades.prefix.cache
     # 4 steps an epoch; another prefix, and an empty cache, after steps 4 and 8: from step 13 on all is there.
     assert (cache.use.hits, cache.use.misses) == (12, 8)
-    assert losses == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_memory_is_bounded():
@@ -398,11 +399,11 @@ def test_a_run_with_packing_is_the_same_with_the_cache(tmp_path):
             peft_config=LoraConfig(r=4, lora_dropout=0.0, target_modules="all-linear"),
         )
         trainer.train()
-        runs.append((trainer, [row["loss"] for row in trainer.state.log_history if "loss" in row]))
-    (_, expected), (trainer, losses) = runs
+        runs.append((trainer, losses(trainer)))
+    (_, expected), (trainer, found) = runs
     summary = trainer.grades_summary.caches["frozen_layers"]
     assert summary.hits > summary.misses
-    assert losses == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("noise", [None, 5.0])

@@ -108,14 +108,14 @@ def test_the_gradients_of_a_probe_are_those_of_a_model_with_nothing_frozen():
 def test_all_that_is_frozen_trains_again_where_the_criterion_says_so():
     run = Run().train(last=7)
     frozen = run.weights
-    run.grades.criterion.resume = "it pays"
+    run.grades.criterion.unfreeze_reason = "it pays"
     run.grades.criterion.steps = {}  # of the schedule
     events = run.step(8)
     assert events and all(event.unfrozen and event.step == 8 and event.frozen == 0 for event in events)
     assert {event.tower for event in events} == {"vision"}
     assert run.grades.frozen == {} and run.grades.prefix.skipped_layers == {}
     assert all(p.requires_grad for p in run.model.parameters())
-    run.grades.criterion.resume = ""
+    run.grades.criterion.unfreeze_reason = ""
     run.train(9, 9)
     towers = towers_of_parameters(run.model)
     moved = {name for name, p in run.model.named_parameters() if not torch.equal(p, frozen[name])}
@@ -154,10 +154,10 @@ def test_the_criterion_asks_for_probes_and_decides_by_them(share, again):
             asked.append(step)
         measure(step, made.probes(step) and made.probes(step - 1))
         made.update(step, live, 1.0)
-        if made.resume:
+        if made.unfreeze_reason:
             break
     first, second = list(range(30, 31 + MIN_STEPS)), list(range(53, 54 + MIN_STEPS))
     assert asked == (first if again else first + second)
-    assert made.resume == ("60% of the gain, 33% of the time" if again else "")
+    assert made.unfreeze_reason == ("60% of the gain, 33% of the time" if again else "")
     if again:
         assert made._window == made._last_window == [] and not made.probes(53)

@@ -294,9 +294,8 @@ def pretrained_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
 
     It has 1.4 million parameters. Of 200 test images it reads 86 % exactly, and it counts the digits of all; of the
     other `PRETRAINED_TASKS` it answers 97 % (second digit), 58 % (smallest), 51 % (largest) and 37 % (first and last,
-    which it does not tell apart). Its vision tower makes up more than half of the
-    FLOPs of a training step, as in vision-language models of 2 to 4 billion parameters. `python -m vlm.pretrain` makes
-    it.
+    which it does not tell apart). Its vision tower makes up more than half of the FLOPs of a training step, as in
+    vision-language models of 2 to 4 billion parameters. `python -m vlm.pretrain` makes it.
 
     Returns:
         `tuple[LlavaForConditionalGeneration, LlavaProcessor]`: the model in float32, and its processor.

@@ -44,7 +44,7 @@ class Criterion(ABC):
         gain_meter (`GainMeter`): how fast each layer could bring the loss down; the engine's, which has measured the
             step when `update` is called.
         values (`dict[str, float]`): matrix -> what was measured in the last `update`.
-        resume (`str`): why all that is frozen is to train again, as found in the last `update`; mostly empty.
+        unfreeze_reason (`str`): why all that is frozen is to train again, as found in the last `update`; mostly empty.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -56,7 +56,7 @@ class Criterion(ABC):
         self.matrices = matrices
         self.costs: Callable[[], StepCosts] = StepCosts
         self.values: dict[str, float] = {}
-        self.resume = ""
+        self.unfreeze_reason = ""
 
     @abstractmethod
     def update(self, step: int, live: Collection[str], grad_scale: float) -> list[Converged]:

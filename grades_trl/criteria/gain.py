@@ -30,15 +30,15 @@ class Gain(Criterion):
     Freezes leading layers: of the vision tower first, then the projector, then the language layers from below.
 
     They freeze when their share of the gain is below a `margin`-th of their share of the cost of a step, by two
-    standard errors, in two windows of steps one after the other. (The cost of an encoder includes its forward pass
-    where later epochs read its outputs from memory.) One window is not enough: at the beginning of a run
-    the output layers gain most, whatever the task, and only then it shows whether those before them have to move. The
-    windows end at the end of the grace period, and after twice, four times, ... as many steps; so the earliest freeze
-    comes after twice the grace period. Late in a run the gain is noise, and then nothing is sure.
+    standard errors, in two windows of steps one after the other. The cost of an encoder includes its forward pass
+    where later epochs read its outputs from memory. One window is not enough: at the beginning of a run the output
+    layers have most of the gain, whatever the task. Whether the layers before them have to move shows only later. The
+    windows end at the end of the grace period, and after twice, four times, ... as many steps. So the earliest freeze
+    comes after twice the grace period. Late in a run the gain is noise, and nothing freezes any more.
 
-    What has frozen is probed: after half as many steps again, and so on, its gradients are computed in 6 steps. All
-    trains again if its share of the gain has risen above a `margin`-th of its share of the cost, by one standard
-    error.
+    What is frozen is probed: its gradients are computed in 6 steps, first after half as many steps again, and then
+    always after half as many more. All of it trains again if its share of the gain has risen above a `margin`-th of
+    its share of the cost, by one standard error.
 
     Args:
         alpha (`float`): grace period as a fraction of all steps; at least 5 steps are measured.
@@ -61,12 +61,12 @@ class Gain(Criterion):
         self.layers = list(self._members)  # from input to output
 
     def update(self, step: int, live: Collection[str], grad_scale: float) -> list[Converged]:
-        self.values, self.resume = self.gain_meter.values, ""
+        self.values, self.unfreeze_reason = self.gain_meter.values, ""
         if self.values:
             self._window.append(self.gain_meter.steps[step])
         if step == self._probe_at + MIN_STEPS:
-            self.resume = self._pays_again(step, set(live))
-            if self.resume:  # a decision needs two whole windows, in which all is measured
+            self.unfreeze_reason = self._pays_again(step, set(live))
+            if self.unfreeze_reason:  # a decision needs two whole windows, in which all is measured
                 self._last_window, self._window, self._probe_at = [], [], math.inf
                 return []
             self._probe_at = math.ceil(1.5 * step)

@@ -44,9 +44,9 @@ class GainMeter:
     Attributes:
         layers (`list[str]`): the keys of the layers from input to output, `"<tower>/<path of the stack>/<layer>"`:
             encoders, projector, language. See `layers_in_order`.
-        steps (`dict[int, dict[str, float]]`): optimizer step -> layer -> gain, of every measured
-            step since the start of the run, in their order. Steps that were not measured are missing, and in a step
-            the layers of which nothing was measured: frozen ones, a tower without data.
+        steps (`dict[int, dict[str, float]]`): optimizer step -> layer -> gain, of every measured step since the start
+            of the run, in their order. Steps that were not measured are missing. So are, in a step, the layers of
+            which nothing was measured: frozen ones, a tower without data.
         values (`dict[str, float]`): matrix -> gain, of the last call of `measure`; empty if it was no measurement.
         dense (`int`): steps at the beginning that are all measured.
         every (`int`): later, one step in that many is measured.

@@ -33,6 +33,12 @@ def find_layers(model: nn.Module) -> dict[str, tuple[str, int]]:
     return layers
 
 
+def embeddings_train(model: nn.Module) -> bool:
+    """Whether the embeddings of the tokens train, so that backward goes down to the first language layer."""
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    return embeddings is not None and any(p.requires_grad for p in embeddings.parameters())
+
+
 def locate(path: str, layers: dict[str, tuple[str, int]]) -> str:
     """The path of the layer that `path` lies in; `""` outside all layers."""
     parts = path.split(".")

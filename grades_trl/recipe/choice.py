@@ -17,7 +17,7 @@ from torch import nn
 
 from grades_trl.model import TOWERS, WeightMatrix, find_layers, find_matrices, towers_of_modules, towers_of_parameters
 from grades_trl.model.flops import TokenCounter, experts_per_token, step_flops
-from grades_trl.model.structure import base_path, find_heads, is_linear, locate
+from grades_trl.model.structure import base_path, embeddings_train, find_heads, is_linear, locate
 
 INDICES = re.compile(r"(\d+)(?:-(\d+))?")
 FRACTIONS = re.compile(r"(\d*\.?\d+|\d+\.)-(\d*\.?\d+|\d+\.)")
@@ -277,9 +277,7 @@ def _with_adapter(matrix: WeightMatrix, rank: int | None) -> WeightMatrix:
 def _skipped_layers(model: Any) -> dict[str, int]:
     """Path of a list of layers -> number of its leading layers that the backward pass does not have to enter."""
     layers, tower_of = find_layers(model), towers_of_parameters(model)
-    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    embeddings_train = embeddings is not None and any(p.requires_grad for p in embeddings.parameters())
-    is_reached = {"language"} if embeddings_train else set()
+    is_reached = {"language"} if embeddings_train(model) else set()
     live: set[str] = set()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

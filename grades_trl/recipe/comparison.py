@@ -19,6 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from grades_trl.model.matrices import TOWER_ORDER
+
 Run = dict[str, Any]
 
 # In the environment of a recipe that compare.py has started: the id that its `result.json` must carry.
@@ -37,8 +39,6 @@ VARIANTS = {
     "bottom_up": "the freezes of the GradES run at the same steps, of matrices from the lowest layer up",
     "paper": "GradES with the paper's metric and settings",
 }
-# The position of a tower on the way from input to output.
-TOWER_ORDER = {"vision": 0, "audio": 0, "projector": 1, "language": 2}
 PARTS = ("training", "validation", "saving", "grades")
 COLORS = {
     "baseline": "#52606d",

@@ -263,7 +263,7 @@ def _flops(flops: Flops) -> list[tuple]:
 def _heldout(heldout: Heldout) -> list[tuple]:
     return [
         ("measurements", heldout.measurements),
-        ("score", heldout.metric.replace("_", " ")),
+        ("score", heldout.metric_in_words),
         ("examples in each", heldout.examples),
         ("optimizer steps between them", heldout.every),
         ("forward passes per training example", heldout.passes_per_training_example),

@@ -150,8 +150,8 @@ class RunReport:
         """
         self._history.record(step, events, values, gains)
         self._unlogged |= values
-        thawed = {event.matrix for event in events if event.unfrozen}
-        self._frozen = [name for name in self._frozen if name not in thawed]
+        unfrozen = {event.matrix for event in events if event.unfrozen}
+        self._frozen = [name for name in self._frozen if name not in unfrozen]
         self._frozen += [event.matrix for event in events if not event.unfrozen]
         before = self._skipped_layers
         if probing:

@@ -135,6 +135,10 @@ class Heldout:
     best_step: int | None
     best_score: float | None
 
+    @property
+    def metric_in_words(self) -> str:
+        return self.metric.replace("_", " ")
+
 
 @dataclass(frozen=True)
 class GainShare:
@@ -435,5 +439,4 @@ def _weights(summary: RunSummary) -> str:
     if summary.weights != "best average" or summary.heldout is None or summary.heldout.best_score is None:
         return summary.weights
     heldout = summary.heldout
-    metric = heldout.metric.replace("_", " ")
-    return f"best average, of step {heldout.best_step}: held-out {metric} {heldout.best_score:.4f}"
+    return f"best average, of step {heldout.best_step}: held-out {heldout.metric_in_words} {heldout.best_score:.4f}"

@@ -80,15 +80,16 @@ class Tracker:
             png (`bytes`): the figure as PNG.
             step (`int`): optimizer step that it shows.
         """
-        if self._run is not None:
-            image = wandb.Image(PIL.Image.open(io.BytesIO(png)))
-            self._run.log({"grades/timeline": image, "train/global_step": step})
+        self._log_image("grades/timeline", png, step)
 
     def log_gain(self, png: bytes, step: int) -> None:
         """The heatmap of the gain, under `grades/gain_heatmap`. Arguments as in `log_figure`."""
+        self._log_image("grades/gain_heatmap", png, step)
+
+    def _log_image(self, key: str, png: bytes, step: int) -> None:
         if self._run is not None:
             image = wandb.Image(PIL.Image.open(io.BytesIO(png)))
-            self._run.log({"grades/gain_heatmap": image, "train/global_step": step})
+            self._run.log({key: image, "train/global_step": step})
 
     def log_table(self, columns: list[str], rows: list[list]) -> None:
         """One row per matrix, under `grades/matrices`."""

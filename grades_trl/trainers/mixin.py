@@ -189,7 +189,11 @@ class GradESMixin(_Trainer):
         if not has_length(self.train_dataset):
             return None
         rows = len(self.train_dataset)
-        return rows, rows / (self._train_batch_size * self.args.gradient_accumulation_steps)
+        return rows, rows / self._rows_per_step
+
+    @property
+    def _rows_per_step(self) -> int:
+        return self._train_batch_size * self.args.gradient_accumulation_steps
 
     def _has_heldout_rows(self) -> bool:
         dataset = first_dataset(self.eval_dataset)
@@ -207,14 +211,13 @@ class GradESMixin(_Trainer):
         if metric == "exact_match":
             assert answers is not None  # checked when the trainer was made
             available, passes = answers.available, answers.passes_per_row(self)
-        per_step = self._train_batch_size * self.args.gradient_accumulation_steps
-        rows, every, cost = plan(settings, steps, per_step, available, passes)
+        rows, every, cost = plan(settings, steps, self._rows_per_step, available, passes)
         if every > steps:
             logger.log(
                 logging.WARNING if config.needs_heldout_rows else logging.INFO,
                 "%d training examples are too few to measure a held-out %s: it would cost more than heldout_cost "
                 "(%g %%), or 5 %% in a short run.",
-                steps * per_step,
+                steps * self._rows_per_step,
                 name_of(metric),
                 100 * settings["cost"],
             )
