@@ -20,7 +20,7 @@ from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import configure_bema, configure_early_stopping, parse
 from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
-from grades_trl.recipe.console import set_up_console
+from grades_trl.recipe.console import format_start, set_up_console, show_progress
 from grades_trl.recipe.data import load_data, warn_truncated_examples
 from grades_trl.recipe.generation import answers, exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
@@ -50,7 +50,6 @@ def main() -> None:
     #    during training (validation), the other only for the scores at the end (test).
     dataset = load_data(recipe, training, {"dates": builtin.dates, "docstrings": builtin.docstrings})
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
-    print(f"{len(train):,} examples to train on, {len(validation):,} to validate on, {len(test):,} to test on")
 
     # 2. Model: from the hub, a folder or a GGUF file; without a name, the tiny one that is built here.
     if model_args.model_name_or_path is None:
@@ -87,7 +86,10 @@ def main() -> None:
         heldout_answers=HeldoutAnswers(score, len(validation), recipe.max_new_tokens) if has_prompts else None,
         callbacks=[clock, *callbacks],
     )
+    show_progress(trainer)
     choice = choice_flops(trainer)
+    rows = {"train on": len(train), "validate on": len(validation), "test on": len(test)}
+    print(format_start(environment, rows, training.output_dir))
     print(format_choice(trainer.model, choice))
     warn_truncated_examples(trainer, {"train": train, "validation": validation})
 

@@ -19,7 +19,7 @@ from datasets import Dataset
 from grades_trl.recipe.arguments import configure_bema, configure_early_stopping, parse
 from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
-from grades_trl.recipe.console import set_up_console
+from grades_trl.recipe.console import format_start, set_up_console, show_progress
 from grades_trl.recipe.data import load_data
 from grades_trl.recipe.generation import exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
@@ -47,7 +47,6 @@ def main() -> None:
     #    decisions during training (validation), the other only for the scores at the end (test).
     dataset = load_data(recipe, training, builtin.DATASETS, vision=True)
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
-    print(f"{len(train):,} examples to train on, {len(validation):,} to validate on, {len(test):,} to test on")
 
     # 2. Model: from the hub or a folder. Without a name, the tiny pretrained one that comes with this repository.
     if model_args.model_name_or_path == "tiny_llava":  # untrained
@@ -86,7 +85,10 @@ def main() -> None:
         heldout_answers=HeldoutAnswers(score, len(validation), recipe.max_new_tokens),
         callbacks=[clock, *callbacks],
     )
+    show_progress(trainer)
     choice = choice_flops(trainer)
+    rows = {"train on": len(train), "validate on": len(validation), "test on": len(test)}
+    print(format_start(environment, rows, training.output_dir))
     print(format_choice(trainer.model, choice))
 
     # 3. Train, with a few answers before and after. The model is saved as soon as it is trained.

@@ -308,7 +308,7 @@ def test_the_table():
         ["vision", "2", "0", f"{counted['vision']:,}", "0"],
         ["projector", "-", "0", f"{counted['projector']:,}", f"{counted['projector']:,}"],
     ]
-    assert limit == "limit of the step time by this choice: 1.35x shorter than training everything"
+    assert limit == "limit of this choice: 1.35x less time for a step than training everything"
     assert all(len(line) <= 80 for line in format_choice(model, ChoiceFlops()).splitlines())
 
 

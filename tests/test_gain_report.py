@@ -94,12 +94,12 @@ def test_windows_hold_every_measured_step_once(steps):
     [
         (
             LAYERS,
-            "The vision tower has 12% (+/- 1) of the gain for 25% of the FLOPs; the language tower has 88% "
-            "(+/- 1) of the gain for 75% of the FLOPs, over the 5 steps measured.",
+            "The vision tower has 12 % (+/- 1) of the gain for 25 % of the FLOPs; the language tower has 88 % "
+            "(+/- 1) of the gain for 75 % of the FLOPs, over the 5 steps measured.",
         ),
         (
             layers_in_order({m.name: m for m in LANGUAGE}),
-            "The first of 2 layers has 43% of the gain for 33% of the FLOPs, over the 5 steps measured.",
+            "The first of 2 layers has 43 % of the gain for 33 % of the FLOPs, over the 5 steps measured.",
         ),
         (
             layers_in_order({LANGUAGE[0].name: LANGUAGE[0]}),
@@ -118,7 +118,7 @@ def test_one_sentence_says_what_pays(layers, text):
 def test_a_projector_is_no_tower():
     share = GainShare(0.5, None, 0.5)
     text = str(GainSummary(2, 1.0, {"projector": share, "language": share}, {}))
-    assert text.startswith("The projector has 50% of the gain for 50% of the FLOPs; the language tower ")
+    assert text.startswith("The projector has 50 % of the gain for 50 % of the FLOPs; the language tower ")
 
 
 # ---- heatmap ----

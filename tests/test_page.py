@@ -147,7 +147,7 @@ def test_the_page_shows_where_the_gain_is(tmp_path):
     images = [base64.b64decode(link.removeprefix("data:image/png;base64,")) for link in found.links]
     assert images == [PNG, HEATMAP]
     for expected in (
-        "The vision tower has 12% (+/- 1) of the gain for 25% of the FLOPs; the language tower has 88%",
+        "The vision tower has 12 % (+/- 1) of the gain for 25 % of the FLOPs; the language tower has 88 %",
         "over the 28 steps measured.",
         "Sum over these steps, all layers together: 1.75",
         "Gain Standard error FLOPs vision 12.5% 1.0% 25.0% language 87.5% 1.0% 75.0%",

@@ -158,6 +158,6 @@ def test_the_criterion_asks_for_probes_and_decides_by_them(share, again):
             break
     first, second = list(range(30, 31 + MIN_STEPS)), list(range(53, 54 + MIN_STEPS))
     assert asked == (first if again else first + second)
-    assert made.unfreeze_reason == ("60% of the gain, 33% of the time" if again else "")
+    assert made.unfreeze_reason == ("60 % of the gain for 33 % of the FLOPs of a step" if again else "")
     if again:
         assert made._window == made._last_window == [] and not made.probes(53)

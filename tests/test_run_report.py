@@ -90,8 +90,8 @@ def test_what_the_caches_did_is_told(tmp_path, now):
     caches = {"encoder": CacheSummary(30, 10, 120.4, 12.34, ""), "frozen_layers": CacheSummary(0, 9, 0.0, 0.0, "why")}
     found = run.end(caches=caches)
     text = format_summary(found)
-    assert "  cached vision tower    30 of 40 passes read, 120 MiB  +12.3 s\n" in text
-    assert "  cached layers          off: why\n" in text
+    assert "  cache     vision tower: 30 of 40 passes read, 120 MiB, +12.3 s\n" in text
+    assert "  cache     frozen layers: off: why\n" in text
     assert found.to_json()["caches"]["encoder"]["saved_seconds"] == 12.34
 
 
@@ -330,7 +330,7 @@ def test_a_run_that_diverged_has_no_speedup(tmp_path, now):
     assert found.overhead.ms_per_step is None and found.overhead.fraction is None
     assert found.heldout.best_score is None and found.heldout.best_step is None
     text = format_summary(found)
-    assert "diverged at step 3" in text and "x  " not in text
+    assert "diverged at step 3" in text and "speed-up" not in text
     facts = {"environment": ENVIRONMENT, "warmup_steps": 0, "argv": [], "scored_with": {}}
     result = run_result(None, run.run.clock, steps=20, total_steps=100, scores={}, diverged_at=3, **facts)
     assert result.flops is None and result.diverged_at == 3
@@ -475,37 +475,41 @@ def test_a_stream_that_ended_is_a_whole_baseline(now):
 
 
 def test_the_summary_on_the_console():
+    text = format_summary(summary())
+    assert max(map(len, text.splitlines())) <= 80
     assert (
-        format_summary(summary())
+        text
         == """\
-GradES: 30 of 100 steps, 6 of 6 matrices frozen; all matrices frozen
-  cheaper steps          1.03x
-  steps not run          2.40x  +31.0 s
-  validation not run     5 evaluations  +4.0 s
-  against a baseline of the same length   not measurable
-  against the full schedule               2.50x
-  held-out measurements  7 of 64 examples: 1.4% of the training examples, forward only
-  The vision tower has 12% (+/- 1) of the gain for 25% of the FLOPs;
-    the language tower has 88% (+/- 1) of the gain for 75% of the FLOPs, over the 28 steps measured.
-  weights of the model   best average, of step 25: held-out loss 1.2346
-  training 50.1 s, GradES 1.90 s, validation 10.0 s, saving 8.0 s; peak memory 812 MiB on CPU, toy"""
+GradES: 30 of 100 steps; all matrices frozen
+  weights   best average, of step 25: held-out loss 1.2346
+  frozen    6 of 6 matrices
+  time      70.0 s: training 50.1, GradES 1.9, validation 10.0, saving 8.0
+  speed-up  2.50x over the whole schedule, by
+            1.03x cheaper steps
+            2.40x +31.0 s steps not run
+                  +4.0 s validation not run
+  FLOPs     30 % of the whole schedule's
+  held-out  7 measurements of 64 examples, 1.4 % of the training examples,
+            forward only
+  gain      The vision tower has 12 % (+/- 1) of the gain for 25 % of the FLOPs;
+            the language tower has 88 % (+/- 1) of the gain for 75 % of the
+            FLOPs, over the 28 steps measured.
+  memory    812 MiB at most, on CPU, toy"""
     )
     short = format_summary(
         summary(heldout=None, weights="last", peak_memory_mib=None, speedup=Speedup(), without_gradient=2)
     )
-    assert "6 of 6 matrices frozen (2 never got a gradient)" in short
-    assert "held-out" not in short and "weights of the model   last" in short and "memory not measured" in short
-    assert "validation not run     unknown evaluations" in short
+    assert "6 of 6 matrices (2 never got a gradient)" in short
+    assert "held-out" not in short and "  weights   last\n" in short and "  memory    not measured at most" in short
+    assert "speed-up  not measurable over the whole schedule" in short
 
 
 def test_what_froze_in_one_line(tmp_path, now):
     run = ToyRun(tmp_path, now)
     names = list(run.matrices)
     events = run.step(names[:4])
-    assert run.report.console_line(1, events) == (
-        "step 1: froze 4 (language 0 q_proj, language 0 down_proj, language 1 q_proj ...); 4 of 6 frozen"
-    )
-    assert run.report.console_line(2, run.step(names[4:5])) == "step 2: froze 1 (language 2 q_proj); 5 of 6 frozen"
+    assert run.report.console_line(1, events) == ("step 1: froze language layers 0 to 1; 4 of 6 frozen")
+    assert run.report.console_line(2, run.step(names[4:5])) == "step 2: froze language 2 q_proj; 5 of 6 frozen"
 
 
 # ---- resuming ----

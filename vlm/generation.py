@@ -70,5 +70,5 @@ def answers(
             return_tensors="pt",
         ).to(model.device, dtype=model.dtype)
 
-    starts = tqdm(range(0, len(dataset), batch_size), desc="answers", unit="batch")
+    starts = tqdm(range(0, len(dataset), batch_size), desc="answers", unit="batch", disable=None)
     return generate_greedily(model, processor, map(inputs, starts), max_new_tokens)

@@ -93,7 +93,7 @@ class Gain(Criterion):
         cost = 1 - self._cost(self.matrices.keys() - live, costs) / self._cost(set(), costs)
         share, error = share_of_gain(window, frozen, self.layers)
         pays = share - error > cost / self.margin
-        return f"{share:.0%} of the gain, {cost:.0%} of the time" if pays else ""
+        return f"{100 * share:.0f} % of the gain for {100 * cost:.0f} % of the FLOPs of a step" if pays else ""
 
     def _decide(self, live: set[str]) -> list[Converged]:
         windows = (self._last_window, self._window)
@@ -111,7 +111,8 @@ class Gain(Criterion):
             highest = max(share + SURE * error for share, error in shares)
             if cost / self.margin - highest > best:
                 best, leading = cost / self.margin - highest, members
-                reason = f"{max(0.0, shares[-1][0]):.1%} of the gain, {cost:.0%} of the time"
+                gain = 100 * max(0.0, shares[-1][0])
+                reason = f"{gain:.1f} % of the gain for {100 * cost:.0f} % of the FLOPs of a step"
         return [Converged(name, reason) for name in self.matrices if name in leading]
 
     def _skipped_layers(self, frozen: set[str], costs: StepCosts) -> dict[str, int]:

@@ -310,7 +310,8 @@ def format_choice(model: nn.Module, flops: ChoiceFlops) -> str:
         lines.append(
             f"{tower:<10} {count or '-':>7} {tracked:>17} {sum(map(_elements, parameters)):>16,} {trainable:>16,}"
         )
-    lines.append(f"limit of the step time by this choice: {1 / flops.step:.2f}x shorter than training everything")
+    if flops.step < 1:
+        lines.append(f"limit of this choice: {1 / flops.step:.2f}x less time for a step than training everything")
     return "\n".join(lines)
 
 

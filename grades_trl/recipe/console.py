@@ -1,15 +1,21 @@
-"""What a recipe shows on the terminal: the log of the library beside the progress bars."""
+"""What a recipe shows on the terminal: the start, the progress, the log of the library between them."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
+import datasets
+import transformers
 from tqdm import tqdm
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+WIDTH = 80
 
 
 def set_up_console() -> None:
-    """Shows what `grades_trl` and `vlm` log, from INFO on, on stderr.
+    """Shows what `grades_trl` and `vlm` log, from INFO on, on stderr. Where that is no terminal there are no bars.
 
     Characters that the terminal does not have are replaced: a row in Japanese must not end a run on a Windows console.
     """
@@ -19,6 +25,9 @@ def set_up_console() -> None:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         logger.handlers = [_TqdmHandler()]
+    if not sys.stderr.isatty():  # a bar would fill the file with copies of itself
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
 
 
 class _TqdmHandler(logging.Handler):
@@ -27,3 +36,97 @@ class _TqdmHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname}: "
         tqdm.write(level + self.format(record), file=sys.stderr)
+
+
+def show_progress(trainer: Any) -> None:
+    """Gives a trainer the progress bar and the log lines of a recipe, in place of those of Transformers.
+
+    The bar carries the loss, what is frozen, the speed-up of a step and the held-out score. A log line has six entries
+    at most; everything that is logged goes to W&B and the like.
+
+    Args:
+        trainer: with `grades`, as a `GradESTrainer` has it.
+    """
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(_Progress(trainer))
+
+
+class _Progress(ProgressCallback):
+    def __init__(self, trainer: Any):
+        super().__init__()
+        self._trainer = trainer
+        self._entries: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # None: no bar where stderr is no terminal
+        self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=args.disable_tqdm or None)
+        self.current_step = 0
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if sys.stderr.isatty() and not args.disable_tqdm:
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None:  # scores after training have a table of their own
+            return
+        grades = self._trainer.grades
+        frozen = None if grades is None else (len(grades.frozen), len(grades.matrices))
+        entries = log_entries(logs or {}, frozen)
+        if not entries:
+            return
+        self._entries |= {name: value for name, value in entries.items() if name not in ("learning rate", "epoch")}
+        self.training_bar.set_postfix_str(_joined(self._entries, ", "))
+        tqdm.write(f"step {state.global_step:>{len(str(state.max_steps))}}  {_joined(entries, '  ')}", file=sys.stderr)
+
+
+def log_entries(logs: dict[str, Any], frozen: tuple[int, int] | None = None) -> dict[str, str]:
+    """The six entries that a log line shows at most, as text; none for what the end of a run shows anyway.
+
+    Args:
+        logs (`dict[str, Any]`): as the trainer logs them: of training (with `loss`), or of a validation.
+        frozen (`tuple[int, int]`, *optional*): matrices frozen, and tracked.
+    """
+    entries: dict[str, str] = {}
+    if "loss" in logs:
+        entries["loss"] = f"{float(logs['loss']):.4g}"
+        if "learning_rate" in logs:
+            entries["learning rate"] = f"{float(logs['learning_rate']):.2g}"
+        if frozen is not None:
+            entries["frozen"] = f"{frozen[0]}/{frozen[1]}"
+        if "grades/step_speedup" in logs and frozen is not None and frozen[0]:
+            entries["step"] = f"{logs['grades/step_speedup']:.2f}x faster"
+        held_out = next((key for key in logs if key.startswith("grades/heldout_")), None)
+        if held_out is not None:
+            name = held_out.removeprefix("grades/heldout_").replace("_", " ")
+            entries[f"held-out {name}"] = f"{logs[held_out]:.4g}"
+        if "epoch" in logs:
+            entries["epoch"] = f"{logs['epoch']:.2f}"
+        return entries
+    for key, value in logs.items():
+        if key.startswith("eval_") and key.endswith("loss") and len(entries) < 6:
+            name = key.removeprefix("eval_").removesuffix("loss").strip("_")
+            entries[f"validation loss{f' of {name}' if name else ''}"] = f"{float(value):.4g}"
+    return entries
+
+
+def _joined(entries: dict[str, str], separator: str) -> str:
+    return separator.join(f"{name} {value}" for name, value in entries.items())
+
+
+def format_start(environment: Any, splits: dict[str, int], output_dir: str) -> str:
+    """What a run is about to do, in three lines.
+
+    Args:
+        environment (`Environment`): of the run.
+        splits (`dict[str, int]`): what rows are for -> how many there are.
+        output_dir (`str`): where results go.
+    """
+    rows = ", ".join(f"{count:,} to {purpose}" for purpose, count in splits.items())
+    return "\n".join(
+        [
+            f"model      {environment.model}, on {environment.device}",
+            f"examples   {rows}",
+            f"results    {output_dir}",
+        ]
+    )

@@ -91,7 +91,7 @@ def answers(
             return_token_type_ids=False,
             return_tensors="pt",
         ).to(model.device)
-        for start in tqdm(range(0, len(prompts), batch_size), desc="answers", unit="batch")
+        for start in tqdm(range(0, len(prompts), batch_size), desc="answers", unit="batch", disable=None)
     )
     found = dict(zip(longest_first, generate_greedily(model, tokenizer, batches, max_new_tokens), strict=True))
     return [found[i] for i in range(len(prompts))]

@@ -145,35 +145,39 @@ def save_results(
 def format_run(trainer: Any, results: dict[str, float]) -> str:
     """A finished run for the terminal: its scores, what GradES did, where everything is, and what to run next."""
     output_dir = Path(trainer.args.output_dir)
-    parts = ["\n".join(f"{key:<34} {value:.4g}" for key, value in sorted(results.items()))]
+    parts = [format_results(results)]
+    found = [f"model      {output_dir}"]
     if trainer.grades_summary is not None:
         parts.append(format_summary(trainer.grades_summary))
-        parts.append(f"What froze when, with figures: {output_dir / 'grades' / 'report.html'}")
-    parts.append(
-        "\n".join([f"The model: {output_dir}", *next_commands(output_dir, trainer.grades_config is not None)])
-    )
+        found.append(f"report     {output_dir / 'grades' / 'report.html'}")
+    parts += ["\n".join(found), "\n".join(next_commands(output_dir, trainer.grades_config is not None))]
     return "\n" + "\n\n".join(parts)
 
 
+def format_results(results: dict[str, float]) -> str:
+    """The scores of a run as a table, a line each: before training, where that was measured, and after."""
+    names = sorted({key.partition("/")[2] for key in results})
+    whens = [when for when in ("before", "final") if any(key.startswith(f"{when}/") for key in results)]
+    lines = [f"{'':<28}" + "".join(f"{'after' if when == 'final' else when:>12}" for when in whens)]
+    for name in names:
+        values = [results.get(f"{when}/{name}") for when in whens]
+        lines.append(f"{name:<28}" + "".join(f"{'' if value is None else f'{value:.4g}':>12}" for value in values))
+    return "\n".join(lines)
+
+
 def next_commands(output_dir: Path, with_grades: bool) -> list[str]:
-    """What to run next, a line each: the baseline, a comparison with all controls, and evaluate.py beside the
-    baseline, whichever of the two this is."""
+    """What to run next: a comparison with the baseline and other controls, and the scores of the model again, beside
+    those of the baseline if it is there."""
     lines = []
-    baseline = f"{output_dir}_baseline"
-    if with_grades:
-        command = ["python", *sys.argv, "--grades", "false", "--output_dir", baseline]
-        lines.append(f"Next, the same run without GradES: {shlex.join(command)}")
-    sibling = baseline if with_grades else str(output_dir).removesuffix("_baseline")
-    folders = [sibling, str(output_dir)] if (Path(sibling) / "result.json").exists() else [str(output_dir)]
-    evaluate = str(Path(sys.argv[0]).with_name("evaluate.py"))
     if with_grades:
         _, flags = split_flags(sys.argv[1:], ("output_dir", "seed", "grades", "run_name", "resume_from_checkpoint"))
         recipe = Path(sys.argv[0])
-        command = ["python", str(recipe.with_name("compare.py")), "--recipe", recipe.stem, *flags]
-        lines.append(f"Is it worth it? Compared with the baseline and other controls: {shlex.join(command)}")
-    lines.append(
-        f"Score it again, or beside other models: {shlex.join(['python', evaluate, *dict.fromkeys(folders)])}"
-    )
+        compare = ["python", str(recipe.with_name("compare.py")), "--recipe", recipe.stem, *flags]
+        lines.append(f"Was it worth it? Compare it with the baseline:\n  {shlex.join(compare)}")
+    sibling = f"{output_dir}_baseline" if with_grades else str(output_dir).removesuffix("_baseline")
+    folders = [sibling, str(output_dir)] if (Path(sibling) / "result.json").exists() else [str(output_dir)]
+    evaluate = ["python", str(Path(sys.argv[0]).with_name("evaluate.py")), *dict.fromkeys(folders)]
+    lines.append(f"Score it again, or beside other models:\n  {shlex.join(evaluate)}")
     return lines
 
 

@@ -70,7 +70,8 @@ def device_name(device: torch.device | None = None) -> str:
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     if device is not None and device.type != "cpu":
         return f"{device.type}, {name}"
-    return f"CPU, {name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def versions() -> dict[str, str]:

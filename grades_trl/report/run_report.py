@@ -238,11 +238,37 @@ class RunReport:
         return {f"grades/{key}": value for key, value in logs.items()}
 
     def console_line(self, step: int, events: list[FreezeEvent]) -> str:
-        """What froze in a step, or trains again, in one line."""
-        shown = ", ".join(f"{e.tower} {e.layer} {e.role}" for e in events[:3]) + (" ..." if len(events) > 3 else "")
-        what = f"{'training again' if events[0].unfrozen else 'froze'} {len(events)} ({shown})"
+        """What froze in a step, or trains again, and why, in one line."""
+        verb = "training again" if events[0].unfrozen else "froze"
         why = f" for {events[0].reason}" if events[0].tau is None else ""
-        return f"step {step}: {what}{why}; {len(self._frozen)} of {len(self._matrices)} frozen"
+        return (
+            f"step {step}: {verb} {self._in_words(events)}{why}; {len(self._frozen)} of {len(self._matrices)} frozen"
+        )
+
+    def _in_words(self, events: list[FreezeEvent]) -> str:
+        """Whole towers and layers by their names, other matrices each by its own, three of them at most."""
+        names = {event.matrix for event in events}
+        words, counted = [], set[str]()
+        for tower in dict.fromkeys(event.tower for event in events):
+            of_tower = [m for m in self._matrices.values() if m.tower == tower]
+            if names >= {m.name for m in of_tower}:
+                words.append(f"the {tower}{'' if tower == 'projector' else ' tower'}")
+                counted |= {m.name for m in of_tower}
+                continue
+            whole = [
+                layer
+                for layer in dict.fromkeys(event.layer for event in events if event.tower == tower)
+                if names >= {m.name for m in of_tower if m.layer == layer}
+            ]
+            if whole:
+                first, last = min(whole), max(whole)
+                in_a_row = len(whole) == last - first + 1
+                shown = f"{first} to {last}" if in_a_row and first != last else ", ".join(map(str, sorted(whole)))
+                words.append(f"{tower} layer{'s' if len(whole) > 1 else ''} {shown}")
+                counted |= {m.name for m in of_tower if m.layer in whole}
+        single = [f"{e.tower} {e.layer} {e.role}" for e in events if e.matrix not in counted]
+        words += single[:3] + ([f"{len(single) - 3} more"] if len(single) > 3 else [])
+        return ", ".join(words)
 
     # ---- its end ----
 

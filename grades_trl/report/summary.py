@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -368,42 +369,45 @@ def stop_reason(clock: RunClock, steps: int, total_steps: int, grades: str | Non
 
 
 def format_summary(summary: RunSummary) -> str:
-    """A run in a few lines for the console, in ASCII. A part of the speed-up that could not be measured says so."""
+    """A run in a few lines for the console, in ASCII and 80 columns. What could not be measured says so."""
     speedup, seconds, heldout = summary.speedup, summary.seconds, summary.heldout
     never = f" ({summary.without_gradient} never got a gradient)" if summary.without_gradient else ""
-    validations = speedup.validation_not_run.evaluations
-    memory = "not measured" if summary.peak_memory_mib is None else f"{summary.peak_memory_mib:,.0f} MiB"
-    lines = [
-        f"GradES: {summary.steps} of {summary.total_steps} steps, {summary.frozen} of {summary.tracked_matrices} "
-        f"matrices frozen{never}; {summary.stop_reason}"
+    rows = [
+        ("weights", _weights(summary)),
+        ("frozen", f"{summary.frozen} of {summary.tracked_matrices} matrices{never}"),
+        (
+            "time",
+            f"{seconds.total:.1f} s: training {seconds.training:.1f}, GradES {seconds.grades:.1f}, "
+            f"validation {seconds.validation:.1f}, saving {seconds.saving:.1f}",
+        ),
     ]
     if summary.diverged_at is not None:
-        lines.append(f"  diverged at step {summary.diverged_at}: nothing about its speed means anything")
+        rows.append(("", f"It diverged at step {summary.diverged_at}: nothing about its speed means anything."))
     else:
-        lines += [
-            f"  cheaper steps          {_times(speedup.cheaper_steps.ratio)}{_saved(speedup.cheaper_steps)}",
-            f"  steps not run          {_times(speedup.steps_not_run.ratio)}{_saved(speedup.steps_not_run)}",
-            f"  validation not run     {'unknown' if validations is None else validations} evaluations"
-            f"{_saved(speedup.validation_not_run)}",
-            f"  against a baseline of the same length   {_times(speedup.against_same_length)}",
-            f"  against the full schedule               {_times(speedup.against_full_schedule)}",
+        flops = summary.flops.fraction
+        rows += [
+            ("speed-up", f"{_times(speedup.against_full_schedule)} over the whole schedule, by"),
+            ("", f"{_times(speedup.cheaper_steps.ratio)}{_saved(speedup.cheaper_steps)} cheaper steps"),
+            ("", f"{_times(speedup.steps_not_run.ratio)}{_saved(speedup.steps_not_run)} steps not run"),
         ]
+        if speedup.validation_not_run.evaluations:
+            rows.append(("", f"{'':>5}{_saved(speedup.validation_not_run)} validation not run"))
+        if flops is not None:
+            rows.append(("FLOPs", f"{100 * flops:.0f} % of the whole schedule's"))
     if heldout is not None:
         cost = heldout.passes_per_training_example
-        lines.append(
-            f"  held-out measurements  {heldout.measurements} of {heldout.examples} examples"
-            + ("" if cost is None else f": {cost:.1%} of the training examples, forward only")
-        )
-    if summary.gain is not None:
-        lines.append("  " + str(summary.gain).replace("; ", ";\n    "))
-    for name, label in (("encoder", "cached vision tower"), ("frozen_layers", "cached layers      ")):
+        share = "" if cost is None else f", {100 * cost:.1f} % of the training examples, forward only"
+        rows.append(("held-out", f"{heldout.measurements} measurements of {heldout.examples} examples{share}"))
+    for name, label in (("encoder", "vision tower"), ("frozen_layers", "frozen layers")):
         if name in summary.caches:
-            lines.append(f"  {label}    {_cached(summary.caches[name])}")
-    lines.append(f"  weights of the model   {_weights(summary)}")
-    lines.append(
-        f"  training {seconds.training:.1f} s, GradES {seconds.grades:.2f} s, validation {seconds.validation:.1f} s, "
-        f"saving {seconds.saving:.1f} s; peak memory {memory} on {summary.environment.device}"
-    )
+            rows.append(("cache", f"{label}: {_cached(summary.caches[name])}"))
+    if summary.gain is not None:
+        rows.append(("gain", str(summary.gain)))
+    memory = "not measured" if summary.peak_memory_mib is None else f"{summary.peak_memory_mib:,.0f} MiB"
+    rows.append(("memory", f"{memory} at most, on {summary.environment.device}"))
+    lines = [f"GradES: {summary.steps:,} of {summary.total_steps:,} steps; {summary.stop_reason}"]
+    for label, text in rows:
+        lines += textwrap.wrap(text, 80, initial_indent=f"  {label:<10}", subsequent_indent=" " * 12)
     return "\n".join(lines)
 
 
@@ -421,18 +425,18 @@ def _times(ratio: float | None) -> str:
 
 def _shares(gain: float | None, cost: float, error: float | None = None) -> str:
     unsure = "" if error is None else f" (+/- {100 * error:.0f})"
-    return f"{gain:.0%}{unsure} of the gain for {cost:.0%} of the FLOPs"
+    return f"{100 * (gain or 0.0):.0f} %{unsure} of the gain for {100 * cost:.0f} % of the FLOPs"
 
 
 def _saved(part: Any) -> str:
-    return "" if part.seconds_saved is None else f"  {part.seconds_saved:+.1f} s"
+    return "" if part.seconds_saved is None else f" {part.seconds_saved:+.1f} s"
 
 
 def _cached(cache: CacheSummary) -> str:
     if cache.off:
         return f"off: {cache.off}"
     passes = cache.hits + cache.misses
-    return f"{cache.hits} of {passes} passes read, {cache.mib:,.0f} MiB  {cache.saved_seconds:+.1f} s"
+    return f"{cache.hits} of {passes} passes read, {cache.mib:,.0f} MiB, {cache.saved_seconds:+.1f} s"
 
 
 def _weights(summary: RunSummary) -> str:

@@ -119,7 +119,7 @@ class GradESMixin(_Trainer):
                 f"{type(self).__name__}{' through Unsloth' if 'unsloth' in sys.modules else ''} computes none: choose "
                 "'heldout', 'all_frozen' or 'end_of_schedule'."
             )
-        logger.info("GradES tracks %d weight matrices\n%s", len(self.tracked), describe(self.model, self.tracked))
+        logger.debug("GradES tracks %d weight matrices\n%s", len(self.tracked), describe(self.model, self.tracked))
         self._environment = Environment.gather(self.model)
         clocks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, RunClock)]
         self._clock = clocks[0] if clocks else RunClock()

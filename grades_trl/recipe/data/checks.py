@@ -66,7 +66,7 @@ def check(dataset: Dataset, vision: bool, name: str = "train", text_column: str 
 
     counts = count_images(dataset, of_images) if of_images else [0] * len(dataset)
     conversational = None
-    rows = tqdm(dataset.select_columns(of_text), desc=f"Checking {name}", delay=2, leave=False)
+    rows = tqdm(dataset.select_columns(of_text), desc=f"Checking {name}", delay=2, leave=False, disable=None)
     for row, (example, count) in enumerate(zip(rows, counts, strict=True)):
         problem = _problem(example, of_text, vision, count)
         # TRL asks the first row only

@@ -119,7 +119,7 @@ def open_images(dataset: Dataset, column: str, name: str) -> None:
     """
     images = dataset.select_columns([column]).with_format("arrow")
     opened = min(len(dataset), MAX_OPENED)
-    for k in tqdm(range(opened), desc=f"Opening images of {name}", delay=2, leave=False):
+    for k in tqdm(range(opened), desc=f"Opening images of {name}", delay=2, leave=False, disable=None):
         row = k * len(dataset) // opened
         (value,) = images[row][column].to_pylist()
         of_row: list[Any] = (value or []) if column == "images" else [value] if value else []
