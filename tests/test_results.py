@@ -5,8 +5,9 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from grades_trl import GradESTrainer
 from grades_trl.recipe import builtin
-from grades_trl.recipe.results import next_commands, train_and_save
+from grades_trl.recipe.results import final_eval, next_commands, train_and_save
 from grades_trl.report import timing
 from grades_trl.report.timing import RunClock
 
@@ -64,3 +65,23 @@ def test_what_to_run_next(tmp_path, monkeypatch):
     (tmp_path / "run" / "result.json").touch()
     (then,) = next_commands(tmp_path.joinpath("run_baseline").relative_to(tmp_path), with_grades=False)
     assert then.endswith("python recipes/evaluate.py run run_baseline")
+
+
+def test_the_test_rows_are_scored_whatever_the_workers_do(tmp_path):
+    """With persistent workers, the Trainer keeps its first evaluation's rows, and scores them again (5.17)."""
+    model, tokenizer = builtin.tiny_qwen3()
+    rows = builtin.dates(train=8, test=16, seed=0)
+    args = SFTConfig(
+        str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+    )
+    validation, test = rows["test"].select(range(4)), rows["test"].select(range(4, 16))
+    trainer = GradESTrainer(
+        model, args, train_dataset=rows["train"], eval_dataset=validation, processing_class=tokenizer
+    )
+    scores = final_eval(trainer, test)
+    assert scores["final/test_loss"] != scores["final/validation_loss"]

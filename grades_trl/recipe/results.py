@@ -88,6 +88,8 @@ def final_eval(trainer: Any, test: Dataset) -> dict[str, float]:
     if trainer.diverged_at is not None:
         return {"final/validation_loss": math.nan, "final/test_loss": math.nan}
     trainer.remove_callback(EarlyStoppingCallback)  # it would miss "eval_loss" in the scores of the test half
+    # With it, the Trainer would score the rows of its first evaluation again, whatever it is given (5.17).
+    trainer.args.dataloader_persistent_workers = False
     validation = trainer.evaluate()
     scores = trainer.evaluate(test, metric_key_prefix="test")
     if "test_loss" not in scores:  # TRL drops examples without a reply, and evaluates none
