@@ -72,7 +72,7 @@ def rename_columns(dataset: Dataset, columns: dict[str, str], name: str) -> Data
     """
     The columns that `--columns` names, under the names they stand for, and `KEPT`; all others are dropped.
 
-    A prompt and a completion that are text become a question and its answer, which go through the chat template.
+    A prompt and a completion that are text become a question and its answer (`from_pair`), for the chat template.
 
     Raises:
         [`DataError`]: a column is not in the file.
@@ -93,7 +93,7 @@ def rename_columns(dataset: Dataset, columns: dict[str, str], name: str) -> Data
         ours in columns and not isinstance(dataset.features[columns[ours]], (List, LargeList, Json))
         for ours in ("prompt", "completion")
     )
-    names = {"prompt": "question", "completion": "answer"} if chat else {}
+    names = {"prompt": "instruction", "completion": "output"} if chat else {}
     return renamed.rename_columns({f"\0{theirs}": names.get(ours, ours) for ours, theirs in columns.items()})
 
 

@@ -16,10 +16,11 @@ from grades_trl.trainers.heldout import nothing_random_moves
 
 from .errors import DataError
 from .formats import text_of_content
+from .replies import squeezed
 
 CHECKED = 8  # rows whose learned tokens are compared with their replies
 MEASURED = 64  # rows with images whose tokens `--preview` counts: each has to be processed for that
-LINE = 76  # characters of an end of the example in the line that is always shown
+LINE = 100  # characters of an end of the example in the line that is always shown
 BEGIN, END = "[[", "]]"
 UNLEARNED = -100
 
@@ -113,9 +114,9 @@ def _check(rows: Dataset, row: int, ids: list[int], labels: list[int], tokenizer
     example = {c: rows[row][c] for c in ("messages", "prompt", "completion") if c in rows.column_names}
     if not example or cut_off:
         return
-    learned_text = _squeezed(tokenizer.decode(learned))
+    learned_text = squeezed(tokenizer.decode(learned))
     rest = [token for token, label in zip(ids, labels, strict=True) if label == UNLEARNED]
-    unlearned_text = _squeezed(tokenizer.decode(rest))
+    unlearned_text = squeezed(tokenizer.decode(rest))
     replies = [_as_decoded(reply, tokenizer) for reply in _texts(example, "reply")]
     for prompt in _texts(example, "prompt"):
         text = _as_decoded(prompt, tokenizer)
@@ -147,11 +148,7 @@ def _texts(example: dict[str, Any], what: str) -> Iterator[str]:
 
 def _as_decoded(text: str, tokenizer: Any) -> str:
     """A text as it comes back from the tokenizer, which may not know all of its characters."""
-    return _squeezed(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]))
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
+    return squeezed(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 def _lengths(trainer: Any, given: dict[str, Dataset]) -> list[str]:

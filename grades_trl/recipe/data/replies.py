@@ -8,7 +8,10 @@ import logging
 from pathlib import Path
 
 import pyarrow as pa
+import transformers
 from datasets import Dataset, Features, List
+from jinja2 import TemplateError
+from packaging.version import Version
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTConfig
 from trl.chat_template_utils import (
@@ -21,6 +24,8 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from .errors import DataError
 from .formats import count_placeholders, text_of_content
 from .images import RGB, image_column, images_in_lists
+
+MAX_RENDERED = 2000  # conversations that the chat template has to write before training
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +56,13 @@ def training_rows(
         [`~datasets.Dataset`]: with `messages`, or with `prompt` and `completion`, or with `text`.
 
     Raises:
-        [`DataError`]: the rows are conversations, and there is no chat template.
+        [`DataError`]: the rows are conversations, and there is no chat template, or it refuses one of them, or leaves
+            its reply out.
     """
     _take_chat_template(processor, training)
-    first = dataset.select_columns([c for c in ("messages", "prompt", "text") if c in dataset.column_names])[0]
-    if not isinstance(first.get("text"), str) and not isinstance(first.get("prompt"), str):
-        _require_chat_template(processor)
+    texts = dataset.select_columns([c for c in ("messages", "prompt", "completion") if c in dataset.column_names])
+    if texts.column_names and not isinstance(texts[0].get("prompt"), str):
+        _try_chat_template(texts, processor)
     if "messages" not in dataset.column_names:
         return dataset
     conversations = dataset.select_columns(["messages"])
@@ -89,8 +95,9 @@ def whole_conversations_problem(
         processor ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): of the model.
         vision (`bool`, *optional*, defaults to `False`): rows have images.
     """
-    if vision and "assistant_only_loss" not in inspect.signature(DataCollatorForVisionLanguageModeling).parameters:
-        return "with images that needs TRL 1.16 and Transformers 5.18"
+    is_new = "assistant_only_loss" in inspect.signature(DataCollatorForVisionLanguageModeling).parameters
+    if vision and not (is_new and Version(transformers.__version__) >= Version("5.18")):
+        return "with images, one row per conversation needs TRL 1.16 and Transformers 5.18"
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
     if not tokenizer.is_fast:
         return "this model's tokenizer (a slow one) cannot tell which tokens are replies"
@@ -116,13 +123,39 @@ def _take_chat_template(processor: PreTrainedTokenizerBase | ProcessorMixin, tra
     )
 
 
-def _require_chat_template(processor: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+def _try_chat_template(texts: Dataset, processor: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+    """Lets the chat template write up to `MAX_RENDERED` conversations, spread evenly."""
     if processor.chat_template is None:
         raise DataError(
             "the rows are conversations, and this model has no chat template: take its instruct version, or give "
             "--chat_template_path (a .jinja file, or a model whose template is taken), or write the data as text in "
             '"prompt" and "completion"'
         )
+    count = min(len(texts), MAX_RENDERED)
+    for row in (k * len(texts) // count for k in range(count)):
+        example = texts[row]
+        messages = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
+        here = f"train: row {row} of the rows to train on (roles: {', '.join(m['role'] for m in messages)})"
+        if isinstance(processor, ProcessorMixin):  # their templates expect lists of parts
+            messages = [
+                {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
+                for m in messages
+            ]
+        try:
+            written = processor.apply_chat_template(messages, tokenize=False)
+        except TemplateError as error:
+            raise DataError(f"{here}: the chat template refuses it: {error}") from error
+        reply = text_of_content(messages[_replies(messages)[-1]].get("content"))
+        if squeezed(reply)[-20:] not in squeezed(written):
+            raise DataError(
+                f"{here}: the chat template leaves its reply out (it ends in {reply[-60:]!r}): --chat_template_path "
+                "takes another one"
+            )
+
+
+def squeezed(text: str) -> str:
+    """A text without its spaces, which templates strip and tokenizers move."""
+    return "".join(text.split())
 
 
 def _replies(messages: list[dict]) -> list[int]:
