@@ -59,9 +59,7 @@ def test_conversations_are_trained_on_whole_and_scored_by_reply(run, tmp_path):
 
 def test_a_preview_of_text_trains_nothing(run, tmp_path):
     printed = run("sft_text.py", "--preview --output_dir out --max_train_samples 40")
-    assert re.search(
-        r"First example, \d+ tokens.*\n\n<\|im_start\|>user\n.*\n?.*\[\[\d{4}-\d\d-\d\d<\|im_end\|>", printed
-    )
+    assert re.search(r"First example, \d+ tokens.*\n\n<\|user\|>.*\[\[\d{4}-\d\d-\d\d<\|end\|>\]\]\n", printed)
     assert "train: 40 rows of " in printed and "0 reach --max_length 128" in printed
     assert not list((tmp_path / "out").rglob("*.safetensors"))
     assert not list(tmp_path.rglob("wandb"))
