@@ -28,7 +28,7 @@ import vlm.generation
 from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import parse_scoring, scored_with
 from grades_trl.recipe.console import set_up_console
-from grades_trl.recipe.data import load_data
+from grades_trl.recipe.data import load_data, whole_conversations_problem
 from grades_trl.recipe.generation import answers, exact_match, format_samples
 from grades_trl.recipe.models import find_gguf, load_model
 from grades_trl.recipe.results import format_scores
@@ -60,11 +60,14 @@ def main() -> None:
     ask: Any = vlm.generation.answers if vision else answers
     scores: dict[str, dict[str, float]] = {}
     given: dict[str, dict[str, list[str]]] = {}
+    assistant_only_loss = training.assistant_only_loss
     for name in models:
         print(f"\n{name}", flush=True)
         model, processor = load(name, bases[name], vision, training.trust_remote_code, model_args)
         if model.num_parameters() < 10_000_000:
             torch.set_num_threads(1)  # faster than more, on matrices this small
+        # As in training, where this model's chat template can. With images the rows of one reply are never scored so.
+        training.assistant_only_loss = assistant_only_loss and not (vision or whole_conversations_problem(processor))
         first = test.select([0])  # the trainer wants something to train on
         trainer = SFTTrainer(model, training, train_dataset=first, eval_dataset=test, processing_class=processor)
         found = trainer.evaluate()

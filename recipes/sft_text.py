@@ -21,7 +21,7 @@ from grades_trl.recipe.arguments import configure_bema, configure_early_stopping
 from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
 from grades_trl.recipe.console import format_start, set_up_console, show_progress
-from grades_trl.recipe.data import load_data, warn_truncated_examples
+from grades_trl.recipe.data import load_data, show_example, training_rows, warn_truncated_examples
 from grades_trl.recipe.generation import answers, exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
@@ -66,6 +66,7 @@ def main() -> None:
             max_length=training.max_length,
             seed=training.seed,
         )
+    train = training_rows(train, tokenizer, training, recipe.train_on)
     environment, clock = Environment.gather(model), RunClock()
     has_prompts = "prompt" in test.column_names
 
@@ -92,6 +93,9 @@ def main() -> None:
     print(format_start(environment, rows, training.output_dir))
     print(format_choice(trainer.model, choice))
     warn_truncated_examples(trainer, {"train": train, "validation": validation})
+    show_example(trainer, {"train": train, "validation": validation}, whole=recipe.preview)
+    if recipe.preview:
+        return
 
     # 3. Train, with a few answers and their exact match before and after. The model is saved as soon as it is trained.
     shown = test.select(range(min(recipe.num_samples, len(test)))) if has_prompts and recipe.num_samples else None

@@ -20,7 +20,7 @@ from grades_trl.recipe.arguments import configure_bema, configure_early_stopping
 from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
 from grades_trl.recipe.console import format_start, set_up_console, show_progress
-from grades_trl.recipe.data import load_data
+from grades_trl.recipe.data import load_data, show_example, training_rows
 from grades_trl.recipe.generation import exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
@@ -66,6 +66,7 @@ def main() -> None:
         )
     if model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # faster than more, on matrices this small
+    train = training_rows(train, processor, training, recipe.train_on, vision=True)
     environment, clock = Environment.gather(model), RunClock()
 
     def ask(rows: Dataset, blank: bool = False) -> list[str]:
@@ -90,6 +91,9 @@ def main() -> None:
     rows = {"train on": len(train), "validate on": len(validation), "test on": len(test)}
     print(format_start(environment, rows, training.output_dir))
     print(format_choice(trainer.model, choice))
+    show_example(trainer, {"train": train, "validation": validation}, whole=recipe.preview)
+    if recipe.preview:
+        return
 
     # 3. Train, with a few answers before and after. The model is saved as soon as it is trained.
     shown = test.select(range(min(recipe.num_samples, len(test))))

@@ -354,10 +354,10 @@ def fault(tmp_path, bad, good, match, **kwargs):
         ([], r"messages is \[\], expected a list of"),
         (None, "messages is None, expected a list of"),
         (["hello"], r"messages\[0\] is 'hello', expected \{\"role\""),
-        ([{"from": "human", "value": "x"}], r"messages\[0\] is .*expected \{\"role\"|.*role None"),
+        ([{"text": "x"}], r"messages\[0\] has the role None, expected one of system, developer, user, assist"),
         (
-            [turn("human", "x"), ASSISTANT],
-            r"messages\[0\] has the role 'human', expected one of system, developer, user, assist",
+            [turn("narrator", "x"), ASSISTANT],
+            r"messages\[0\] has the role 'narrator', expected one of system, developer, user, assist",
         ),
         ([turn("user", None), ASSISTANT], r"messages\[0\] has the content None, expected text or a list of parts"),
         ([USER, turn("assistant", " ")], r"messages\[1\] has the content ' ', expected some text"),
@@ -368,7 +368,7 @@ def fault(tmp_path, bad, good, match, **kwargs):
         ([turn("system", "s"), ASSISTANT], r"messages\[1\] is an assistant message without a prompt"),
         (
             [turn("user", [{"type": "audio"}]), ASSISTANT],
-            r"messages\[0\] has the part .*'audio'.*, expected \{\"type\"",
+            r"messages\[0\] has a part of the type audio: video and audio are not supported, expected text and images",
         ),
         ([turn("user", ["x"]), ASSISTANT], r"messages\[0\] has the part 'x', expected \{\"type\""),
     ],
@@ -424,15 +424,19 @@ def test_bad_text(tmp_path, value):
         ),
         (
             {"messages": [turn("user", [IMAGE, text("a")]), ASSISTANT], "images": ["a.png", "a.png"]},
-            r"the messages have 1 \{\"type\": \"image\"\} parts and the row has 2 images, expected as many",
+            r"the messages have 1 images \(\"<image>\" in a text, or .* and the row has 2 images, expected as many",
         ),
         (
             {"messages": [turn("user", [text("a")]), ASSISTANT], "images": ["a.png"]},
             "the messages have 0 .* has 1 images, expected",
         ),
         (
-            {"messages": [turn("user", "<image>\na"), ASSISTANT], "images": ["a.png"]},
-            r'the text of a message has "<image>", expected a part',
+            {"messages": [turn("user", "<image>\n<image>"), ASSISTANT], "images": ["a.png"]},
+            "the messages have 2 images .* and the row has 1 images, expected as many",
+        ),
+        (
+            {"messages": [USER, turn("assistant", "<image>")], "images": ["a.png"]},
+            'a reply has "<image>" in its text, expected images in system or user messages',
         ),
         (
             {"messages": [USER, turn("assistant", [IMAGE, text("a")])], "images": ["a.png"]},
@@ -460,9 +464,10 @@ def test_placeholders_of_prompt_and_completion(tmp_path):
 
 
 def test_columns(tmp_path):
-    path = str(write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}] * 2))
+    path = str(write(tmp_path / "a.jsonl", [{"left": "a", "right": "b"}] * 2))
     with pytest.raises(
-        DataError, match='"messages", or "prompt" and "completion", or "text"; found: question, answer'
+        DataError,
+        match=r'"messages", or "prompt" and "completion", or "text"; found: left, right.*--columns prompt=NAME',
     ):
         load(path)
     write_image(tmp_path / "a.png")

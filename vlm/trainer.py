@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import ProcessorMixin
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from grades_trl.config import GradESConfig
 from grades_trl.trainers.binding import on_sft_trainer
 from grades_trl.trainers.mixin import GradESMixin
+from vlm.collator import RepliesCollator
 
 
 class GradESVLMMixin(GradESMixin):
@@ -40,6 +42,9 @@ class GradESVLMMixin(GradESMixin):
                 f"train_dataset has no column `image` or `images`, only {', '.join(self.train_dataset.column_names)}: "
                 "add the images (for text alone, use GradESTrainer)."
             )
+        collator: Any = self.data_collator  # type: ignore[has-type]
+        if self.args.assistant_only_loss and type(collator) is DataCollatorForVisionLanguageModeling:
+            self.data_collator = RepliesCollator.of(collator)
 
 
 def __getattr__(name: str) -> Any:

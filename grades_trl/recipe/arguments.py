@@ -49,6 +49,8 @@ ROWS: dict[str, Any] = {
     "test_size": int | float,
     "max_eval_samples": int | None,
     "dataset_text_field": str,
+    "columns": list | None,
+    "train_on": str,
     "seed": int,
 }
 SCORING: dict[str, Any] = ROWS | {
@@ -82,8 +84,8 @@ class RecipeArguments:
         backend (`str`, *optional*, defaults to `"auto"`):
             `"unsloth"`, `"transformers"`, or `"auto"`: Unsloth if it is installed and there is a GPU.
         dataset_name (`str`, *optional*):
-            Hub id, local folder or file in one of TRL's formats; or a built-in dataset: `dates`, `docstrings` (text),
-            `digits`, `digits_dashes`, `digits_backwards`, `digits_inverted` (images).
+            Hub id, local folder or file in one of TRL's formats or another tool's; or a built-in dataset: `dates`,
+            `docstrings` (text), `digits`, `digits_dashes`, `digits_backwards`, `digits_inverted` (images).
         dataset_config (`str`, *optional*):
             Configuration of a dataset on the hub.
         dataset_train_split (`str`, *optional*, defaults to `"train"`), dataset_test_split (`str`, *optional*):
@@ -91,6 +93,12 @@ class RecipeArguments:
         test_size (`float`, *optional*, defaults to `0.1`):
             What is held out: a fraction below 1, or a number of rows. The first half of it is for validation during
             training, the second half for the scores at the end.
+        columns (`list[str]`, *optional*):
+            What columns of other names stand for, as `NAME=COLUMN`: `prompt=question completion=answer`.
+        train_on (`str`, *optional*, defaults to `"all"`):
+            Which replies of a conversation are learned: `"all"`, or the `"last"`.
+        preview (`bool`, *optional*, defaults to `False`):
+            Show one example as the model will read it, with the learned tokens marked, and end without training.
         max_train_samples (`int`, *optional*):
             Train on that many examples at most, drawn with `seed`.
         max_eval_samples (`int`, *optional*):
@@ -140,6 +148,13 @@ class RecipeArguments:
     test_size: float = field(
         default=0.1, metadata={"help": "What to hold out of the training split: a fraction below 1, or rows."}
     )
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of other names: prompt=question completion=answer."}
+    )
+    train_on: str = field(
+        default="all", metadata={"help": "Replies of a conversation that are learned.", "choices": ["all", "last"]}
+    )
+    preview: bool = field(default=False, metadata={"help": "Show one example as the model will read it; no training."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many examples at most."})
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Validate, and test, on that many examples at most."}
@@ -225,6 +240,8 @@ def parse(
             "--output_dir."
         )
     _take_text_field(recipe, training)
+    if recipe.preview:
+        training.report_to = []  # nothing happens that could be recorded
     return recipe, training, model, grades
 
 

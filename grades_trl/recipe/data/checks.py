@@ -1,7 +1,7 @@
 """Whether rows can be trained on, found before the model is loaded, so that a bad row costs seconds and not an hour.
 
-The formats are TRL's own: `messages`, `prompt` and `completion` (both text or both messages), or plain `text`, and
-`image` or `images` beside them for vision.
+The formats are TRL's own, which [`formats.to_trl_format`] has made: `messages`, `prompt` and `completion` (both text
+or both messages), or plain `text`, and `image` or `images` beside them for vision.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .images import count_images, image_column, open_images
 
 # Image tokens of models that do not write "<image>", in plain text prompts
 OTHER_IMAGE_TOKEN = re.compile(r"<[^<>]*(image|img)[^<>]*>|\[IMG\]", re.IGNORECASE)
+NO_VIDEO_OR_AUDIO = "video and audio are not supported, expected text and images"
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,13 @@ def check(dataset: Dataset, vision: bool, name: str = "train", text_column: str 
     if len(dataset) == 0:
         raise DataError(f"{name}: the split is empty, expected at least one row")
     columns = dataset.column_names
+    _refuse_video_and_audio(dataset, name)
     of_text = text_columns(columns, text_column)
     if not of_text:
         raise DataError(
             f'{name}: expected a column "messages", or "prompt" and "completion", or "{text_column}"; '
-            f"found: {', '.join(columns)}"
+            f"found: {', '.join(columns)}. Say which columns they are, for example "
+            "--columns prompt=NAME completion=NAME"
         )
     of_images = image_column(columns)
     if of_images and not vision:
@@ -61,7 +64,7 @@ def check(dataset: Dataset, vision: bool, name: str = "train", text_column: str 
     if vision and of_text == [text_column]:
         raise DataError(
             f'{name}: TRL does not train on "{text_column}" with images, expected a column "messages", or "prompt" '
-            'and "completion"'
+            'and "completion", or a text without "<image>", which is then learned as the caption of its image'
         )
 
     counts = count_images(dataset, of_images) if of_images else [0] * len(dataset)
@@ -87,7 +90,7 @@ def _problem(example: dict[str, Any], columns: list[str], vision: bool, count: i
     # Conversational or not is for TRL what the first column is
     if columns == ["messages"] or (len(columns) == 2 and isinstance(values[0], list)):
         for column, messages in zip(columns, values, strict=True):
-            problem = _problem_in_messages(column, messages)
+            problem = _problem_in_messages(column, messages, vision)
             if problem:
                 return problem
         problem = _problem_in_turns(*values)
@@ -102,7 +105,21 @@ def _problem(example: dict[str, Any], columns: list[str], vision: bool, count: i
     return None
 
 
-def _problem_in_messages(column: str, messages: Any) -> str | None:
+def _refuse_video_and_audio(dataset: Dataset, name: str) -> None:
+    for column in ("video", "videos", "audio", "audios"):
+        if column not in dataset.column_names:
+            continue
+        tables = dataset.select_columns([column]).with_format("arrow").iter(1000)
+        rows = (value for table in tables for value in table[column])
+        row = next((row for row, value in enumerate(rows) if value.is_valid and value.as_py()), None)
+        if row is not None:
+            raise DataError(
+                f'{name}: row {row} (the first is 0): the column "{column}" is not empty: {NO_VIDEO_OR_AUDIO}. Remove '
+                "the column, or these rows"
+            )
+
+
+def _problem_in_messages(column: str, messages: Any, vision: bool) -> str | None:
     if not isinstance(messages, list) or not messages:
         return f'{column} is {_short(messages)}, expected a list of {{"role": ..., "content": ...}}'
     for i, message in enumerate(messages):
@@ -116,6 +133,12 @@ def _problem_in_messages(column: str, messages: Any) -> str | None:
             continue
         for part in content if isinstance(content, list) else []:
             kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind.removeprefix("input_").removesuffix("_url") in ("video", "audio"):
+                return f"{here} has a part of the type {kind}: {NO_VIDEO_OR_AUDIO}"
+            if kind == "image" and not vision:
+                return f"{here} has an image: use recipes/sft_vlm.py"
+            if kind == "image" and "problem" in part:
+                return f"{here} {part['problem']}"
             if kind == "image" and role in ("assistant", "tool"):
                 return f"{here} has an image, but its role is {role}: expected images in system or user messages"
             if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
@@ -153,14 +176,17 @@ def _problem_in_turns(prompt: list[dict], completion: list[dict] | None = None) 
 def _problem_in_placeholders(columns: list[list[dict]], count: int) -> str | None:
     messages = [message for column in columns for message in column]
     if any("<image>" in text_of_content(message.get("content")) for message in messages):
-        return 'the text of a message has "<image>", expected a part {"type": "image"} instead, or none at all'
+        return 'a reply has "<image>" in its text, expected images in system or user messages'
     if len(columns) == 2 and count_placeholders(columns[1]):
         return "completion has image placeholders, expected them in prompt only"
     found = count_placeholders(messages)
     # Without any, TRL puts all images into the first user message, if that is a string
     implicit = not found and all(isinstance(m.get("content"), str) for m in messages if m["role"] == "user")
     if found != count and not implicit:
-        return f'the messages have {found} {{"type": "image"}} parts and the row has {count} images, expected as many'
+        return (
+            f'the messages have {found} images ("<image>" in a text, or {{"type": "image"}}) and the row has {count} '
+            "images, expected as many"
+        )
     return None
 
 

@@ -1,24 +1,42 @@
-"""The formats of rows, and how each becomes the one that a run is trained on.
+"""The formats of rows, and how each becomes one of TRL's.
 
-A format of another tool is first brought into one of TRL's (`to_trl_format`, one function per format), so that it is
-checked like them. After the check, `clean` keeps the columns that TRL reads. `to_prompt_completion` then makes one row
-per reply, of which only the reply is learned.
+`FORMATS` is the table of what other tools write: the columns by which a format is recognized, and the function that
+makes messages of a row. `to_trl_format` applies it as a file is read, so that all rows are checked alike
+(`checks.py`). After the check, `clean` keeps the columns that TRL reads.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Json, LargeList, List, Value, concatenate_datasets
 
-from .images import RGB, image_column, images_in_lists
+from .errors import DataError
+from .images import IMAGE_STORAGE, images_in_lists, take_inline_images, to_image
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # OpenAI's name of the system role; chat templates know the older one.
 SYSTEM_ROLES = ("system", "developer")
+# What the roles are called in the files of other tools
+USERS = ("human", "question", "instruction", "input")
+ASSISTANTS = ("gpt", "chatgpt", "bing", "bard", "model", "bot", "chatbot", "ai", "claude", "answer")
+TOOLS = ("observation", "tool_response", "tool_result", "function", "function_response", "ipython")
+ROLE_NAMES = dict.fromkeys(USERS, "user") | dict.fromkeys(ASSISTANTS, "assistant") | dict.fromkeys(TOOLS, "tool")
+CALLS = ("function_call", "tool_call")  # roles of an assistant's call, as JSON in the text
+
+PROMPTS = ("prompt", "question", "query", "problem", "input", "user")
+REPLIES = ("completion", "response", "answer", "output", "solution", "reply", "assistant")
+CAPTIONS = ("caption", "text")
+# Columns beside those that a format is recognized by, with their other names
+BESIDE = {"input": ("input", "context"), "system": ("system", "system_prompt"), "history": ("history",)}
+# What `--columns` may name, and what it leaves beside the named columns
+MAPPED = ("messages", "prompt", "completion", "text", "image", "images", "input", "system", "history", "tools")
+KEPT = ("image", "images", "file_name", "file_names", "tools", "chat_template_kwargs", "system", "history")
 
 
 def text_columns(columns: list[str], text_column: str) -> list[str]:
@@ -31,20 +49,340 @@ def text_columns(columns: list[str], text_column: str) -> list[str]:
     return [text_column] if text_column in columns else []
 
 
-def to_trl_format(dataset: Dataset) -> Dataset:
-    """A format of another tool as one of TRL's, row by row. Rows of TRL's formats stay as they are."""
-    if "conversations" in dataset.column_names and "messages" not in dataset.column_names:
-        return dataset.map(from_sharegpt, remove_columns="conversations", desc="Renaming roles")
-    return dataset
+def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
+    """`--columns`: the names of columns in the file, by what they stand for.
+
+    Raises:
+        [`DataError`]: a word is not of the form `prompt=question`, or its left side is no column that is read.
+    """
+    mapped: dict[str, str] = {}
+    for word in given or ():
+        ours, equals, theirs = word.partition("=")
+        if not (ours and equals and theirs):
+            raise DataError(f"--columns {word}: expected NAME=COLUMN OF THE FILE, as in prompt=question")
+        if ours not in MAPPED:
+            raise DataError(f"--columns {word}: {ours} is not read; expected one of {', '.join(MAPPED)}")
+        if ours in mapped:
+            raise DataError(f"--columns {word}: {ours} is given twice")
+        mapped[ours] = theirs
+    return mapped
 
 
-def from_sharegpt(example: dict[str, Any]) -> dict[str, Any]:
-    """`from` and `value` as `role` and `content`, under the names that chat templates know."""
-    turns = [
-        (turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value"))
-        for turn in example["conversations"]
+def rename_columns(dataset: Dataset, columns: dict[str, str], name: str) -> Dataset:
+    """
+    The columns that `--columns` names, under the names they stand for, and `KEPT`; all others are dropped.
+
+    A prompt and a completion that are text become a question and its answer (`from_pair`), for the chat template.
+
+    Raises:
+        [`DataError`]: a column is not in the file.
+    """
+    if not columns:
+        return dataset
+    missing = [theirs for theirs in columns.values() if theirs not in dataset.column_names]
+    if missing:
+        raise DataError(
+            f"{name}: --columns names {', '.join(missing)}; the columns are: {', '.join(dataset.column_names)}"
+        )
+    kept = [column for column in KEPT if column in dataset.column_names and column not in columns]
+    renamed = dataset.select_columns(list(dict.fromkeys([*columns.values(), *kept])))
+    # In two steps: a swap such as input=output output=input would meet a name that is taken
+    of_file = {theirs: f"\0{theirs}" for theirs in columns.values()}
+    renamed = renamed.rename_columns(of_file)
+    chat = all(
+        ours in columns and not isinstance(dataset.features[columns[ours]], (List, LargeList, Json))
+        for ours in ("prompt", "completion")
+    )
+    names = {"prompt": "instruction", "completion": "output"} if chat else {}
+    return renamed.rename_columns({f"\0{theirs}": names.get(ours, ours) for ours, theirs in columns.items()})
+
+
+# One function per format: what is in the columns of a row, and the messages that they make
+
+
+def from_sharegpt(row: dict[str, Any]) -> Any:
+    """ShareGPT, LLaVA, LLaMA-Factory: `conversations`, a list of `from` and `value`, or of `role` and `content`."""
+    return row["conversations"]
+
+
+def from_turn_pairs(row: dict[str, Any]) -> Any:
+    """ms-swift's `conversation` (of `human` and `assistant`), the `texts` of the Cauldron (of `user` and `assistant`):
+    a prompt and its reply in one turn."""
+    if not isinstance(row["pairs"], list):
+        return row["pairs"]
+    messages: list[Any] = []
+    for pair in row["pairs"]:
+        prompt = next((pair[key] for key in ("human", "user", "question") if key in pair), None)
+        reply = next((pair[key] for key in ("assistant", "gpt", "bot", "answer") if key in pair), None)
+        messages += [pair] if prompt is reply is None else [_turn("user", prompt), _turn("assistant", reply)]
+    return messages
+
+
+def from_pair(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Alpaca (`instruction`, `input`, `output`), and a question with its answer under any of their names; earlier
+    questions with their answers in `history`."""
+    messages = []
+    for prompt, reply in row.get("history") or []:
+        messages += [_turn("user", prompt), _turn("assistant", reply)]
+    given = [_text(row["prompt"]), _text(row.get("input"))]
+    prompt = "\n".join(part for part in given if part) if all(isinstance(g, str | None) for g in given) else given[0]
+    return [*messages, _turn("user", prompt), _turn("assistant", _text(row["reply"]))]
+
+
+def from_caption(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """An image and its text, as in folders of images and in data for OCR: the image alone is the prompt."""
+    return [_turn("user", [{"type": "image"}]), _turn("assistant", row["reply"])]
+
+
+# Name: the columns that it is recognized by, with their other names, and its function. The first that fits is taken.
+FORMATS: dict[str, tuple[dict[str, tuple[str, ...]], Callable[[dict[str, Any]], Any]]] = {
+    "sharegpt": ({"conversations": ("conversations",)}, from_sharegpt),
+    "turn pairs": ({"pairs": ("conversation", "texts")}, from_turn_pairs),
+    "alpaca": ({"prompt": ("instruction",), "reply": REPLIES}, from_pair),
+    "question and answer": ({"prompt": PROMPTS, "reply": REPLIES}, from_pair),
+    "caption": ({"image": ("image", "images"), "reply": CAPTIONS}, from_caption),
+}
+
+
+def _turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, (int, float)) else value  # an answer of numbers only
+
+
+def recognize(dataset: Dataset, vision: bool, text_column: str = "text") -> tuple[str, dict[str, str]] | None:
+    """
+    The format of another tool that the rows are in, by their columns.
+
+    Returns:
+        `tuple[str, dict[str, str]]`: its name in `FORMATS`, and the columns by what they stand for; `None` for TRL's
+            own formats, and for columns that are no format.
+
+    Raises:
+        [`DataError`]: several columns could be the same thing.
+    """
+    columns = dataset.column_names
+    own = text_columns(columns, text_column)
+    # `text` beside the columns of another format is what they were made into for another model
+    if own and (own != [text_column] or text_column != "text"):
+        return None
+    for name, (needed, _) in FORMATS.items():
+        if name == "caption" and (not vision or (own and _has_marks(dataset, text_column))):
+            continue
+        found = {what: [column for column in names if column in columns] for what, names in needed.items()}
+        if not all(found.values()):
+            continue
+        if name == "caption":
+            found = {what: names[:1] for what, names in found.items()}
+        several = [names for names in found.values() if len(names) > 1]
+        if several:
+            raise DataError(
+                f"the columns {' and '.join(several[0])} could each be the same thing: say which, for example "
+                f"--columns prompt={found['prompt'][0]} completion={found['reply'][0]}"
+                if "prompt" in found
+                else f"the columns {' and '.join(several[0])} could each be the conversation: --columns messages=..."
+            )
+        reads = {what: names[0] for what, names in found.items() if what != "image"}
+        for what, names in BESIDE.items():
+            beside = [column for column in names if column in columns and column not in reads.values()]
+            reads |= {what: beside[0]} if beside and what not in reads else {}
+        return name, reads
+    return None
+
+
+def _has_marks(dataset: Dataset, column: str) -> bool:
+    return "<image>" in str(dataset.select_columns([column])[0][column])
+
+
+def to_trl_format(
+    dataset: Dataset, folder: Path, vision: bool, text_column: str = "text", always: bool = False
+) -> Dataset:
+    """
+    A format of another tool as one of TRL's, with the roles that chat templates know, and images in their own column.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): rows as they were read, see [`images.read_images`].
+        folder (`Path`): relative paths of images inside of messages start here.
+        vision (`bool`): whether `<image>` in a text stands for an image, and images inside of messages are taken out.
+        text_column (`str`, *optional*, defaults to `"text"`): column that holds plain text.
+        always (`bool`, *optional*, defaults to `False`): rebuild messages that need it not, so that datasets of
+            several folders have the same types.
+
+    Returns:
+        [`~datasets.Dataset`]: rows of TRL's formats; what is in no format at all as it was.
+
+    Raises:
+        [`DataError`]: several columns could be the same thing.
+    """
+    found = recognize(dataset, vision, text_column)
+    if found is not None:
+        name, reads = found
+        rows, made = {column: what for what, column in reads.items()}, ["messages"]
+    else:
+        made = [
+            c for c in ("messages", "prompt", "completion") if c in text_columns(dataset.column_names, text_column)
+        ]
+        made = [column for column in made if _is_conversation(dataset.features[column])]
+        system = next((c for c in BESIDE["system"] if c in dataset.column_names), None) if made else None
+        name, rows = "", dict.fromkeys(made, "") | ({system: "system"} if system else {})
+        if not made or not (always or vision or system or any(_is_unusual(dataset, column) for column in made)):
+            return dataset
+    converted = dataset.select_columns(list(rows)).map(
+        _to_messages,
+        fn_kwargs={"format": name, "reads": rows, "vision": vision, "folder": str(folder.absolute())},
+        remove_columns=list(rows),
+        features=Features({column: Json() for column in made} | {"inline_images": List(IMAGE_STORAGE)}),
+        desc="Reading messages",
+    )
+    rest = dataset.remove_columns(list(rows))
+    # Side by side, since `map` would copy the images
+    whole = concatenate_datasets([rest, converted], axis=1) if rest.column_names else converted
+    whole = _with_tools(whole) if name == "sharegpt" and "tools" in whole.column_names else whole
+    return take_inline_images(whole, "inline_images")
+
+
+def _is_conversation(feature: Any) -> bool:
+    return isinstance(feature, (List, LargeList, Json))
+
+
+def _is_unusual(dataset: Dataset, column: str) -> bool:
+    """Whether messages are anything but a role that chat templates know and a text."""
+    if dataset.features[column] != List({"role": Value("string"), "content": Value("string")}):
+        return True
+    tables = dataset.select_columns([column]).with_format("arrow").iter(1000)
+    return any(not {*_roles(table[column]).unique().to_pylist()} <= {*ROLES} for table in tables)
+
+
+def _to_messages(
+    example: dict[str, Any], format: str, reads: dict[str, str], vision: bool, folder: str
+) -> dict[str, Any]:
+    row = {what or column: example[column] for column, what in reads.items()}
+    system = row.pop("system", None)
+    converted = {"messages": FORMATS[format][1](row)} if format else row
+    images: list[Any] = []
+    for column, turns in converted.items():
+        if isinstance(turns, list):
+            converted[column] = [to_message(turn, images, vision, folder) for turn in turns]
+    first = next(iter(converted.values()))
+    if system and isinstance(first, list) and not any(_role(message) in SYSTEM_ROLES for message in first):
+        first.insert(0, _turn("system", system))
+    return {**converted, "inline_images": images}
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def to_message(turn: Any, images: list[Any], vision: bool = False, folder: str = "") -> Any:
+    """
+    A turn as TRL has it: `role` and `content`, with the roles that chat templates know.
+
+    Args:
+        turn: as it was read; what is no turn at all stays as it is, for the check to name it.
+        images (`list`): gets the images that are in the turn itself.
+        vision (`bool`, *optional*, defaults to `False`): `<image>` in a text that is no reply stands for an image.
+        folder (`str`, *optional*): relative paths start here.
+    """
+    if not isinstance(turn, dict):
+        return turn
+    role = turn.get("role") or turn.get("from")
+    name = str(role).lower()
+    content = turn.get("value") if turn.get("content") is None else turn.get("content")
+    others = {
+        key: value
+        for key, value in turn.items()
+        if key not in ("role", "from", "content", "value") and value is not None
+    }
+    if name in CALLS:
+        calls = _calls(content)
+        return {**_turn("assistant", None if calls else content), **others, **({"tool_calls": calls} if calls else {})}
+    message = {"role": ROLE_NAMES.get(name, name if name in ROLES else role), "content": content, **others}
+    if isinstance(content, list):
+        message["content"] = [to_part(part, images, folder) for part in content]
+    if vision and message["role"] not in ("assistant", "tool"):
+        parts = message["content"] if isinstance(message["content"], list) else [{"type": "text", "text": content}]
+        if any("<image>" in str(_text_of_part(part)) for part in parts):
+            message["content"] = [piece for part in parts for piece in _without_marks(part)]
+    return message
+
+
+def to_part(part: Any, images: list[Any], folder: str = "") -> Any:
+    """A part of a message as TRL has it, and its image, if it has one, at the end of `images`.
+
+    OpenAI's `image_url` (a text, or a `url` in it), Qwen's and Unsloth's `image`, axolotl's `url`, `path` and
+    `base64`, and `source` of Anthropic. Whatever cannot be read gets a `problem`, for the check to name the row.
+    """
+    if not isinstance(part, dict):
+        return part
+    part = {key: value for key, value in part.items() if value is not None}
+    kind = part.get("type") or next(
+        (key for key in ("text", "image", "image_url", "video", "audio") if key in part), None
+    )
+    if kind in ("text", "input_text", "output_text"):
+        return {"type": "text", "text": part.get("text")}
+    if kind not in ("image", "image_url", "input_image"):
+        return part
+    keys = ("image", "image_url", "source", "url", "path", "base64", "bytes", "data")
+    value = next((part[key] for key in keys if key in part), None)
+    if value is None:
+        return {"type": "image"}
+    image, problem = to_image(value, folder)
+    if problem:
+        return {"type": "image", "problem": problem}
+    images.append(image)
+    return {"type": "image"}
+
+
+def _text_of_part(part: Any) -> Any:
+    return part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+
+
+def _without_marks(part: Any) -> list[Any]:
+    """LLaVA's, LLaMA-Factory's and ms-swift's `<image>` in a text becomes a part of its own."""
+    text = _text_of_part(part)
+    if not isinstance(text, str):
+        return [part]
+    pieces: list[Any] = []
+    for i, piece in enumerate(text.split("<image>")):
+        pieces += [{"type": "image"}] if i else []
+        piece = piece.strip("\n") if "<image>" in text else piece
+        pieces += [{"type": "text", "text": piece}] if piece.strip() else []
+    return pieces
+
+
+def _calls(content: Any) -> list[dict[str, Any]]:
+    """LLaMA-Factory's and ms-swift's calls of tools, JSON in a text, as Transformers has them; empty if it is none."""
+    try:
+        called = json.loads(content) if isinstance(content, str) else content
+    except json.JSONDecodeError:
+        return []
+    calls = called if isinstance(called, list) else [called]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        return []
+    return [
+        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+        for call in calls
     ]
-    return {"messages": [{"role": SHAREGPT_ROLES.get(role, role), "content": content} for role, content in turns]}
+
+
+def _with_tools(dataset: Dataset) -> Dataset:
+    """LLaMA-Factory's tools are JSON in a text, without the envelope that chat templates expect."""
+
+    def parse(example: dict[str, Any]) -> dict[str, Any]:
+        tools = example["tools"]
+        try:
+            tools = (json.loads(tools) if tools.strip() else None) if isinstance(tools, str) else tools
+        except json.JSONDecodeError:
+            return {"tools": tools}  # the check names the row
+        wrapped = isinstance(tools, list) and [
+            tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
+        ]
+        return {"tools": wrapped or None}
+
+    tools = dataset.select_columns(["tools"]).map(parse, features=Features({"tools": Json()}), desc="Reading tools")
+    return concatenate_datasets([dataset.remove_columns("tools"), tools], axis=1)
 
 
 def clean(dataset: Dataset, text_column: str) -> Dataset:
@@ -122,70 +460,6 @@ def _without_null(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_null(item) for key, item in value.items() if item is not None}
     return [_without_null(item) for item in value] if isinstance(value, list) else value
-
-
-def to_prompt_completion(dataset: Dataset) -> Dataset:
-    """
-    Turns conversations into rows of which only the reply is learned, under any chat template.
-
-    A row of `messages` becomes one row of `prompt` and `completion` per assistant message: everything before it (the
-    system message too), and this message alone. So every reply is learned once, each as the model will have to write
-    it. A row of an earlier turn keeps the images whose placeholders are in its prompt. Without explicit placeholders,
-    TRL puts all images into the first user message, and every row keeps all. Messages after the last assistant message
-    are not learned.
-
-    `prompt` and `completion` stay as they are (TRL learns the completion only), and so does `text` (all of it is
-    learned). `image` becomes `images`, a list of one. Images are not decoded; those stored in the data itself, not as
-    files, are copied into the cache of `datasets` once per turn.
-
-    Args:
-        dataset ([`~datasets.Dataset`]): one split as [`load`] returns it.
-
-    Returns:
-        [`~datasets.Dataset`]: with `prompt` and `completion`, `images` if there were images, and `tools` and
-            `chat_template_kwargs` if they were there.
-    """
-    dataset = images_in_lists(dataset)
-    if "messages" not in dataset.column_names:
-        return dataset
-    messages = dataset.features["messages"]
-    others = {c: dataset.features[c] for c in ("tools", "chat_template_kwargs") if c in dataset.column_names}
-    images = {"images": List(RGB)} if image_column(dataset.column_names) else {}
-    stored = Features({"messages": messages, **others})
-
-    def expand(table: pa.Table) -> dict[str, list]:
-        # The table is raw storage, in which images are paths or compressed bytes: only the text is decoded
-        columns = stored.decode_batch({c: table[c].to_pylist() for c in stored})
-        if images:
-            columns["images"] = table["images"].to_pylist()
-        rows: dict[str, list] = {c: [] for c in ("prompt", "completion", *others, *images)}
-        for i, conversation in enumerate(columns["messages"]):
-            explicit = count_placeholders(conversation) > 0
-            for turn, message in enumerate(conversation):
-                if message["role"] != "assistant":
-                    continue
-                prompt = conversation[:turn]
-                rows["prompt"].append(prompt)
-                rows["completion"].append([message])
-                for column in others:
-                    rows[column].append(columns[column][i])
-                if images:
-                    of_row = columns["images"][i] or []
-                    rows["images"].append(of_row[: count_placeholders(prompt)] if explicit else of_row)
-        return rows
-
-    return (
-        dataset.with_format("arrow")
-        .map(
-            expand,
-            batched=True,
-            batch_size=100,  # images stored in the data are in memory for one batch
-            remove_columns=dataset.column_names,
-            features=Features({"prompt": messages, "completion": messages, **others, **images}),
-            desc="One row per reply",
-        )
-        .with_format(None)
-    )
 
 
 def count_placeholders(messages: list[dict]) -> int:

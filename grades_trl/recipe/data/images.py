@@ -1,19 +1,26 @@
-"""The column of images: paths or bytes become decodable images, in the column and shape that TRL reads."""
+"""Images, from a column or from inside of messages, in the column and shape that TRL reads."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetInfo, Features, Image, LargeList, List, Value, concatenate_datasets
+from datasets import Dataset, DatasetInfo, Features, Image, Json, LargeList, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
 from .errors import DataError
 
 MAX_OPENED = 2000  # rows whose images `open_images` opens
 RGB = Image(mode="RGB")  # not every image processor takes gray, palette or transparent images
+IMAGE_STORAGE = {"bytes": Value("binary"), "path": Value("string")}
+# How PNG, JPEG, GIF and WebP begin in base64: such texts are images, not paths
+BASE64_STARTS = ("iVBOR", "/9j/", "R0lGOD", "UklGR")
+# In place of the path of an image that cannot be read, with what is wrong: the check names the row
+PROBLEM = "problem://"
 
 
 def image_column(columns: list[str]) -> str | None:
@@ -56,28 +63,103 @@ def read_images(dataset: Dataset, folder: Path) -> Dataset:
     if isinstance(inner, Image):
         # The storage is the same: `cast` would copy every image into the cache
         return Dataset(dataset.data, info=DatasetInfo(features=features), split=dataset.split)
-    if isinstance(inner, Value) and inner.dtype in ("string", "large_string", "null"):
-        return dataset.map(
-            _absolute_paths,
-            batched=True,
-            fn_kwargs={"column": column, "folder": str(folder.absolute())},
-            features=features,
-            desc="Finding images",
-        )
-    if inner == Value("binary") or (isinstance(inner, dict) and set(inner) <= {"bytes", "path"}):
+    is_storage = isinstance(inner, dict) and set(inner) <= {"bytes", "path"} and inner.get("bytes") == Value("binary")
+    if inner == Value("binary") or is_storage:
         return dataset.cast(features)
-    raise DataError(f'the column "{column}" should hold images or paths of images, found {feature}')
+    of_text = isinstance(inner, Value) and inner.dtype in ("string", "large_string", "null")
+    if not (of_text or isinstance(inner, (Json, dict))):
+        raise DataError(f'the column "{column}" should hold images or paths of images, found {feature}')
+    # Lists wherever it can be either, as in LLaVA's files: one path, or a list of them
+    to = "images" if is_list or isinstance(inner, Json) else "image"
+    return dataset.map(
+        _to_storage,
+        batched=True,
+        fn_kwargs={"column": column, "to": to, "folder": str(folder.absolute())},
+        remove_columns=[column],
+        features=Features(
+            {**{c: f for c, f in features.items() if c != column}, to: List(RGB) if to == "images" else RGB}
+        ),
+        desc="Finding images",
+    )
 
 
-def _absolute_paths(batch: dict[str, list], column: str, folder: str) -> dict[str, list]:
-    def absolute(path: str | None) -> str | None:
-        if not path:
-            return None
-        return path if "://" in path else str(Path(folder, path))
+def _to_storage(batch: dict[str, list], column: str, to: str, folder: str) -> dict[str, list]:
+    def stored(value: Any) -> Any:
+        image, problem = to_image(value, folder)
+        return {"bytes": None, "path": f"{PROBLEM}{problem}"} if problem else image
 
-    if column == "image":
-        return {column: [absolute(path) for path in batch[column]]}
-    return {column: [[absolute(path) for path in paths or []] for paths in batch[column]]}
+    if to == "image":
+        return {to: [stored(value) if value else None for value in batch[column]]}
+    rows = [value if isinstance(value, list) else [value] if value else [] for value in batch[column]]
+    return {to: [[stored(value) for value in row if value] for row in rows]}
+
+
+def to_image(value: Any, folder: str = "") -> tuple[dict[str, Any] | None, str | None]:
+    """
+    An image as `datasets` stores it.
+
+    Args:
+        value: path, `file://` address, data URL, base64, bytes, PIL image, array; or a dict with one of these under
+            `url`, `path`, `bytes`, `base64`, `data` or `image`.
+        folder (`str`, *optional*): relative paths start here.
+
+    Returns:
+        `tuple[dict | None, str | None]`: `bytes` and `path`, or else what is wrong with it.
+    """
+    if isinstance(value, dict):
+        keys = ("bytes", "base64", "data", "image", "url", "path")
+        value = next((value[key] for key in keys if value.get(key) is not None), None)
+    if not isinstance(value, str):
+        if value is None or isinstance(value, (bool, int, float, list, dict)):
+            return None, f"has an image that is {value!r:.80}, expected a path, a data URL, bytes or an image"
+        return {"bytes": None, "path": None, **Image().encode_example(value)}, None
+    if value.startswith(("http://", "https://")):
+        return None, (
+            f"has the image {value[:80]}: nothing is downloaded during training, so that no step waits for a network. "
+            "Download the images, and put their paths here"
+        )
+    if value.startswith("data:") or (len(value) > 256 and value.startswith(BASE64_STARTS)):
+        data = value.partition(";base64,")[2] if value.startswith("data:") else value
+        try:
+            stored = base64.b64decode(data, validate=True)
+        except binascii.Error:
+            stored = b""
+        if not stored:
+            return None, f"has the image {value[:40]}..., expected data:image/png;base64,... with its data"
+        return {"bytes": stored, "path": None}, None
+    value = value.removeprefix("file://")
+    return {"bytes": None, "path": value if "://" in value else str(Path(folder, value))}, None
+
+
+def take_inline_images(dataset: Dataset, column: str) -> Dataset:
+    """
+    The images that were inside of messages, as `images` of the row, and without the column that held them.
+
+    A row that has images of its own in `image` or `images` keeps those: some tools write them twice.
+    """
+    inline = [count > 0 for count in count_images(dataset, column)]
+    rest = dataset.remove_columns(column)
+    if not any(inline):
+        return rest
+    own = image_column(rest.column_names)
+    if own is None:
+        return dataset.rename_column(column, "images").cast_column("images", List(RGB))
+    rest = images_in_lists(rest)
+
+    def merge(table: pa.Table) -> dict[str, list]:
+        pairs = zip(table["images"].to_pylist(), table[column].to_pylist(), strict=True)
+        return {"images": [images or taken for images, taken in pairs]}
+
+    both = concatenate_datasets([rest.select_columns(["images"]), dataset.select_columns([column])], axis=1)
+    merged = both.with_format("arrow").map(
+        merge,
+        batched=True,
+        batch_size=100,
+        remove_columns=[column],
+        features=Features({"images": List(RGB)}),
+        desc="Listing images",
+    )
+    return concatenate_datasets([rest.remove_columns("images"), merged.with_format(None)], axis=1)
 
 
 def images_in_lists(dataset: Dataset) -> Dataset:
@@ -118,6 +200,8 @@ def open_images(dataset: Dataset, column: str, name: str) -> None:
         [`DataError`]: an image cannot be opened; with the row and the path.
     """
     images = dataset.select_columns([column]).with_format("arrow")
+    for start, table in zip(range(0, len(dataset), 1000), images.iter(1000), strict=True):
+        _raise_problem(table[column], name, start)
     opened = min(len(dataset), MAX_OPENED)
     for k in tqdm(range(opened), desc=f"Opening images of {name}", delay=2, leave=False, disable=None):
         row = k * len(dataset) // opened
@@ -133,3 +217,16 @@ def open_images(dataset: Dataset, column: str, name: str) -> None:
                     f"{name}: row {row} (the first is 0): image {i} ({where}) cannot be opened, expected an image: "
                     f"{type(error).__name__}: {error}"
                 ) from error
+
+
+def _raise_problem(images: pa.ChunkedArray, name: str, start: int) -> None:
+    """Raises what `to_image` has found wrong with one of these images, which begin at row `start`."""
+    stored = pc.list_flatten(images) if pa.types.is_list(images.type) else images
+    if not pa.types.is_struct(stored.type):
+        return
+    if not pc.any(pc.starts_with(pc.struct_field(stored, "path"), PROBLEM)).as_py():
+        return
+    for row, value in enumerate(images.to_pylist(), start):
+        for image in value if isinstance(value, list) else [value]:
+            if image and (image["path"] or "").startswith(PROBLEM):
+                raise DataError(f"{name}: row {row} (the first is 0): {image['path'].removeprefix(PROBLEM)}")

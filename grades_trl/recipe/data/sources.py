@@ -9,6 +9,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from .errors import DataError
+from .formats import BESIDE, PROMPTS, REPLIES, rename_columns, to_trl_format
 from .images import read_images
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -20,33 +21,48 @@ SPLIT_WORDS = {
 }
 
 
-def read(name: str, config: str | None = None, text_column: str = "text") -> dict[str, Dataset]:
+def read(
+    name: str,
+    config: str | None = None,
+    text_column: str = "text",
+    columns: dict[str, str] | None = None,
+    vision: bool = False,
+) -> dict[str, Dataset]:
     """
-    Reads the splits of a dataset, with their images decodable and all else as it is.
+    Reads the splits of a dataset, with their images decodable, and formats of other tools as TRL's.
 
     Args:
         name (`str`): id of a dataset on the hub, or path of a local file or folder.
         config (`str`, *optional*): configuration of a dataset on the hub.
         text_column (`str`, *optional*, defaults to `"text"`): column that holds plain text; a CSV file keeps it as
             text.
+        columns (`dict[str, str]`, *optional*): see [`formats.rename_columns`].
+        vision (`bool`, *optional*, defaults to `False`): see [`formats.to_trl_format`].
 
     Returns:
         `dict[str, Dataset]`: by name of the split; `train` alone where the names of files and folders tell none.
 
     Raises:
-        [`DataError`]: the path is not there, or the files cannot be read.
+        [`DataError`]: the path is not there, the files cannot be read, or it cannot be told what the columns are.
     """
     path = Path(name).expanduser()
+    columns = columns or {}
+
+    def ready(splits: dict[str, Dataset], folder: Path) -> dict[str, Dataset]:
+        return {
+            split: _ready(dataset, folder, name, text_column, columns, vision) for split, dataset in splits.items()
+        }
+
     if not path.exists():
         if name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name or path.suffix in BUILDERS:
             raise DataError(f"{name}: there is no such file or folder")
-        return {split: read_images(dataset, Path()) for split, dataset in load_dataset(name, config).items()}
+        return ready(load_dataset(name, config), Path())
     if config is not None:
         raise DataError(f'{name}: is a local path, expected no config, got "{config}"')
     if (path / "dataset_dict.json").exists():
-        return {split: read_images(dataset, path) for split, dataset in load_from_disk(str(path)).items()}
+        return ready(load_from_disk(str(path)), path)
     if (path / "state.json").exists():
-        return {"train": read_images(load_from_disk(str(path)), path)}
+        return ready({"train": load_from_disk(str(path))}, path)
 
     expected = f"expected {', '.join(BUILDERS)}"
     if path.is_file() and path.suffix not in BUILDERS:
@@ -59,7 +75,23 @@ def read(name: str, config: str | None = None, text_column: str = "text") -> dic
             f"{name}: expected files of one kind, found {', '.join(sorted({file.suffix for file in files}))}"
         )
     splits = {"train": files} if path.is_file() else _files_by_split(path, files)
-    return {split: _read_files(files, text_column) for split, files in splits.items()}
+    return {split: _read_files(files, name, text_column, columns, vision) for split, files in splits.items()}
+
+
+def _ready(
+    dataset: Dataset,
+    folder: Path,
+    name: str,
+    text_column: str,
+    columns: dict[str, str],
+    vision: bool,
+    always: bool = False,
+) -> Dataset:
+    try:
+        dataset = read_images(rename_columns(dataset, columns, name), folder)
+        return to_trl_format(dataset, folder, vision, text_column, always)
+    except DataError as error:
+        raise error if str(error).startswith(name) else DataError(f"{name}: {error}") from error
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -91,19 +123,21 @@ def _files_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
     return {"train": files}
 
 
-def _read_files(files: list[Path], text_column: str) -> Dataset:
+def _read_files(files: list[Path], name: str, text_column: str, columns: dict[str, str], vision: bool) -> Dataset:
     builder = BUILDERS[files[0].suffix]
     # A CSV has no types: without this, the answer 007 is read as 7, and NA as missing
-    columns = ("prompt", "completion", "text", text_column)
-    options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False} if builder == "csv" else {}
+    beside = [column for names in BESIDE.values() for column in names]
+    texts = (*PROMPTS, *REPLIES, *beside, "instruction", "caption", "text", text_column, *columns.values())
+    options = {"converters": dict.fromkeys(texts, str), "keep_default_na": False} if builder == "csv" else {}
     datasets = []
     # Folder by folder, since paths of images are relative to the file they are written in
-    for folder in sorted({file.parent for file in files}):
+    folders = sorted({file.parent for file in files})
+    for folder in folders:
         here = [str(file) for file in files if file.parent == folder]
         try:
             dataset = load_dataset(builder, data_files=here, split="train", **options)
         except (DatasetGenerationError, StopIteration, ValueError) as error:  # the last two for files without rows
             reason = str(error.__cause__ or error) or "it has no rows"
             raise DataError(f"{', '.join(here)}: cannot be read: {reason}") from error
-        datasets.append(read_images(dataset, folder))
+        datasets.append(_ready(dataset, folder, name, text_column, columns, vision, always=len(folders) > 1))
     return concatenate_datasets(datasets) if len(datasets) > 1 else datasets[0]

@@ -12,7 +12,8 @@ from grades_trl.recipe.arguments import BUILTIN_DATASETS, RecipeArguments
 
 from .checks import check
 from .errors import DataError
-from .formats import clean, to_prompt_completion, to_trl_format
+from .formats import clean, parse_columns
+from .replies import to_prompt_completion
 from .sources import read
 
 
@@ -24,10 +25,11 @@ def load_data(
     vision: bool = False,
     test_only: bool = False,
 ) -> dict[str, Dataset]:
-    """The rows of a recipe, from `--dataset_name`, of which only the reply is learned.
+    """The rows of a recipe, from `--dataset_name`.
 
     One half of the held-out rows is used for decisions during training (validation), the other only for the scores at
-    the end (test).
+    the end (test). They have one reply each, as the model will have to write it. Conversations to train on stay whole:
+    [`training_rows`] needs to know the model's chat template.
 
     Args:
         recipe (`RecipeArguments`), training (`SFTConfig`): which data. `training.seed` splits and samples them.
@@ -48,8 +50,8 @@ def load_data(
         columns = "`image` or `images`, and " if vision else ""
         raise SystemExit(
             "No data: give --dataset_name a hub id, a local folder or file (jsonl, parquet, ... with "
-            f"{columns}`messages`, `prompt` and `completion`{'' if vision else ', or `text`'}), or a built-in "
-            f"dataset: {', '.join(builtin)}."
+            f"{columns}`messages`, `prompt` and `completion`{'' if vision else ', or `text`'}, or in the format of "
+            f"another tool), or a built-in dataset: {', '.join(builtin)}."
         )
     if name in BUILTIN_DATASETS and name not in builtin:
         raise SystemExit(
@@ -68,13 +70,17 @@ def load_data(
             seed=training.seed,
             vision=vision,
             text_column=recipe.dataset_text_field,
+            columns=parse_columns(recipe.columns),
         )
     splits = with_validation(splits, recipe.max_eval_samples)
-    wanted = [split for split in splits if split.startswith("test") or not test_only]
-    rows = {split: to_prompt_completion(splits[split]) for split in wanted}
-    if "train" in rows and recipe.max_train_samples is not None:
-        rows["train"] = sample(rows["train"], recipe.max_train_samples, training.seed)
-    return rows
+    held_out = [split for split in splits if split.startswith("test") or (split != "train" and not test_only)]
+    rows = {split: to_prompt_completion(splits[split], recipe.train_on) for split in held_out}
+    if test_only:
+        return rows
+    train = splits["train"]
+    if recipe.max_train_samples is not None:
+        train = sample(train, recipe.max_train_samples, training.seed)
+    return {"train": train, **rows}
 
 
 def load(
@@ -87,6 +93,7 @@ def load(
     seed: int = 42,
     vision: bool = False,
     text_column: str = "text",
+    columns: dict[str, str] | None = None,
 ) -> DatasetDict:
     """
     Loads a dataset from the hub or from a local path, checks it, and brings it into one shape.
@@ -94,7 +101,8 @@ def load(
     Local data: a `.jsonl`, `.json`, `.parquet` or `.csv` file, a folder of such files (a split is recognized by
     `train`, `validation`, `test`, ... in the name of the folder or file, as `datasets` does), a folder of images with
     a `metadata.jsonl` or `metadata.csv` (its `file_name` becomes `image`), or a folder written by `save_to_disk`.
-    Paths in `image` or `images` are relative to the file they are written in.
+    Paths of images are relative to the file they are written in. Formats of other tools (`formats.FORMATS`) are
+    recognized by their columns and become messages.
 
     The result has only the columns that TRL reads: `messages`, or `prompt` and `completion`, or `text` (where several
     are there, the first of these), `images` for vision, and `tools` and `chat_template_kwargs` beside messages; see
@@ -114,6 +122,8 @@ def load(
         text_column (`str`, *optional*, defaults to `"text"`): column that holds plain text. It is `text` in the
             result, since TRL adds the end-of-sequence token to that name only: leave
             `SFTConfig.dataset_text_field` as it is.
+        columns (`dict[str, str]`, *optional*): names of columns in the source by what they stand for, see
+            [`formats.rename_columns`].
 
     Returns:
         [`~datasets.DatasetDict`]: `train` and `test`.
@@ -122,7 +132,7 @@ def load(
         [`DataError`]: if the path or split is not there, the files cannot be read, or [`check`] finds a fault. Row
             numbers are those of the source, before anything is held out.
     """
-    splits = read(name, config, text_column)
+    splits = read(name, config, text_column, columns, vision)
     for split in (train_split, test_split):
         if split is not None and split not in splits:
             raise DataError(f'{name}: there is no split "{split}"; there are: {", ".join(splits)}')
@@ -131,9 +141,8 @@ def load(
 
     ready = []
     for split in (train_split, test_split) if test_split else (train_split,):
-        dataset = to_trl_format(splits[split])
-        check(dataset, vision, name=split, text_column=text_column)
-        ready.append(clean(dataset, text_column))
+        check(splits[split], vision, name=split, text_column=text_column)
+        ready.append(clean(splits[split], text_column))
     if test_split is not None:
         return DatasetDict(train=ready[0], test=ready[1].shuffle(seed=seed))
     try:

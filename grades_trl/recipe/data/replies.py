@@ -1,0 +1,261 @@
+"""Which replies are learned, and in how many rows: one per conversation where the chat template can mark its replies,
+else one per reply."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+
+import pyarrow as pa
+import transformers
+from datasets import Dataset, Features, List
+from jinja2 import TemplateError
+from packaging.version import Version
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from trl import SFTConfig
+from trl.chat_template_utils import (
+    get_training_chat_template,
+    has_generation_markers,
+    is_chat_template_stop_token_trained,
+)
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from .errors import DataError
+from .formats import count_placeholders, text_of_content
+from .images import RGB, image_column, images_in_lists
+
+MAX_RENDERED = 2000  # conversations that the chat template has to write before training
+
+logger = logging.getLogger(__name__)
+
+
+def training_rows(
+    dataset: Dataset,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    training: SFTConfig,
+    train_on: str = "all",
+    vision: bool = False,
+) -> Dataset:
+    """
+    The rows to train on, of which only replies are learned: one row per conversation where that is possible.
+
+    A conversation of several replies is one row under TRL's training version of its chat template
+    (`assistant_only_loss`, which is switched on in `training`). Where there is no such version, each reply becomes a
+    row of its own, with all that goes before it, and a warning says what that costs.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): training split as [`load_data`] returns it.
+        processor ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): of the model. It
+            gets the template of `training.chat_template_path`, if there is one.
+        training (`SFTConfig`): gets `assistant_only_loss` and `completion_only_loss`.
+        train_on (`str`, *optional*, defaults to `"all"`): `"all"` replies of a conversation, or the `"last"` one.
+        vision (`bool`, *optional*, defaults to `False`): rows have images.
+
+    Returns:
+        [`~datasets.Dataset`]: with `messages`, or with `prompt` and `completion`, or with `text`.
+
+    Raises:
+        [`DataError`]: the rows are conversations, and there is no chat template, or it refuses one of them, or leaves
+            its reply out.
+    """
+    _take_chat_template(processor, training)
+    texts = dataset.select_columns([c for c in ("messages", "prompt", "completion") if c in dataset.column_names])
+    if texts.column_names and not isinstance(texts[0].get("prompt"), str):
+        _try_chat_template(texts, processor)
+    if "messages" not in dataset.column_names:
+        return dataset
+    conversations = dataset.select_columns(["messages"])
+    turns = [_replies(row["messages"]) for row in conversations]
+    replies = sum(map(len, turns))
+    if train_on == "last" or replies == len(dataset):
+        return to_prompt_completion(dataset, train_on)
+
+    problem = whole_conversations_problem(processor, vision)
+    if problem is None:
+        training.assistant_only_loss = True
+        if not vision:  # the rows to validate and test on are prompts with one reply each
+            training.completion_only_loss = True
+        logger.info(f"{len(dataset):,} conversations: all {replies:,} replies are learned, in one row each.")
+        return _without_the_rest(dataset)
+    rows = to_prompt_completion(dataset)
+    logger.warning(
+        f"{len(dataset):,} conversations become {replies:,} rows, one per reply, with {_cost(conversations):.1f} "
+        f"times the text: {problem}. --train_on last learns the last reply of each alone."
+    )
+    return rows
+
+
+def whole_conversations_problem(
+    processor: PreTrainedTokenizerBase | ProcessorMixin, vision: bool = False
+) -> str | None:
+    """Why a conversation cannot be one row of which all replies are learned; `None` if it can.
+
+    Args:
+        processor ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): of the model.
+        vision (`bool`, *optional*, defaults to `False`): rows have images.
+    """
+    is_new = "assistant_only_loss" in inspect.signature(DataCollatorForVisionLanguageModeling).parameters
+    if vision and not (is_new and Version(transformers.__version__) >= Version("5.18")):
+        return "with images, one row per conversation needs TRL 1.16 and Transformers 5.18"
+    tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+    if not tokenizer.is_fast:
+        return "this model's tokenizer (a slow one) cannot tell which tokens are replies"
+    template = None
+    if not has_generation_markers(processor.chat_template):
+        try:
+            template = get_training_chat_template(processor)
+        except ValueError:
+            return "TRL has no training version of this chat template"
+    if not is_chat_template_stop_token_trained(processor, template):
+        return "the chat template does not mark the end of a reply as part of it"
+    return None
+
+
+def _take_chat_template(processor: PreTrainedTokenizerBase | ProcessorMixin, training: SFTConfig) -> None:
+    """The trainer takes that template too, after all that is decided by it here."""
+    path = training.chat_template_path
+    if path is None:
+        return
+    is_file = Path(path).is_file()
+    processor.chat_template = (
+        Path(path).read_text("utf-8") if is_file else AutoTokenizer.from_pretrained(path).get_chat_template()
+    )
+
+
+def _try_chat_template(texts: Dataset, processor: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+    """Lets the chat template write up to `MAX_RENDERED` conversations, spread evenly."""
+    if processor.chat_template is None:
+        raise DataError(
+            "the rows are conversations, and this model has no chat template: take its instruct version, or give "
+            "--chat_template_path (a .jinja file, or a model whose template is taken), or write the data as text in "
+            '"prompt" and "completion"'
+        )
+    count = min(len(texts), MAX_RENDERED)
+    for row in (k * len(texts) // count for k in range(count)):
+        example = texts[row]
+        messages = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
+        here = f"train: row {row} of the rows to train on (roles: {', '.join(m['role'] for m in messages)})"
+        if isinstance(processor, ProcessorMixin):  # their templates expect lists of parts
+            messages = [
+                {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
+                for m in messages
+            ]
+        try:
+            written = processor.apply_chat_template(messages, tokenize=False)
+        except TemplateError as error:
+            raise DataError(f"{here}: the chat template refuses it: {error}") from error
+        reply = text_of_content(messages[_replies(messages)[-1]].get("content"))
+        if squeezed(reply)[-20:] not in squeezed(written):
+            raise DataError(
+                f"{here}: the chat template leaves its reply out (it ends in {reply[-60:]!r}): --chat_template_path "
+                "takes another one"
+            )
+
+
+def squeezed(text: str) -> str:
+    """A text without its spaces, which templates strip and tokenizers move."""
+    return "".join(text.split())
+
+
+def _replies(messages: list[dict]) -> list[int]:
+    return [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _cost(conversations: Dataset) -> float:
+    """Characters of one row per reply, in those of the conversations up to their last reply."""
+    whole = split = 0
+    for row in conversations:
+        lengths = [len(text_of_content(message.get("content"))) for message in row["messages"]]
+        ends = [sum(lengths[: turn + 1]) for turn in _replies(row["messages"])]
+        whole, split = whole + ends[-1], split + sum(ends)
+    return split / max(whole, 1)
+
+
+def _without_the_rest(dataset: Dataset) -> Dataset:
+    """Messages after the last reply are not learned, and nothing that is learned sees them; their images go too."""
+    if all(row["messages"][-1]["role"] == "assistant" for row in dataset.select_columns(["messages"])):
+        return dataset
+    stored = Features({"messages": dataset.features["messages"]})
+    has_images = "images" in dataset.column_names
+
+    def end(table: pa.Table) -> dict[str, list]:
+        columns: dict[str, list] = {"messages": [], **({"images": []} if has_images else {})}
+        conversations = stored.decode_batch({"messages": table["messages"].to_pylist()})["messages"]
+        for i, messages in enumerate(conversations):
+            kept = messages[: _replies(messages)[-1] + 1]
+            columns["messages"].append(kept)
+            if has_images:
+                images = table["images"][i].as_py() or []
+                explicit = count_placeholders(messages) > 0
+                columns["images"].append(images[: count_placeholders(kept)] if explicit else images)
+        return columns
+
+    return (
+        dataset.with_format("arrow")
+        .map(end, batched=True, batch_size=100, features=dataset.features, desc="Ending at the last reply")
+        .with_format(None)
+    )
+
+
+def to_prompt_completion(dataset: Dataset, train_on: str = "all") -> Dataset:
+    """
+    Turns conversations into rows of which only the reply is learned, under any chat template.
+
+    A row of `messages` becomes one row of `prompt` and `completion` per assistant message: everything before it (the
+    system message too), and this message alone. So every reply is learned once, each as the model will have to write
+    it. A row of an earlier turn keeps the images whose placeholders are in its prompt. Without explicit placeholders,
+    TRL puts all images into the first user message, and every row keeps all. Messages after the last assistant message
+    are not learned.
+
+    `prompt` and `completion` stay as they are (TRL learns the completion only), and so does `text` (all of it is
+    learned). `image` becomes `images`, a list of one. Images are not decoded; those stored in the data itself, not as
+    files, are copied into the cache of `datasets` once per turn.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): one split as [`load`] returns it.
+        train_on (`str`, *optional*, defaults to `"all"`): a row for `"all"` replies, or for the `"last"` one alone.
+
+    Returns:
+        [`~datasets.Dataset`]: with `prompt` and `completion`, `images` if there were images, and `tools` and
+            `chat_template_kwargs` if they were there.
+    """
+    dataset = images_in_lists(dataset)
+    if "messages" not in dataset.column_names:
+        return dataset
+    messages = dataset.features["messages"]
+    others = {c: dataset.features[c] for c in ("tools", "chat_template_kwargs") if c in dataset.column_names}
+    images = {"images": List(RGB)} if image_column(dataset.column_names) else {}
+    stored = Features({"messages": messages, **others})
+
+    def expand(table: pa.Table) -> dict[str, list]:
+        # The table is raw storage, in which images are paths or compressed bytes: only the text is decoded
+        columns = stored.decode_batch({c: table[c].to_pylist() for c in stored})
+        if images:
+            columns["images"] = table["images"].to_pylist()
+        rows: dict[str, list] = {c: [] for c in ("prompt", "completion", *others, *images)}
+        for i, conversation in enumerate(columns["messages"]):
+            explicit = count_placeholders(conversation) > 0
+            for turn in _replies(conversation)[-1 if train_on == "last" else 0 :]:
+                prompt = conversation[:turn]
+                rows["prompt"].append(prompt)
+                rows["completion"].append([conversation[turn]])
+                for column in others:
+                    rows[column].append(columns[column][i])
+                if images:
+                    of_row = columns["images"][i] or []
+                    rows["images"].append(of_row[: count_placeholders(prompt)] if explicit else of_row)
+        return rows
+
+    return (
+        dataset.with_format("arrow")
+        .map(
+            expand,
+            batched=True,
+            batch_size=100,  # images stored in the data are in memory for one batch
+            remove_columns=dataset.column_names,
+            features=Features({"prompt": messages, "completion": messages, **others, **images}),
+            desc="One row per reply",
+        )
+        .with_format(None)
+    )

@@ -1,0 +1,436 @@
+"""The formats of other tools: each file as their documentation has it becomes messages, without being edited."""
+
+import base64
+import io
+import json
+
+import pytest
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+
+from grades_trl.recipe.data import DataError, load, to_prompt_completion
+from grades_trl.recipe.data.formats import FORMATS, parse_columns
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+IMAGE = {"type": "image"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / ".cache")
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def png(color="red"):
+    file = io.BytesIO()
+    PILImage.new("RGB", (16, 16), color).save(file, "PNG")
+    return file.getvalue()
+
+
+def read(tmp_path, rows, vision=False, name="data.json", **kwargs):
+    """The rows as they are trained on, in their order: a second file holds what is tested on."""
+    for folder, colors in (("img", {"red.png": "red", "blue.png": "blue"}),):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for file, color in colors.items():
+            (tmp_path / folder / file).write_bytes(png(color))
+    for split in ("train", "test"):
+        (tmp_path / f"{split}_{name}").write_text(json.dumps(rows))
+    loaded = load(str(tmp_path), vision=vision, **kwargs)
+    return list(loaded["train"])
+
+
+def messages(tmp_path, row, **kwargs):
+    return read(tmp_path, [row, row], **kwargs)[0]["messages"]
+
+
+def colors(row):
+    return [image.getpixel((0, 0)) for image in row["images"]]
+
+
+# Text
+
+
+ALPACA = [
+    ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Add.\n1 2"),
+    ({"instruction": "Add.", "input": "", "output": "3"}, "Add."),
+    ({"instruction": "Add.", "input": None, "output": "3"}, "Add."),
+    ({"instruction": "Add.", "output": "3", "text": "### Instruction: Add. ### Response: 3"}, "Add."),  # tatsu-lab
+    ({"instruction": "Add.", "context": "1 2", "response": "3", "category": "sums"}, "Add.\n1 2"),  # dolly
+]
+
+
+@pytest.mark.parametrize(("row", "prompt"), ALPACA)
+def test_alpaca(tmp_path, row, prompt):
+    assert messages(tmp_path, row) == [turn("user", prompt), turn("assistant", "3")]
+
+
+def test_system_and_history_beside_alpaca(tmp_path):
+    """As LLaMA-Factory and ms-swift have it."""
+    row = {
+        "instruction": "3?",
+        "input": "",
+        "output": "c",
+        "system": "Be brief.",
+        "history": [["1?", "a"], ["2?", "b"]],
+    }
+    assert messages(tmp_path, row) == [
+        turn("system", "Be brief."),
+        *(turn(role, said) for said_both in zip(["1?", "2?", "3?"], "abc", strict=True) for role, said in zip(
+            ["user", "assistant"], said_both, strict=True)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reply"),
+    [
+        ("prompt", "response"),
+        ("query", "response"),
+        ("question", "answer"),
+        ("input", "output"),
+        ("instruction", "response"),
+        ("problem", "solution"),
+        ("prompt", "answer"),
+    ],
+)
+def test_pairs(tmp_path, prompt, reply):
+    assert messages(tmp_path, {"id": 7, prompt: "1 + 1?", reply: "2"}) == [
+        turn("user", "1 + 1?"),
+        turn("assistant", "2"),
+    ]
+
+
+def test_pairs_with_a_context_a_system_and_numbers(tmp_path):
+    row = {"system_prompt": "Be brief.", "context": "x = 1", "question": "x + 1?", "answer": 2}
+    assert messages(tmp_path, row) == [
+        turn("system", "Be brief."),
+        turn("user", "x + 1?\nx = 1"),
+        turn("assistant", "2"),
+    ]
+
+
+def test_a_csv_of_pairs_keeps_its_text(tmp_path):
+    (tmp_path / "data.csv").write_text("question,answer\n007,NA\n008,010\n")
+    loaded = load(str(tmp_path / "data.csv"), test_size=1)
+    rows = [row["messages"] for part in loaded.values() for row in part]
+    assert sorted((m[0]["content"], m[1]["content"]) for m in rows) == [("007", "NA"), ("008", "010")]
+
+
+def test_pairs_that_could_be_several(tmp_path):
+    rows = [{"question": "a", "answer": "b", "solution": "c"}]
+    with pytest.raises(DataError, match=r"the columns answer and solution could each be .*--columns prompt=question"):
+        read(tmp_path, rows)
+    chosen = read(tmp_path, rows, columns={"prompt": "question", "completion": "solution"})
+    assert chosen[0]["messages"] == [turn("user", "a"), turn("assistant", "c")]
+
+
+def test_an_empty_reply_names_its_row(tmp_path):
+    rows = [{"question": "a", "answer": "b"}, {"question": "a", "answer": None}]
+    with pytest.raises(DataError, match=r"train: row 1 \(the first is 0\): messages\[1\] has the content None"):
+        read(tmp_path, rows)
+
+
+SHAREGPT_ROLES = [
+    *((name, "user") for name in ("human", "user", "Human")),
+    *((name, "assistant") for name in ("gpt", "assistant", "chatgpt", "bing", "bard", "model")),
+]
+
+
+@pytest.mark.parametrize(("name", "role"), SHAREGPT_ROLES)
+def test_sharegpt_roles(tmp_path, name, role):
+    """FineTome and its like, with the columns that are beside them."""
+    turns = [("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")]
+    first = next(i for i, (who, _) in enumerate(turns) if (who == "human") == (role == "user"))
+    turns[first] = (name, turns[first][1])
+    row = {"conversations": [{"from": who, "value": said} for who, said in turns], "source": "web", "score": 5.1}
+    roles = ["user", "assistant"] * 2
+    assert messages(tmp_path, row) == [turn(role, said) for role, said in zip(roles, "abcd", strict=True)]
+
+
+@pytest.mark.parametrize("name", ["system", "developer"])
+def test_a_system_in_sharegpt_or_beside_it(tmp_path, name):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    expected = [turn("system", "s"), turn("user", "a"), turn("assistant", "b")]
+    assert messages(tmp_path, {"conversations": [{"from": name, "value": "s"}, *turns]}) == expected
+    if name == "system":
+        assert messages(tmp_path, {"conversations": turns, name: "s"}) == expected
+        assert messages(tmp_path, {"messages": expected[1:], name: "s"}) == expected
+        assert messages(tmp_path, {"messages": expected, name: "another"}) == expected
+
+
+def test_conversations_of_roles_and_contents(tmp_path):
+    row = {"conversations": [turn("user", "a"), turn("assistant", "b")]}
+    assert messages(tmp_path, row) == row["conversations"]
+
+
+def test_calls_of_tools_in_sharegpt(tmp_path):
+    """LLaMA-Factory's glaive_toolcall_en_demo.json: calls and tools are JSON in texts."""
+    tool = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
+    row = {
+        "conversations": [
+            {"from": "human", "value": "1 + 1?"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1, "b": 1}}'},
+            {"from": "observation", "value": '{"sum": 2}'},
+            {"from": "gpt", "value": "2"},
+        ],
+        "tools": json.dumps([tool]),
+    }
+    no_tools = {"conversations": row["conversations"][::3], "tools": ""}
+    with_tools, without = read(tmp_path, [row, no_tools])
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 1}}}
+    assert with_tools["messages"] == [
+        turn("user", "1 + 1?"),
+        {"role": "assistant", "tool_calls": [call]},
+        turn("tool", '{"sum": 2}'),
+        turn("assistant", "2"),
+    ]
+    assert with_tools["tools"] == [{"type": "function", "function": tool}]
+    assert without["tools"] is None
+
+
+def test_roles_of_ms_swift_in_messages(tmp_path):
+    calls = [turn("tool_call", '{"name": "add", "arguments": {}}'), turn("tool_response", "2")]
+    row = {"messages": [turn("user", "a"), *calls, turn("assistant", "b")]}
+    found = messages(tmp_path, row)
+    assert [message["role"] for message in found] == ["user", "assistant", "tool", "assistant"]
+    assert found[1]["tool_calls"][0]["function"]["name"] == "add"
+
+
+def test_turn_pairs(tmp_path):
+    """ms-swift's `conversation`, and the `texts` of the Cauldron and FineVision."""
+    expected = [
+        turn("system", "s"),
+        *(turn(role, x) for role, x in zip(["user", "assistant"] * 2, "abcd", strict=True)),
+    ]
+    row = {"system": "s", "conversation": [{"human": "a", "assistant": "b"}, {"human": "c", "assistant": "d"}]}
+    assert messages(tmp_path, row) == expected
+    row = {"texts": [{"user": "a", "assistant": "b", "source": "x"}, {"user": "c", "assistant": "d", "source": "x"}]}
+    assert messages(tmp_path, row) == expected[1:]
+
+
+def test_every_format_has_a_function_that_is_documented():
+    assert all(convert.__doc__ for _, convert in FORMATS.values())
+
+
+# Columns
+
+
+def test_columns_of_other_names(tmp_path):
+    """Only those that are named are read, whatever else is in the file."""
+    row = {"messages": "no", "text": "no", "frage": "a", "antwort": "b", "system": "s"}
+    found = messages(tmp_path, row, columns=parse_columns(["prompt=frage", "completion=antwort"]))
+    assert found == [turn("system", "s"), turn("user", "a"), turn("assistant", "b")]
+    rows = read(
+        tmp_path,
+        [{"a": [turn("user", "x")], "b": [turn("assistant", "y")]}],
+        columns={"prompt": "a", "completion": "b"},
+    )
+    assert rows[0] == {"prompt": [turn("user", "x")], "completion": [turn("assistant", "y")]}
+    rows = read(tmp_path, [{"body": "a"}], columns={"text": "body"})
+    assert rows[0] == {"text": "a"}
+    rows = read(
+        tmp_path, [{"prompt": "a", "completion": "b"}], columns={"prompt": "completion", "completion": "prompt"}
+    )
+    assert rows[0]["messages"] == [turn("user", "b"), turn("assistant", "a")]
+
+
+def test_an_image_column_of_another_name(tmp_path):
+    row = {"photo": "img/red.png", "frage": "a", "antwort": "b"}
+    columns = parse_columns(["prompt=frage", "completion=antwort", "image=photo"])
+    (found, _) = read(tmp_path, [row, row], vision=True, columns=columns)
+    assert colors(found) == [RED]
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (["prompt"], "--columns prompt: expected NAME=COLUMN OF THE FILE"),
+        (["prompt="], "--columns prompt=: expected NAME=COLUMN OF THE FILE"),
+        (["promt=a"], "--columns promt=a: promt is not read; expected one of messages, prompt"),
+        (["prompt=a", "prompt=b"], "--columns prompt=b: prompt is given twice"),
+    ],
+)
+def test_bad_columns(given, match):
+    with pytest.raises(DataError, match=match):
+        parse_columns(given)
+
+
+def test_columns_that_are_not_there(tmp_path):
+    with pytest.raises(DataError, match="--columns names frage; the columns are: a, b"):
+        read(tmp_path, [{"a": "1", "b": "2"}], columns={"prompt": "frage", "completion": "b"})
+
+
+# Images
+
+
+def test_llava(tmp_path):
+    """`<image>` in a text; one image, several, or none; the mark may be anywhere."""
+    rows = [
+        {"id": 1, "image": "img/red.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]},
+        {"id": "b", "image": ["img/red.png", "img/blue.png"], "conversations": [
+            {"from": "human", "value": "First <image> then <image>"}]},
+        {"id": 3, "conversations": [{"from": "human", "value": "No image."}]},
+    ]  # fmt: skip
+    for row in rows:
+        row["conversations"].append({"from": "gpt", "value": "yes"})
+    one, two, none = read(tmp_path, rows, vision=True)
+    assert [colors(row) for row in (one, two, none)] == [[RED], [RED, BLUE], []]
+    assert one["messages"][0] == turn("user", [IMAGE, text("What?")])
+    assert two["messages"][0] == turn("user", [text("First "), IMAGE, text(" then "), IMAGE])
+    assert none["messages"] == [turn("user", "No image."), turn("assistant", "yes")]
+
+
+@pytest.mark.parametrize("style", ["LLaMA-Factory", "ms-swift", "alpaca"])
+def test_marks_beside_a_list_of_images(tmp_path, style):
+    """LLaMA-Factory's mllm_demo.json, ms-swift's messages (images as dicts too), and alpaca with images."""
+    images = ["img/red.png", "img/blue.png"]
+    talk = [
+        turn("user", "<image>Who?"),
+        turn("assistant", "A."),
+        turn("user", "And <image>?"),
+        turn("assistant", "B."),
+    ]
+    row = {
+        "LLaMA-Factory": {"messages": talk, "images": images},
+        "ms-swift": {
+            "messages": talk,
+            "images": [{"path": images[0]}, {"bytes": base64.b64encode(png("blue")).decode()}],
+        },
+        "alpaca": {"instruction": "<image>Who?", "input": "And <image>?", "output": "B.", "images": images},
+    }[style]
+    if style == "ms-swift":
+        row["images"][1] = {"url": "data:image/png;base64," + row["images"][1]["bytes"]}
+    (found, _) = read(tmp_path, [row, row], vision=True)
+    assert colors(found) == [RED, BLUE]
+    assert found["messages"][0]["content"][0] == IMAGE
+    parts = [part for message in found["messages"] for part in message["content"] if isinstance(part, dict)]
+    assert parts.count(IMAGE) == 2
+    prompts = [row["images"] for row in to_prompt_completion(Dataset.from_list([found], on_mixed_types="use_json"))]
+    assert [len(images) for images in prompts] == ([2] if style == "alpaca" else [1, 2])
+
+
+DATA_URL = "data:image/png;base64," + base64.b64encode(png()).decode()
+INLINE = {
+    "Unsloth, Qwen": {"type": "image", "image": "img/red.png"},
+    "OpenAI": {"type": "image_url", "image_url": {"url": DATA_URL}},
+    "OpenAI, short": {"type": "image_url", "image_url": "img/red.png"},
+    "OpenAI, responses": {"type": "input_image", "image_url": DATA_URL},
+    "axolotl, url": {"type": "image", "url": DATA_URL},
+    "axolotl, path": {"type": "image", "path": "img/red.png"},
+    "axolotl, base64": {"type": "image", "base64": DATA_URL},
+    "Anthropic": {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": DATA_URL}},
+    "without a type": {"image": "img/red.png"},
+}
+
+
+@pytest.mark.parametrize("part", INLINE.values(), ids=INLINE)
+def test_images_inside_of_messages(tmp_path, part):
+    row = {"messages": [turn("user", [text("What?"), part]), turn("assistant", [text("Red.")])]}
+    (found, _) = read(tmp_path, [row, row], vision=True)
+    assert found["messages"] == [turn("user", [text("What?"), IMAGE]), turn("assistant", [text("Red.")])]
+    assert colors(found) == [RED]
+
+
+def test_several_images_per_turn_and_several_turns(tmp_path):
+    red, blue = INLINE["OpenAI"], {"type": "image", "image": "img/blue.png"}
+    row = {"messages": [
+        turn("user", [red, blue, text("a")]), turn("assistant", "b"), turn("user", [red]), turn("assistant", "c"),
+    ]}  # fmt: skip
+    plain = {"messages": [turn("user", "no image"), turn("assistant", "d")]}
+    found, none = read(tmp_path, [row, plain], vision=True)
+    assert colors(found) == [RED, BLUE, RED] and colors(none) == []
+    prompts = to_prompt_completion(load(str(tmp_path), vision=True)["train"])
+    assert [len(images) for images in prompts["images"]] == [2, 3, 0]
+
+
+@pytest.mark.parametrize("stored", ["PIL", "bytes", "feature"])
+def test_images_inside_of_messages_that_are_stored(tmp_path, stored):
+    image = PILImage.open(io.BytesIO(png())) if stored != "bytes" else png()
+    row = {"messages": [turn("user", [{"type": "image", "image": image, "text": None}, text("a") | {"image": None}]),
+                        turn("assistant", [text("b") | {"image": None}])]}  # fmt: skip
+    features = None
+    if stored == "feature":
+        part = {"type": Value("string"), "image": Image(), "text": Value("string")}
+        features = Features({"messages": List({"role": Value("string"), "content": List(part)})})
+    Dataset.from_list([row] * 3, features=features).to_parquet(tmp_path / "data.parquet")
+    found = load(str(tmp_path / "data.parquet"), vision=True, test_size=1)["train"][0]
+    assert found["messages"] == [turn("user", [IMAGE, text("a")]), turn("assistant", [text("b")])]
+    assert colors(found) == [RED]
+
+
+def test_images_that_are_written_twice_are_read_once(tmp_path):
+    row = {
+        "messages": [turn("user", [INLINE["OpenAI"], text("a")]), turn("assistant", "b")],
+        "images": ["img/blue.png"],
+    }
+    inline_only = {**row, "images": []}
+    twice, once = read(tmp_path, [row, inline_only], vision=True)
+    assert colors(twice) == [BLUE] and colors(once) == [RED]
+
+
+def test_images_in_base64_in_their_column(tmp_path):
+    noise = io.BytesIO()
+    PILImage.effect_noise((64, 64), 50).save(noise, "PNG")
+    images = [DATA_URL, base64.b64encode(noise.getvalue()).decode(), "file://" + str(tmp_path / "img/blue.png")]
+    row = {"messages": [turn("user", "a"), turn("assistant", "b")], "images": images}
+    (found, _) = read(tmp_path, [row, row], vision=True)
+    assert [image.size for image in found["images"]] == [(16, 16), (64, 64), (16, 16)]
+
+
+@pytest.mark.parametrize("column", ["text", "caption"])
+def test_captions(tmp_path, column):
+    """A folder of images and their texts, as Unsloth's notebooks for LaTeX and radiology have them."""
+    row = {"image": "img/red.png", "image_id": "x", column: "x^2"}
+    (found, _) = read(tmp_path, [row, row], vision=True)
+    assert found["messages"] == [turn("user", [IMAGE]), turn("assistant", "x^2")]
+    assert colors(found) == [RED]
+
+
+def test_folders_of_several_types(tmp_path):
+    """One has text alone, one has parts: both are read as one dataset."""
+    for folder, content in (("a", "hi"), ("b", [text("hi")])):
+        (tmp_path / "both" / folder).mkdir(parents=True)
+        row = {"messages": [turn("user", content), turn("assistant", "yo")]}
+        (tmp_path / "both" / folder / "data.json").write_text(json.dumps([row, row]))
+    loaded = load(str(tmp_path / "both"), test_size=1)
+    assert sum(map(len, loaded.values())) == 4
+
+
+def part_of(part):
+    return {"messages": [turn("user", [part, text("a")]), turn("assistant", "b")]}
+
+
+ADDRESS, REPLY = "https://example.com/a.png", turn("assistant", "b")
+FAULTS = [
+    (part_of({"type": "image_url", "image_url": {"url": ADDRESS}}), r"messages\[0\] has the image https://example.com"),
+    (part_of({"type": "image", "image": "data:image/png;base64,!!"}), r"messages\[0\] has the image data:image/png"),
+    (part_of({"type": "image", "image": 3}), r"messages\[0\] has an image that is 3, expected a path"),
+    (part_of({"type": "video", "video": "a.mp4"}), r"messages\[0\] has a part of the type video: video and audio are"),
+    (part_of({"type": "input_audio", "input_audio": {}}), r"messages\[0\] has a part of the type input_audio: video"),
+    (part_of({"type": "image", "image": "img/no.png"}), r"image 0 \(.*no\.png\) cannot be opened"),
+    ({"messages": [turn("user", "a"), REPLY], "images": [ADDRESS]}, "has the image https://example.com"),
+    ({"messages": [turn("user", "<video>a"), REPLY], "videos": ["a.mp4"]}, 'column "videos" is not empty'),
+    ({"messages": [turn("user", "<image>a"), REPLY], "images": []}, "the messages have 1 images .* has 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "match"), FAULTS)
+def test_faults_name_the_row(tmp_path, bad, match):
+    good = part_of({"type": "image", "image": "img/red.png"})
+    if "messages" in bad and isinstance(bad["messages"][0]["content"], str):
+        good = {"messages": [turn("user", "<image>a"), turn("assistant", "b")], "images": ["img/red.png"]}
+    with pytest.raises(DataError, match=rf"(train|test): row 1 \(the first is 0\): .*{match}"):
+        read(tmp_path, [good, bad, good], vision=True)
+
+
+def test_images_in_the_text_recipe(tmp_path):
+    with pytest.raises(DataError, match=r"train: the rows have images .* use recipes/sft_vlm\.py"):
+        read(tmp_path, [part_of({"type": "image", "image": "img/red.png"})])
+    with pytest.raises(DataError, match=r"row 0 .*messages\[0\] has an image: use recipes/sft_vlm\.py"):
+        read(tmp_path, [part_of({"type": "image_url", "image_url": ADDRESS})])
