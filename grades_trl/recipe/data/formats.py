@@ -7,6 +7,7 @@ per reply, of which only the reply is learned.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pyarrow as pa
@@ -47,7 +48,7 @@ def from_sharegpt(example: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": SHAREGPT_ROLES.get(role, role), "content": content} for role, content in turns]}
 
 
-def clean(dataset: Dataset, text_column: str) -> Dataset:
+def clean(dataset: Dataset, text_column: str, keep: Collection[str] = ()) -> Dataset:
     """
     Keeps the columns that TRL reads, with messages as chat templates expect them.
 
@@ -58,13 +59,14 @@ def clean(dataset: Dataset, text_column: str) -> Dataset:
     Args:
         dataset ([`~datasets.Dataset`]): checked rows in one of TRL's formats.
         text_column (`str`): column that holds plain text. It is called `text` in the result.
+        keep (`Collection[str]`, *optional*): columns to keep beside those that TRL reads.
     """
     columns = text_columns(dataset.column_names, text_column)
     conversational = columns == ["messages"] or (
         len(columns) == 2 and isinstance(dataset.select_columns(columns)[0][columns[0]], list)
     )
     others = ["tools", "chat_template_kwargs"] if conversational else []
-    kept = [c for c in (*columns, *others, "images", "image") if c in dataset.column_names]
+    kept = [c for c in (*columns, *others, "images", "image", *keep) if c in dataset.column_names]
     dataset = images_in_lists(dataset.select_columns(kept))
     if columns == [text_column]:
         return dataset.rename_column(text_column, "text") if text_column != "text" else dataset
@@ -124,7 +126,7 @@ def _without_null(value: Any) -> Any:
     return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
-def to_prompt_completion(dataset: Dataset) -> Dataset:
+def to_prompt_completion(dataset: Dataset, keep: Collection[str] = ()) -> Dataset:
     """
     Turns conversations into rows of which only the reply is learned, under any chat template.
 
@@ -140,16 +142,17 @@ def to_prompt_completion(dataset: Dataset) -> Dataset:
 
     Args:
         dataset ([`~datasets.Dataset`]): one split as [`load`] returns it.
+        keep (`Collection[str]`, *optional*): columns to keep beside those that TRL reads.
 
     Returns:
-        [`~datasets.Dataset`]: with `prompt` and `completion`, `images` if there were images, and `tools` and
-            `chat_template_kwargs` if they were there.
+        [`~datasets.Dataset`]: with `prompt` and `completion`, `images` if there were images, `tools` and
+            `chat_template_kwargs` if they were there, and `keep`.
     """
     dataset = images_in_lists(dataset)
     if "messages" not in dataset.column_names:
         return dataset
     messages = dataset.features["messages"]
-    others = {c: dataset.features[c] for c in ("tools", "chat_template_kwargs") if c in dataset.column_names}
+    others = {c: dataset.features[c] for c in ("tools", "chat_template_kwargs", *keep) if c in dataset.column_names}
     images = {"images": List(RGB)} if image_column(dataset.column_names) else {}
     stored = Features({"messages": messages, **others})
 

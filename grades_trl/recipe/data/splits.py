@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from datasets import Dataset, DatasetDict
@@ -23,6 +23,7 @@ def load_data(
     *,
     vision: bool = False,
     test_only: bool = False,
+    keep: Collection[str] = (),
 ) -> dict[str, Dataset]:
     """The rows of a recipe, from `--dataset_name`, of which only the reply is learned.
 
@@ -34,6 +35,7 @@ def load_data(
         builtin (`dict[str, Callable]`): the built-in datasets of this kind, by name.
         vision (`bool`, *optional*, defaults to `False`): rows have images.
         test_only (`bool`, *optional*, defaults to `False`): leaves training and validation out.
+        keep (`Collection[str]`, *optional*): columns to keep beside those that TRL reads.
 
     Returns:
         `dict[str, Dataset]`: `train`, `validation`, `test`; of some built-in datasets also a `test_...` of another
@@ -68,10 +70,11 @@ def load_data(
             seed=training.seed,
             vision=vision,
             text_column=recipe.dataset_text_field,
+            keep=keep,
         )
     splits = with_validation(splits, recipe.max_eval_samples)
     wanted = [split for split in splits if split.startswith("test") or not test_only]
-    rows = {split: to_prompt_completion(splits[split]) for split in wanted}
+    rows = {split: to_prompt_completion(splits[split], keep) for split in wanted}
     if "train" in rows and recipe.max_train_samples is not None:
         rows["train"] = sample(rows["train"], recipe.max_train_samples, training.seed)
     return rows
@@ -87,6 +90,7 @@ def load(
     seed: int = 42,
     vision: bool = False,
     text_column: str = "text",
+    keep: Collection[str] = (),
 ) -> DatasetDict:
     """
     Loads a dataset from the hub or from a local path, checks it, and brings it into one shape.
@@ -114,6 +118,7 @@ def load(
         text_column (`str`, *optional*, defaults to `"text"`): column that holds plain text. It is `text` in the
             result, since TRL adds the end-of-sequence token to that name only: leave
             `SFTConfig.dataset_text_field` as it is.
+        keep (`Collection[str]`, *optional*): columns to keep beside those that TRL reads.
 
     Returns:
         [`~datasets.DatasetDict`]: `train` and `test`.
@@ -133,7 +138,11 @@ def load(
     for split in (train_split, test_split) if test_split else (train_split,):
         dataset = to_trl_format(splits[split])
         check(dataset, vision, name=split, text_column=text_column)
-        ready.append(clean(dataset, text_column))
+        missing = [column for column in keep if column not in dataset.column_names]
+        if missing:
+            columns = ", ".join(dataset.column_names)
+            raise DataError(f'{split}: there is no column "{missing[0]}"; there are: {columns}')
+        ready.append(clean(dataset, text_column, keep))
     if test_split is not None:
         return DatasetDict(train=ready[0], test=ready[1].shuffle(seed=seed))
     try:
