@@ -252,6 +252,9 @@ def export_run(trainer: Any, recipe: RecipeArguments, args: ModelConfig, test: D
     if not recipe.export:
         return
     folder = trainer.args.output_dir
+    if backend == "transformers":  # Unsloth writes from the model in memory; else it makes room for one from the disk
+        trainer.model.to("cpu")
+        release()
     rows = test.select(range(min(max(1, recipe.num_samples), len(test)))) if "prompt" in test.column_names else None
     written = export(
         recipe.export,
