@@ -106,8 +106,8 @@ def test_a_run_that_is_pushed(run, hub, tmp_path):
         "| language | 28 | 28 | 3 to " in found["What froze when"]
         or "| language | 28 | 28 | " in found["What froze when"]
     )
-    assert "`dates`, built into the recipes; examples: 64 (train), 20 (validation), 20 (test)" in found["Data"]
-    assert "seed 42" in found["Data"]
+    assert "`dates`, built into the recipes; examples: 64 (train), 20 (test)" in found["Data"]
+    assert "20 (validation); seed 42" in found["Data"]
     scores = result["results"]
     assert f"| test_loss | - | {scores['final/test_loss']:.4g} |" in found["Scores"]
     before, after = (f"{scores[f'{when}/exact_match_test']:.1%}" for when in ("before", "final"))
