@@ -136,7 +136,7 @@ def test_a_card_that_fails_costs_no_run(run, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(card, "complete", fail)
     printed = run("sft_text.py", QUICK, "--export merged")
-    assert "No model card: it could not be written. The run is whole in out" in printed
+    assert "The model card could not be written. The model and its scores are in out." in printed
     assert (tmp_path / "out" / "result.json").exists()
     assert (tmp_path / "out" / "merged" / "model.safetensors").exists()
 

@@ -253,7 +253,7 @@ def test_scores_by_category(run, tmp_path, folder):
     assert 0 < odd < 10
     mean = (odd * found["odd/test_loss"] + (10 - odd) * found["even/test_loss"]) / 10
     assert mean == pytest.approx(found["test_loss"], rel=1e-4)
-    assert found["odd/test_loss"] != pytest.approx(found["even/test_loss"], rel=0.01)
+    assert found["odd/test_loss"] != pytest.approx(found["even/test_loss"], rel=0.001)
     lengths = {"odd": 1, "even": len("not a number")}
     kinds = tests["kind"][:6]
     of_all = sum(found[f"{kind}/character_error_rate"] * lengths[kind] for kind in kinds)
