@@ -1,4 +1,5 @@
-"""Score models side by side on held-out data: loss on the response, perplexity, exact match of what they answer.
+"""Score models side by side on held-out data: loss on the response, perplexity, exact match and character error rate
+of what they answer; and on published benchmarks (--tasks), by lm-eval or, with images, lmms-eval.
 
 A model is a folder that a recipe has written (all weights, or a LoRA adapter) or a hub id. Rows and settings are those
 of the first run among them, so that its scores come out again. Flags override them, for all models alike.
@@ -6,22 +7,20 @@ of the first run among them, so that its scores come out again. Flags override t
   python recipes/evaluate.py outputs/demo_vlm
   python recipes/evaluate.py outputs/demo_text outputs/demo_text_baseline
   python recipes/evaluate.py Qwen/Qwen3-0.6B outputs/qwen3_lora --dataset_name my_chats.jsonl
+  python recipes/evaluate.py outputs/qwen3_lora --tasks boolq,piqa,siqa     (and its base model, the score before)
 """
 
-import dataclasses
-import gc
-import json
 import math
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
-from transformers.utils import find_adapter_config_file
-from trl import ModelConfig, SFTTrainer
+from datasets import Dataset
+from trl import SFTTrainer
 
 import vlm.builtin
 import vlm.generation
@@ -29,59 +28,116 @@ from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import parse_scoring, scored_with
 from grades_trl.recipe.console import set_up_console
 from grades_trl.recipe.data import load_data, whole_conversations_problem
-from grades_trl.recipe.generation import answers, exact_match, format_samples
-from grades_trl.recipe.models import find_gguf, load_model
+from grades_trl.recipe.generation import answers, character_error_rate, exact_match, format_samples
+from grades_trl.recipe.harness import check_harness, run_tasks
 from grades_trl.recipe.results import format_scores
+from grades_trl.recipe.trained import base_of, has_vision, load_trained, release
+from grades_trl.report import tracking
 from grades_trl.report.environment import device_name, versions
 from grades_trl.report.strict_json import write_json
 
 
+@dataclass
+class EvaluationArguments:
+    """What only this script takes."""
+
+    tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": "Tasks of lm-eval or lmms-eval: names or YAML files, separated by commas or spaces."},
+    )
+    tasks_limit: int | None = field(default=None, metadata={"help": "Examples of each task, at most; all by default."})
+    category_column: str | None = field(
+        default=None, metadata={"help": "Column of the data by whose values all scores are given, too."}
+    )
+
+
+SHOWN = (
+    "num_eval_generations num_samples max_new_tokens max_length per_device_eval_batch_size dtype load_in_4bit "
+    "trust_remote_code report_to output_dir"
+)
+
+
 def main() -> None:
     set_up_console()
-    models, recipe, training, model_args = parse_scoring(__doc__)
+    models, recipe, training, model_args, own = parse_scoring(__doc__, None, [EvaluationArguments], SHOWN.split())
+    tasks = [task for word in own.tasks or [] for task in word.split(",") if task]
 
-    # 1. Text or vision? The configs of the models say it.
+    # 1. Text or vision? The configs of the models say it. An adapter's tasks are scored before and after.
     bases = {name: base_of(name) for name in models}
-    seeing = [name for name in models if sees(bases[name], training.trust_remote_code)]
+    if tasks and len(models) == 1 and bases[models[0]] != models[0]:
+        models = [bases[models[0]], models[0]]
+        bases = {name: bases.get(name, name) for name in models}
+        print(f"Scored before and after: {models[0]} is what the adapter was trained on")
+    seeing = [name for name in models if has_vision(bases[name], training.trust_remote_code)]
     if seeing and seeing != models:
         raise SystemExit(f"Some of these models see and some do not: score them apart. Vision: {', '.join(seeing)}")
     vision = bool(seeing)
+    if tasks:
+        check_harness(bases, model_args, vision)
+    if "wandb" in training.report_to:
+        training.run_name = tracking.start(training.output_dir, training.run_name)
 
     # 2. The rows that the recipes score at the end of a run, not those used for decisions during training.
-    of_text: Any = {"dates": builtin.dates, "docstrings": builtin.docstrings}
-    of_images: Any = vlm.builtin.DATASETS
-    tests = load_data(recipe, training, of_images if vision else of_text, vision=vision, test_only=True)
-    test, asked = tests["test"], {}
-    if recipe.num_eval_generations and "prompt" in test.column_names:
-        asked = {k: rows.select(range(min(recipe.num_eval_generations, len(rows)))) for k, rows in tests.items()}
-    print(f"{len(test):,} examples to score, {len(asked.get('test', [])):,} to answer")
+    scores: dict[str, dict[str, float]] = {name: {} for name in models}
+    given: dict[str, dict[str, list[str]]] = {name: {} for name in models}
+    tests: dict[str, Dataset] = {}
+    asked: dict[str, Dataset] = {}
+    if recipe.dataset_name is not None or not tasks:  # tasks bring rows of their own
+        of_text: Any = {"dates": builtin.dates, "docstrings": builtin.docstrings}
+        of_images: Any = vlm.builtin.DATASETS
+        keep = [own.category_column] if own.category_column else []
+        tests = load_data(recipe, training, of_images if vision else of_text, vision=vision, test_only=True, keep=keep)
+        test = tests["test"]
+        groups = rows_by_category(test, own.category_column)
+        if recipe.num_eval_generations and "prompt" in test.column_names:
+            asked = {k: rows.select(range(min(recipe.num_eval_generations, len(rows)))) for k, rows in tests.items()}
+        print(f"{len(test):,} examples to score, {len(asked.get('test', [])):,} to answer")
 
-    # 3. One model after the other: TRL's evaluation, as during training; then greedy answers.
+    # 3. One model after the other: TRL's evaluation, as during training; then greedy answers; then the tasks, in a
+    #    process of their own.
     ask: Any = vlm.generation.answers if vision else answers
-    scores: dict[str, dict[str, float]] = {}
-    given: dict[str, dict[str, list[str]]] = {}
-    assistant_only_loss = training.assistant_only_loss
+    records, assistant_only_loss = {}, training.assistant_only_loss
     for name in models:
         print(f"\n{name}", flush=True)
-        model, processor = load(name, bases[name], vision, training.trust_remote_code, model_args)
-        if model.num_parameters() < 10_000_000:
-            torch.set_num_threads(1)  # faster than more, on matrices this small
-        # As in training, where this model's chat template can. With images the rows of one reply are never scored so.
-        training.assistant_only_loss = assistant_only_loss and not (vision or whole_conversations_problem(processor))
-        first = test.select([0])  # the trainer wants something to train on
-        trainer = SFTTrainer(model, training, train_dataset=first, eval_dataset=test, processing_class=processor)
-        found = trainer.evaluate()
-        scores[name] = {"test_loss": found["eval_loss"], "perplexity": math.exp(found["eval_loss"])}
-        scores[name]["token_accuracy"] = found["eval_mean_token_accuracy"]
-        given[name] = {k: ask(model, processor, asked[k], max_new_tokens=recipe.max_new_tokens) for k in asked}
-        for split, rows in asked.items():
-            scores[name][f"exact_match{split.removeprefix('test')}"] = exact_match(given[name][split], rows)
-        if vision and asked:  # what can be answered without seeing
-            blind = ask(model, processor, asked["test"], max_new_tokens=recipe.max_new_tokens, blank=True)
-            scores[name]["exact_match_blank_images"] = exact_match(blind, asked["test"])
-        del model, trainer
-        gc.collect()  # a trainer refers to itself: without this, its model would stay beside the next one
-        torch.cuda.empty_cache()
+        found = scores[name]
+        if tests:
+            model, processor = load_trained(
+                name, model_args, vision=vision, trust_remote_code=training.trust_remote_code
+            )
+            if model.num_parameters() < 10_000_000:
+                torch.set_num_threads(1)  # faster than more, on matrices this small
+            # As in training, where this model's chat template can. With images the rows of one reply never are.
+            can = not (vision or whole_conversations_problem(processor))
+            training.assistant_only_loss = assistant_only_loss and can
+            first = test.select([0])  # the trainer wants something to train on
+            trainer = SFTTrainer(model, training, train_dataset=first, eval_dataset=test, processing_class=processor)
+            found |= losses(trainer, groups)
+            given[name] = {k: ask(model, processor, asked[k], max_new_tokens=recipe.max_new_tokens) for k in asked}
+            for split, rows in asked.items():
+                kind = split.removeprefix("test")
+                found[f"exact_match{kind}"] = exact_match(given[name][split], rows)
+                found[f"character_error_rate{kind}"] = character_error_rate(given[name][split], rows)
+            for score in (exact_match, character_error_rate) if asked else ():
+                found |= by_category(score, given[name]["test"], asked["test"], groups)
+            if vision and asked:  # what can be answered without seeing
+                blind = ask(model, processor, asked["test"], max_new_tokens=recipe.max_new_tokens, blank=True)
+                found["exact_match_blank_images"] = exact_match(blind, asked["test"])
+            del model, trainer
+            release()
+        if tasks:
+            folder = Path(training.output_dir) / "tasks" / Path(name).name
+            of_tasks, records[name] = run_tasks(
+                tasks,
+                name,
+                bases[name],
+                folder,
+                model_args,
+                vision=vision,
+                batch_size=training.per_device_eval_batch_size,
+                limit=own.tasks_limit,
+                trust_remote_code=training.trust_remote_code,
+            )
+            found |= of_tasks
 
     # 4. Show and save the scores.
     if asked and recipe.num_samples:
@@ -89,10 +145,12 @@ def main() -> None:
         print(format_samples(shown, {name: given[name]["test"] for name in models}))
     print(f"\n{format_scores(scores)}")
     record = {"scores": scores, "examples": {split: len(rows) for split, rows in tests.items()}, "answers": given}
-    record |= {"scored_with": scored_with(recipe, training, model_args), "argv": sys.argv}
+    record |= {"tasks": records, "scored_with": scored_with(recipe, training, model_args), "argv": sys.argv}
     record |= {"device": device_name(), "versions": versions()}
     path = Path(training.output_dir) / "scores.json"
     write_json(path, record)
+    tracking.log_comparison(scores, training.report_to)
+    tracking.finish()
     print(f"\nThe same, with all answers: {path}")
     if len(models) == 1:
         other = bases[models[0]] if bases[models[0]] != models[0] else "ANOTHER_MODEL"
@@ -102,34 +160,37 @@ def main() -> None:
         print("Next, is the difference more than chance? Several seeds: python recipes/compare.py --help")
 
 
-def load(name: str, base: str, vision: bool, trust_remote_code: bool, args: ModelConfig) -> tuple[Any, Any]:
-    """Model and processor; of an adapter, on the model that it was trained on."""
-    # The Trainer takes no quantized model without adapters; new ones change nothing, as one factor is zero.
-    quantized = args.load_in_4bit or args.load_in_8bit
-    args = dataclasses.replace(args, model_name_or_path=base, use_peft=quantized)
-    model, processor = load_model(args, "transformers", vision=vision, trust_remote_code=trust_remote_code)
-    if name != base:
-        model = model.unload() if quantized else model
-        model = PeftModel.from_pretrained(model, name, is_trainable=True)  # TRL then casts it as in training
-        if (Path(name) / "tokenizer_config.json").exists():
-            processor = (AutoProcessor if vision else AutoTokenizer).from_pretrained(name)
-    return model, processor
+def rows_by_category(test: Dataset, column: str | None) -> dict[str, list[int]]:
+    """The rows of each value of that column, by their index; empty without one."""
+    groups: dict[str, list[int]] = {}
+    for i, value in enumerate(test[column] if column else ()):
+        groups.setdefault(str(value), []).append(i)
+    return dict(sorted(groups.items()))
 
 
-def base_of(name: str) -> str:
-    """The model that an adapter was trained on; all other models are their own."""
-    adapter = find_adapter_config_file(name)
-    if adapter is None:
-        return name
-    base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
-    if not base:
-        raise SystemExit(f"{name} is the adapter of a model that was not saved: train it on a folder or a hub id.")
-    return base
+def losses(trainer: SFTTrainer, groups: dict[str, list[int]]) -> dict[str, float]:
+    """Loss, perplexity and token accuracy on the trainer's held-out rows, and the losses of each category."""
+    rows: Any = trainer.eval_dataset
+    if groups and len(rows) != sum(map(len, groups.values())):
+        raise SystemExit("--category_column scores rows one by one, and they are packed: add --packing false.")
+    found = trainer.evaluate()
+    scores = {"test_loss": found["eval_loss"], "perplexity": math.exp(found["eval_loss"])}
+    scores["token_accuracy"] = found["eval_mean_token_accuracy"]
+    for category, indices in groups.items():
+        scores[f"{category}/test_loss"] = trainer.evaluate(rows.select(indices))["eval_loss"]
+    return scores
 
 
-def sees(name: str, trust_remote_code: bool) -> bool:
-    config = None if find_gguf(name) else AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return hasattr(config, "vision_config")
+def by_category(
+    score: Callable[[list[str], Dataset], float], given: list[str], asked: Dataset, groups: dict[str, list[int]]
+) -> dict[str, float]:
+    """A score of the answers of each category; those of which no row was asked are left out."""
+    scores = {}
+    for category, indices in groups.items():
+        of_category = [i for i in indices if i < len(asked)]
+        if of_category:
+            scores[f"{category}/{score.__name__}"] = score([given[i] for i in of_category], asked.select(of_category))
+    return scores
 
 
 if __name__ == "__main__":

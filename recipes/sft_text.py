@@ -18,10 +18,12 @@ from datasets import Dataset
 from grades_trl import GradESTrainer
 from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import configure_bema, configure_early_stopping, parse
+from grades_trl.recipe.card import push, write_card
 from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
 from grades_trl.recipe.console import format_start, set_up_console, show_progress
 from grades_trl.recipe.data import load_data, show_example, training_rows, warn_truncated_examples
+from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import answers, exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
@@ -67,6 +69,7 @@ def main() -> None:
             seed=training.seed,
         )
     train = training_rows(train, tokenizer, training, recipe.train_on)
+    check_exports(recipe, model_args, BACKEND)
     environment, clock = Environment.gather(model), RunClock()
     has_prompts = "prompt" in test.column_names
 
@@ -120,8 +123,11 @@ def main() -> None:
     # 5. Save and show the results.
     save_results(trainer, clock, environment, results, recipe, model_args, choice)
     print(format_run(trainer, results))
+    write_card(trainer, clock, results, recipe, model_args, dataset)
     tracking.finish()
     exit_if_diverged(trainer, results)
+    export_run(trainer, recipe, model_args, test, BACKEND)
+    push(trainer)
 
 
 if __name__ == "__main__":

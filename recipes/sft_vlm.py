@@ -17,10 +17,12 @@ import torch
 from datasets import Dataset
 
 from grades_trl.recipe.arguments import configure_bema, configure_early_stopping, parse
+from grades_trl.recipe.card import push, write_card
 from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
 from grades_trl.recipe.console import format_start, set_up_console, show_progress
 from grades_trl.recipe.data import load_data, show_example, training_rows
+from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
@@ -67,6 +69,7 @@ def main() -> None:
     if model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # faster than more, on matrices this small
     train = training_rows(train, processor, training, recipe.train_on, vision=True)
+    check_exports(recipe, model_args, BACKEND)
     environment, clock = Environment.gather(model), RunClock()
 
     def ask(rows: Dataset, blank: bool = False) -> list[str]:
@@ -100,12 +103,13 @@ def main() -> None:
     asked = test.select(range(min(recipe.num_eval_generations, len(test))))
 
     before = ask(shown) if len(shown) else []
+    results = {"before/exact_match": exact_match(ask(asked), asked)} if len(asked) else {}
     if not train_and_save(trainer, clock, training.resume_from_checkpoint):
         return  # the run had finished before
 
     # 4. Score it: the loss of the held-out rows, and exact answers, beside those of the same model given blank images,
     #    which tell what can be answered without seeing.
-    results = final_eval(trainer, test)
+    results |= final_eval(trainer, test)
     if trainer.diverged_at is None:
         if len(asked):
             results["final/exact_match"] = exact_match(ask(asked), asked)
@@ -121,8 +125,11 @@ def main() -> None:
     # 5. Save and show the results.
     save_results(trainer, clock, environment, results, recipe, model_args, choice)
     print(format_run(trainer, results))
+    write_card(trainer, clock, results, recipe, model_args, dataset)
     tracking.finish()
     exit_if_diverged(trainer, results)
+    export_run(trainer, recipe, model_args, test, BACKEND)
+    push(trainer)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import logging
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import transformers as T
@@ -60,6 +62,46 @@ def llava(**changes) -> T.LlavaForConditionalGeneration:
 CHECKPOINTING = pytest.mark.parametrize("reentrant", [None, False, True], ids=["none", "non_reentrant", "reentrant"])
 IDS = torch.arange(32).view(2, 16)
 MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+
+def write_gguf(path, model):
+    """A GGUF file of a tiny Llama, as llama.cpp lays it out."""
+    writer = gguf.GGUFWriter(path, "llama")
+    config = model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = ["<unk>", "<bos>", "<eos>", *(chr(ord("!") + i) for i in range(config.vocab_size - 5)), '!"', "#$"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * (config.vocab_size - 3))
+    writer.add_token_merges(['! "', "# $"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+    parts |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+    parts |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    for i in range(config.num_hidden_layers):
+        names |= {f"model.layers.{i}.{part}": f"blk.{i}.{name}" for part, name in parts.items()}
+    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        values = tensor.numpy().astype(np.float32)
+        for part, count in heads.items():  # llama.cpp interleaves the two halves of each head for its rotary embedding
+            if part in name:
+                values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(f"{names[name.removesuffix('.weight')]}.weight", np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def warnings_in(caplog) -> list[str]:

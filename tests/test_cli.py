@@ -276,8 +276,12 @@ def test_what_is_kept_of_a_run_is_what_is_read(tmp_path):
 
 def test_table_of_scores():
     scores = {"a": {"test_loss": 1.23456, "exact_match": 0.5}, "longer": {"test_loss": 10, "exact_match": 1 / 3}}
+    scores["longer"]["boolq/acc"] = 0.5
     assert format_scores(scores) == (
-        "        test_loss  exact_match\n     a      1.235        50.0%\nlonger         10        33.3%"
+        "                 a  longer\n"
+        "test_loss    1.235      10\n"
+        "exact_match  50.0%   33.3%\n"
+        "boolq/acc        -   50.0%"
     )
 
 

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from grades_trl.recipe.builtin import dates, tiny_qwen3
-from grades_trl.recipe.generation import answers, exact_match, prompt_text
+from grades_trl.recipe.generation import answers, character_error_rate, edit_distance, exact_match, prompt_text
 from vlm.builtin import digit_images, tiny_llava
 from vlm.generation import answers as vlm_answers
 
@@ -132,6 +132,23 @@ def test_exact_match_reads_lists_of_parts():
         [{"type": "text", "text": "12"}, {"type": "text", "text": "34"}], [{"type": "text", "text": "5"}]
     )
     assert exact_match(["1234", "6"], data) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "distance"),
+    [("", "", 0), ("abc", "", 3), ("", "abc", 3), ("kitten", "sitting", 3), ("abcd", "acbd", 2), ("1998", "199", 1)],
+)
+def test_edit_distance(ours, theirs, distance):
+    assert edit_distance(ours, theirs) == edit_distance(theirs, ours) == distance
+
+
+def test_character_error_rate_closed_form():
+    data = completions("1234", "abcdef")
+    assert character_error_rate(["1234", " abcdef\n"], data) == 0
+    assert character_error_rate(["1235", "abc"], data) == (1 + 3) / 10  # of all characters, not a mean over rows
+    assert character_error_rate(["1" * 40, "abcdef"], data) == 3.9
+    with pytest.raises(ValueError, match="1 answers to 2 examples"):
+        character_error_rate(["1"], data)
 
 
 def test_exact_match_refuses_other_lengths():

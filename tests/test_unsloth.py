@@ -54,10 +54,12 @@ def test_the_recipe_with_backend_unsloth(folder, tmp_path):
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     flags = "--use_peft --lora_r 4 --max_steps 12 --metric grad_norm --tau 1e9 --alpha 0.5 --heldout_every 2"
     flags += " --heldout_cost 1 --report_to none --num_eval_generations 4 --num_samples 1 --max_new_tokens 8"
-    flags += " --output_dir out --backend unsloth --dataset_name chats.jsonl"
+    flags += " --output_dir out --backend unsloth --dataset_name chats.jsonl --export merged"
     done = run(ROOT / "recipes" / "sft_text.py", "--model_name_or_path", folder, *flags.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "training on CPU" in done.stdout  # Unsloth's own word
+    assert "out/merged: loaded again, the same answers to 1 prompts" in done.stderr
+    assert (tmp_path / "out" / "merged" / "tokenizer_config.json").exists()
     summary = json.loads((tmp_path / "out" / "grades" / "summary.json").read_text())
     assert summary["tracked_matrices"] == 28
     assert summary["frozen"] == 28

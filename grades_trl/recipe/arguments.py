@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -68,11 +68,6 @@ SCORING: dict[str, Any] = ROWS | {
     "bf16": bool | None,
     "fp16": bool,
 }
-# What --help of evaluate.py shows beside `ROWS`.
-SCORING_FLAGS = (
-    "num_eval_generations num_samples max_new_tokens max_length per_device_eval_batch_size dtype load_in_4bit "
-    "trust_remote_code output_dir"
-)
 
 
 @dataclass
@@ -121,6 +116,10 @@ class RecipeArguments:
             Held-out prompts that are answered before training and after, and shown.
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Longest answer, in tokens.
+        export (`list[str]`, *optional*):
+            Write the trained model for other tools too, and compare its answers: `merged` (16-bit weights), `gguf`
+            (with an Ollama modelfile), `adapter` (LoRA alone). Into folders of those names in `output_dir`; see
+            [`export.export`].
 
     Raises:
         ValueError: `test_size` is neither a fraction nor a number of rows.
@@ -180,6 +179,13 @@ class RecipeArguments:
     )
     num_samples: int = field(default=4, metadata={"help": "Held-out prompts to answer and show before and after."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+    export: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Write the model for other tools, and compare: 16-bit weights, GGUF with an Ollama modelfile.",
+            "choices": ["merged", "gguf", "adapter"],  # export.EXPORTS, which imports more than --help needs
+        },
+    )
     dataset_text_field: str = field(default="text", init=False)  # what the column is called in the source
 
     def __post_init__(self) -> None:
@@ -223,7 +229,7 @@ def parse(
         _hide_rare_flags(parser, own | {*COMMON_FLAGS.split(), "help"})
     # TrlParser looks for the file in a word of its own.
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    parser.set_defaults_with_config(report_to="wandb", output_dir="outputs/run")
+    parser.set_defaults_with_config(report_to="wandb", output_dir="outputs/run", hub_strategy="end")
     if not torch.accelerator.is_available():  # TRL's default, bf16, is an error there
         parser.set_defaults_with_config(use_cpu=True, bf16=False)
     flags = {word.partition("=")[0] for word in argv}
@@ -320,9 +326,10 @@ def configure_bema(recipe: RecipeArguments, training: SFTConfig) -> list[BEMA]:
 
 
 def parse_scoring(
-    description: str, argv: list[str] | None = None
-) -> tuple[list[str], RecipeArguments, SFTConfig, ModelConfig]:
-    """Reads the command line of evaluate.py: flags, over what the first run among the models was scored with.
+    description: str, argv: list[str] | None = None, own: Sequence[type] = (), shown: Collection[str] = ()
+) -> tuple[Any, ...]:
+    """Reads the command line of evaluate.py and export.py: flags, over what the first run among the models was scored
+    with.
 
     On other data than that run's (`--dataset_name`), nothing is taken over that says which rows are scored. What is
     taken over is in `SCORING`, and nothing else: a model folder may be anyone's.
@@ -330,9 +337,12 @@ def parse_scoring(
     Args:
         description (`str`): the first lines of `--help`.
         argv (`list[str]`, *optional*): defaults to `sys.argv[1:]`.
+        own (`Sequence[type]`, *optional*): dataclasses of flags that this script alone has.
+        shown (`Collection[str]`, *optional*): what `--help` shows beside those and the flags of the rows.
 
     Returns:
-        `tuple`: the models, each once; and the arguments as [`parse`] gives them.
+        `tuple`: the models, each once; the recipe's, training and model arguments as [`parse`] gives them; and those
+            of `own`.
 
     Raises:
         SystemExit: no model, an unknown flag, or a value of the wrong type; also after `--help`.
@@ -340,7 +350,7 @@ def parse_scoring(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
-        (RecipeArguments, ModelConfig, SFTConfig),
+        (*own, RecipeArguments, ModelConfig, SFTConfig),
         description=description,
         formatter_class=_HelpFormatter,
         usage="%(prog)s MODEL [MODEL ...] [--flag value ...]     (all flags: --help_all)",
@@ -354,7 +364,7 @@ def parse_scoring(
     if "--help_all" in argv:
         argv = ["--help"]
     else:
-        _hide_rare_flags(parser, {"models", "help", *ROWS, *SCORING_FLAGS.split()})
+        _hide_rare_flags(parser, {"models", "help", *ROWS, *shown, *(f.name for kind in own for f in fields(kind))})
         for action in parser._actions:
             action.help = (action.help or "").partition(". ")[0]  # some of TRL's go on and on
     given, unknown = parser.parse_known_args(argv)
@@ -370,7 +380,7 @@ def parse_scoring(
         logger.info(f"Scored with the {of_run} of {first}; flags override them.")
     if not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True, bf16=False, fp16=False)
-    recipe, model_args, training, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    *of_script, recipe, model_args, training, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     _take_text_field(recipe, training)
     for model, settings in runs.items():
         held_out = {"test_size": recipe.test_size, "seed": training.seed}
@@ -378,7 +388,7 @@ def parse_scoring(
         same_data = settings.get("dataset_name") == recipe.dataset_name and recipe.dataset_test_split is None
         if same_data and recipe.dataset_name not in BUILTIN_DATASETS and theirs != held_out:
             logger.warning(f"{model} held out other rows ({theirs}), and may have learned some that are scored here.")
-    return models, recipe, training, model_args
+    return models, recipe, training, model_args, *of_script
 
 
 def scored_with(recipe: RecipeArguments, training: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:

@@ -130,16 +130,50 @@ def exact_match(answers: list[str], dataset: Dataset) -> float:
     Raises:
         `ValueError`: if there are no answers, or not one per example.
     """
+    right = [answer == expected for answer, expected in _pairs("exact_match", answers, dataset)]
+    return sum(right) / len(right)
+
+
+def character_error_rate(answers: list[str], dataset: Dataset) -> float:
+    """
+    Characters to insert, delete or replace to turn the answers into the completions' texts, outer spaces aside, per
+    character of those texts: the usual score of text recognition.
+
+    Args:
+        answers (`list[str]`): one per example, in the order of the dataset.
+        dataset ([`~datasets.Dataset`]): with a column `completion`.
+
+    Returns:
+        `float`: 0 if all is right; above 1 where answers are much longer than what was expected.
+
+    Raises:
+        `ValueError`: if there are no answers, or not one per example.
+    """
+    pairs = _pairs("character_error_rate", answers, dataset)
+    return sum(edit_distance(*pair) for pair in pairs) / max(1, sum(len(expected) for _, expected in pairs))
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein's distance: characters to insert, delete or replace to turn `a` into `b`."""
+    distances = list(range(len(b) + 1))  # of what has been seen of `a` to each beginning of `b`
+    for i, of_a in enumerate(a, 1):
+        diagonal, distances[0] = distances[0], i
+        for j, of_b in enumerate(b, 1):
+            replaced = diagonal + (of_a != of_b)
+            diagonal = distances[j]
+            distances[j] = min(replaced, distances[j] + 1, distances[j - 1] + 1)
+    return distances[-1]
+
+
+def _pairs(score: str, answers: list[str], dataset: Dataset) -> list[tuple[str, str]]:
+    """Each answer beside what was expected, without outer spaces."""
     if not answers or len(answers) != len(dataset):
         raise ValueError(
-            f"exact_match() got {len(answers)} answers to {len(dataset)} examples. It needs one answer per "
+            f"{score}() got {len(answers)} answers to {len(dataset)} examples. It needs one answer per "
             "example, in the order of the dataset, and at least one."
         )
-    right = [
-        answer.strip() == text_of(completion).strip()
-        for answer, completion in zip(answers, dataset["completion"], strict=True)
-    ]
-    return sum(right) / len(right)
+    expected = [text_of(completion) for completion in dataset["completion"]]
+    return [(ours.strip(), theirs.strip()) for ours, theirs in zip(answers, expected, strict=True)]
 
 
 def format_samples(dataset: Dataset, answers: dict[str, list[str]]) -> str:

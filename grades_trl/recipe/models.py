@@ -169,7 +169,7 @@ def find_gguf(name: str) -> Path | None:
     return None
 
 
-def load_gguf(path: Path, dtype: str | None = "float32") -> tuple[Any, Any]:
+def load_gguf(path: Path, dtype: str | torch.dtype | None = "float32") -> tuple[Any, Any]:
     """De-quantizes a GGUF file into a model that trains and saves like any other, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

@@ -50,7 +50,7 @@ def train_and_save(trainer: Any, clock: RunClock, resume_from_checkpoint: str | 
     if not save_model.saved:
         output_dir = Path(trainer.args.output_dir)
         if not (output_dir / "result.json").exists():  # it was killed between its last step and its scores
-            trainer.save_model()
+            trainer.save_model(_internal_call=True)
         logger.warning(f"Nothing is left to train: {output_dir} has the model. recipes/evaluate.py scores it.")
     return save_model.saved
 
@@ -71,7 +71,7 @@ class _SaveModel(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._clock.on_train_end(args, state, control)
-        self._trainer.save_model()
+        self._trainer.save_model(_internal_call=True)  # without the upload of --push_to_hub, which may fail
         self.saved = True
 
 
@@ -131,7 +131,7 @@ def save_results(
         environment=environment,
         scores=results,
         warmup_steps=trainer.args.warmup_steps,
-        argv=sys.argv,
+        argv=argv_without_secrets(),
         scored_with=scored_with(recipe, trainer.args, model_args),
         matrices=trainer.tracked.values() if summary is not None else (),
         diverged_at=trainer.diverged_at,
@@ -142,6 +142,11 @@ def save_results(
     if summary is not None:
         summary.results = results
         trainer.report.write(summary)
+
+
+def argv_without_secrets() -> list[str]:
+    """The command line for files that may be uploaded."""
+    return split_flags(sys.argv, ("hub_token",))[1]
 
 
 def format_run(trainer: Any, results: dict[str, float]) -> str:
@@ -199,12 +204,22 @@ def exit_if_diverged(trainer: Any, results: dict[str, float]) -> None:
 
 
 def format_scores(scores: dict[str, dict[str, float]]) -> str:
-    """Scores of several models, a line each. All but losses and perplexities are fractions, and shown in percent."""
-    columns = list(next(iter(scores.values())))
-    lines = [["", *columns]]
-    for model, of_model in scores.items():
-        numbers = [f"{of_model[c]:.4g}" if c in ("test_loss", "perplexity") else f"{of_model[c]:.1%}" for c in columns]
-        lines.append([model, *numbers])
+    """Scores of several models: a line for each score, a column for each model. All but losses and perplexities are
+    fractions, and shown in percent."""
+    names = list(dict.fromkeys(name for of_model in scores.values() for name in of_model))
+    lines = [["", *scores]]
+    for name in names:
+        numbers = [of_model.get(name) for of_model in scores.values()]
+        lines.append([name, *("-" if number is None else format_score(name, number) for number in numbers)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines = [[entry.rjust(width) for entry, width in zip(line, widths, strict=True)] for line in lines]
+    lines = [
+        [name.ljust(widths[0]), *(entry.rjust(width) for entry, width in zip(line, widths[1:], strict=True))]
+        for name, *line in lines
+    ]
     return "\n".join("  ".join(line) for line in lines)
+
+
+def format_score(name: str, number: float) -> str:
+    """A loss or perplexity as it is, all else in percent."""
+    is_fraction = not any(word in name for word in ("loss", "perplexity"))
+    return f"{number:.1%}" if is_fraction and abs(number) <= 10 else f"{number:.4g}"

@@ -45,6 +45,23 @@ def finish() -> None:
         wandb.finish()
 
 
+def log_comparison(scores: dict[str, dict[str, float]], report_to: Sequence[str]) -> None:
+    """Scores of several models: each as `<model>/<score>` in the summary of a run, and all as the table
+    `evaluate/scores`, a row for each score and a column for each model. Nothing is done without W&B.
+
+    Args:
+        scores (`dict[str, dict[str, float]]`): model -> score -> its value.
+        report_to (`Sequence[str]`): as in the training arguments.
+    """
+    if "wandb" not in report_to:
+        return
+    run = wandb.run or wandb.init(name=os.environ.get("WANDB_NAME"))
+    run.summary.update({f"{model}/{name}": value for model, found in scores.items() for name, value in found.items()})
+    names = dict.fromkeys(name for found in scores.values() for name in found)
+    rows = [[name, *(found.get(name) for found in scores.values())] for name in names]
+    run.log({"evaluate/scores": wandb.Table(columns=["score", *scores], data=rows)})
+
+
 class Tracker:
     """
     The W&B run of a trainer. Every method does nothing if the trainer does not report to W&B.

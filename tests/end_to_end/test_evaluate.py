@@ -6,8 +6,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from trl import ModelConfig
+
+from grades_trl.recipe import data, harness
+from grades_trl.recipe.models import load_model
+from grades_trl.recipe.trained import load_trained
+from vlm.builtin import READER
+from wandb_reader import read_run
 
 ROOT = Path(__file__).parents[2]
 QUICK = "--report_to none --max_steps 4 --eval_steps 4 --warmup_steps 0 --num_samples 2"
@@ -63,8 +72,9 @@ def test_text_demo_and_its_baseline(run, tmp_path):
         as_in_the_run(of_model, run_scores)
         assert of_model["exact_match"] == run_scores["final/exact_match_test"]
         assert of_model["exact_match_formats"] == run_scores["final/exact_match_test_formats"]
-        assert re.search(rf"^ *{name} +{of_model['test_loss']:.4g} ", done.stdout, re.MULTILINE)
+        assert 0 < of_model["character_error_rate"] <= 1
     losses = [of_model["test_loss"] for of_model in found.values()]
+    assert re.search(rf"^test_loss +{losses[0]:.4g} +{losses[1]:.4g}$", done.stdout, re.MULTILINE)
     assert len(losses) == 2 and losses[0] < losses[1] - 0.1
 
 
@@ -94,7 +104,14 @@ def test_an_adapter_beside_its_base(run, tmp_path, folder, bits):
     flags += " --dataset_name chats.jsonl --test_size 0.4 --num_eval_generations 9 --max_new_tokens 4"
     flags += " --output_dir outputs/adapter"
     config = f"--config {ROOT / 'configs' / 'demo_text.yaml'}"
-    run("sft_text.py", config, QUICK, flags, "--max_steps 25 --grades false --lr_scheduler_type constant")
+    flags += " --export merged adapter"
+    printed = run("sft_text.py", config, QUICK, flags, "--max_steps 25 --grades false --lr_scheduler_type constant")
+    assert "merged: outputs/adapter/merged" in printed and "adapter: outputs/adapter/adapter" in printed
+    weights = (tmp_path / "outputs" / "adapter" / "merged" / "model.safetensors").read_bytes()
+    printed = run("export.py", "outputs/adapter", "--to again --num_samples 2")
+    assert "again/merged: loaded again, the same answers to 2 prompts" in printed
+    assert (tmp_path / "again" / "merged" / "model.safetensors").read_bytes() == weights
+    assert not (tmp_path / "again" / "adapter").exists()
 
     printed = run("evaluate.py", folder, "outputs/adapter")
     assert "18 examples to score, 9 to answer" in printed
@@ -113,6 +130,137 @@ def test_an_adapter_beside_its_base(run, tmp_path, folder, bits):
     (other,) = scores(tmp_path).values()
     assert set(other) == {"test_loss", "perplexity", "token_accuracy"}
     assert other["test_loss"] != adapter["test_loss"]
+
+
+def lora_of(folder, out):
+    """An adapter as a run leaves it, without a run."""
+    model, tokenizer = load_model(ModelConfig(model_name_or_path=folder, use_peft=True), "transformers")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {rows}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: ["1998-01-01", "2001-12-31"]
+doc_to_target: gold
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+def test_tasks_of_lm_eval_before_and_after(run, tmp_path, folder, monkeypatch):
+    """A local task and no network; the harness in a process of its own."""
+    rows = [json.dumps({"q": f"{i} May 1998", "gold": i % 3 == 0}) for i in range(12)]
+    (tmp_path / "task.jsonl").write_text("\n".join(rows).replace("true", "1").replace("false", "0"))
+    (tmp_path / "tiny.yaml").write_text(TASK.format(name="tiny", rows=tmp_path / "task.jsonl"))
+    (tmp_path / "evaluate.py").write_text("raise SystemExit('not the package of this name')")
+    lora_of(folder, tmp_path / "adapter")
+    printed = run("evaluate.py", "adapter --tasks tiny.yaml --tasks_limit 9 --report_to wandb --dtype float32")
+    assert f"Scored before and after: {folder} is what the adapter was trained on" in printed
+    found = scores(tmp_path)
+    assert list(found) == [folder, "adapter"] and list(found["adapter"]) == ["tiny/acc"]
+    assert re.search(
+        rf"^tiny/acc +{found[folder]['tiny/acc']:.1%} +{found['adapter']['tiny/acc']:.1%}$", printed, re.M
+    )
+    record = json.loads((tmp_path / "outputs" / "evaluate" / "scores.json").read_text())
+    assert record["tasks"]["adapter"]["n-samples"]["tiny"]["effective"] == 9
+
+    # The same numbers as from the model itself: the likelier of the two answers
+    for name, of_model in found.items():
+        model, tokenizer = load_trained(name, ModelConfig(dtype="float32"), vision=False)
+        right = [likelier(model.eval(), tokenizer, f"{i} May 1998") == (i % 3 == 0) for i in range(9)]
+        assert of_model["tiny/acc"] == pytest.approx(sum(right) / 9)
+
+    (file,) = (tmp_path / "outputs" / "evaluate" / "wandb").glob("offline-run-*/*.wandb")
+    recorded = read_run(file)
+    assert recorded["summary"]["adapter/tiny/acc"] == found["adapter"]["tiny/acc"]
+    assert recorded["summary"][f"{folder}/tiny/acc"] == found[folder]["tiny/acc"]
+    assert any("evaluate/scores" in row for row in recorded["history"])
+
+
+def likelier(model, tokenizer, question):
+    """Index of the answer with the higher probability after the question and a space."""
+    scores = []
+    for choice in ("1998-01-01", "2001-12-31"):
+        asked = tokenizer(question, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(f"{question} {choice}", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        scores.append(sum(logits[i - 1, ids[i]] for i in range(len(asked), len(ids))))
+    return int(scores[1] > scores[0])
+
+
+LMMS = """import json, pathlib, sys
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert flags["--model"] == "llava_hf" and flags["--tasks"] == "mme", flags
+assert flags["--model_args"].startswith("pretrained="), flags
+folder = pathlib.Path(flags["--output_path"], "model")
+folder.mkdir(parents=True)
+results = {"mme": {"alias": "mme", "mme_score,none": 12.5, "mme_score_stderr,none": "N/A", "n": 3}}
+(folder / "20260101_results.json").write_text(json.dumps({"results": results, "versions": {"mme": 1}}))
+"""
+
+
+def test_tasks_of_lmms_eval(run, tmp_path, monkeypatch):
+    """With a stand-in that has its command line and its file; the real one needs torchvision."""
+    with pytest.raises(SystemExit, match=r"run by lmms-eval, which is not installed: pip install lmms-eval"):
+        run("evaluate.py", READER, "--tasks mme")
+    (tmp_path / "path" / "lmms_eval").mkdir(parents=True)
+    (tmp_path / "path" / "lmms_eval" / "__init__.py").touch()
+    (tmp_path / "path" / "lmms_eval" / "__main__.py").write_text(LMMS)
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"), prepend=":")
+    printed = run("evaluate.py", READER, "--tasks mme")
+    assert scores(tmp_path) == {str(READER): {"mme/mme_score": 12.5}}
+    assert re.search(r"^mme/mme_score +12\.5$", printed, re.MULTILINE)
+    with pytest.raises(SystemExit, match=r"(?s)lmms_eval failed with exit code 1\. The end of .*log\.txt:.*'other'"):
+        run("evaluate.py", READER, "--tasks other")
+
+
+def test_what_the_harnesses_cannot_run(run, tmp_path, folder, monkeypatch):
+    lora_of(folder, tmp_path / "adapter")
+    with pytest.raises(SystemExit, match=r"no adapters on a base in 4 or 8 bits: run python recipes/export\.py"):
+        run("evaluate.py", "adapter --tasks boolq --load_in_4bit")
+    nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+    monkeypatch.setattr(harness, "importlib", nothing)
+    with pytest.raises(SystemExit, match=r"run by lm-eval, which is not installed: pip install lm-eval"):
+        run("evaluate.py", folder, "--tasks boolq")
+
+
+def test_scores_by_category(run, tmp_path, folder):
+    rows = [
+        {"prompt": f"{i}?", "completion": "7" if i % 2 else "not a number", "kind": "odd" if i % 2 else "even"}
+        for i in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = "--dataset_name rows.jsonl --test_size 0.5 --max_new_tokens 4 --per_device_eval_batch_size 1"
+    printed = run("evaluate.py", folder, flags, "--category_column kind --num_eval_generations 6")
+    (found,) = scores(tmp_path).values()
+    record = json.loads((tmp_path / "outputs" / "evaluate" / "scores.json").read_text())
+    assert record["examples"]["test"] == 10
+    tests = data.with_validation(data.load("rows.jsonl", test_size=0.5, keep=["kind"]))["test"]
+    odd = tests["kind"][:].count("odd")
+    assert 0 < odd < 10
+    mean = (odd * found["odd/test_loss"] + (10 - odd) * found["even/test_loss"]) / 10
+    assert mean == pytest.approx(found["test_loss"], rel=1e-4)
+    assert found["odd/test_loss"] != pytest.approx(found["even/test_loss"], rel=0.001)
+    lengths = {"odd": 1, "even": len("not a number")}
+    kinds = tests["kind"][:6]
+    of_all = sum(found[f"{kind}/character_error_rate"] * lengths[kind] for kind in kinds)
+    assert found["character_error_rate"] == pytest.approx(of_all / sum(lengths[kind] for kind in kinds))
+    assert re.search(r"^even/exact_match ", printed, re.MULTILINE)
+    with pytest.raises(data.DataError, match='there is no column "sort"; there are: prompt, completion, kind'):
+        run("evaluate.py", folder, flags, "--category_column sort")
 
 
 def test_baseline_text_and_models_of_two_kinds(run, tmp_path, folder):
@@ -135,7 +283,7 @@ def test_help_is_short(run, capsys):
     with pytest.raises(SystemExit):
         run("evaluate.py", "--help")
     printed = capsys.readouterr().out
-    assert len(printed.splitlines()) < 55
+    assert len(printed.splitlines()) < 60
     for flag in ("MODEL ", "--dataset_name", "--num_eval_generations", "--load_in_4bit", "--output_dir"):
         assert flag in printed, flag
     assert "--learning_rate" not in printed

@@ -8,7 +8,7 @@ makes messages of a row. `to_trl_format` applies it as a file is read, so that a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -385,7 +385,7 @@ def _with_tools(dataset: Dataset) -> Dataset:
     return concatenate_datasets([dataset.remove_columns("tools"), tools], axis=1)
 
 
-def clean(dataset: Dataset, text_column: str) -> Dataset:
+def clean(dataset: Dataset, text_column: str, keep: Collection[str] = ()) -> Dataset:
     """
     Keeps the columns that TRL reads, with messages as chat templates expect them.
 
@@ -396,13 +396,14 @@ def clean(dataset: Dataset, text_column: str) -> Dataset:
     Args:
         dataset ([`~datasets.Dataset`]): checked rows in one of TRL's formats.
         text_column (`str`): column that holds plain text. It is called `text` in the result.
+        keep (`Collection[str]`, *optional*): columns to keep beside those that TRL reads.
     """
     columns = text_columns(dataset.column_names, text_column)
     conversational = columns == ["messages"] or (
         len(columns) == 2 and isinstance(dataset.select_columns(columns)[0][columns[0]], list)
     )
     others = ["tools", "chat_template_kwargs"] if conversational else []
-    kept = [c for c in (*columns, *others, "images", "image") if c in dataset.column_names]
+    kept = [c for c in (*columns, *others, "images", "image", *keep) if c in dataset.column_names]
     dataset = images_in_lists(dataset.select_columns(kept))
     if columns == [text_column]:
         return dataset.rename_column(text_column, "text") if text_column != "text" else dataset

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import pyarrow as pa
@@ -198,7 +199,7 @@ def _without_the_rest(dataset: Dataset) -> Dataset:
     )
 
 
-def to_prompt_completion(dataset: Dataset, train_on: str = "all") -> Dataset:
+def to_prompt_completion(dataset: Dataset, train_on: str = "all", keep: Collection[str] = ()) -> Dataset:
     """
     Turns conversations into rows of which only the reply is learned, under any chat template.
 
@@ -215,16 +216,17 @@ def to_prompt_completion(dataset: Dataset, train_on: str = "all") -> Dataset:
     Args:
         dataset ([`~datasets.Dataset`]): one split as [`load`] returns it.
         train_on (`str`, *optional*, defaults to `"all"`): a row for `"all"` replies, or for the `"last"` one alone.
+        keep (`Collection[str]`, *optional*): columns to keep beside those that TRL reads.
 
     Returns:
-        [`~datasets.Dataset`]: with `prompt` and `completion`, `images` if there were images, and `tools` and
-            `chat_template_kwargs` if they were there.
+        [`~datasets.Dataset`]: with `prompt` and `completion`, `images` if there were images, `tools` and
+            `chat_template_kwargs` if they were there, and `keep`.
     """
     dataset = images_in_lists(dataset)
     if "messages" not in dataset.column_names:
         return dataset
     messages = dataset.features["messages"]
-    others = {c: dataset.features[c] for c in ("tools", "chat_template_kwargs") if c in dataset.column_names}
+    others = {c: dataset.features[c] for c in ("tools", "chat_template_kwargs", *keep) if c in dataset.column_names}
     images = {"images": List(RGB)} if image_column(dataset.column_names) else {}
     stored = Features({"messages": messages, **others})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from datasets import Dataset, DatasetDict
@@ -24,6 +24,7 @@ def load_data(
     *,
     vision: bool = False,
     test_only: bool = False,
+    keep: Collection[str] = (),
 ) -> dict[str, Dataset]:
     """The rows of a recipe, from `--dataset_name`.
 
@@ -36,6 +37,7 @@ def load_data(
         builtin (`dict[str, Callable]`): the built-in datasets of this kind, by name.
         vision (`bool`, *optional*, defaults to `False`): rows have images.
         test_only (`bool`, *optional*, defaults to `False`): leaves training and validation out.
+        keep (`Collection[str]`, *optional*): columns to keep beside those that TRL reads.
 
     Returns:
         `dict[str, Dataset]`: `train`, `validation`, `test`; of some built-in datasets also a `test_...` of another
@@ -71,10 +73,11 @@ def load_data(
             vision=vision,
             text_column=recipe.dataset_text_field,
             columns=parse_columns(recipe.columns),
+            keep=keep,
         )
     splits = with_validation(splits, recipe.max_eval_samples)
     held_out = [split for split in splits if split.startswith("test") or (split != "train" and not test_only)]
-    rows = {split: to_prompt_completion(splits[split], recipe.train_on) for split in held_out}
+    rows = {split: to_prompt_completion(splits[split], recipe.train_on, keep) for split in held_out}
     if test_only:
         return rows
     train = splits["train"]
@@ -94,6 +97,7 @@ def load(
     vision: bool = False,
     text_column: str = "text",
     columns: dict[str, str] | None = None,
+    keep: Collection[str] = (),
 ) -> DatasetDict:
     """
     Loads a dataset from the hub or from a local path, checks it, and brings it into one shape.
@@ -124,6 +128,7 @@ def load(
             `SFTConfig.dataset_text_field` as it is.
         columns (`dict[str, str]`, *optional*): names of columns in the source by what they stand for, see
             [`formats.rename_columns`].
+        keep (`Collection[str]`, *optional*): columns to keep beside those that TRL reads.
 
     Returns:
         [`~datasets.DatasetDict`]: `train` and `test`.
@@ -142,7 +147,11 @@ def load(
     ready = []
     for split in (train_split, test_split) if test_split else (train_split,):
         check(splits[split], vision, name=split, text_column=text_column)
-        ready.append(clean(splits[split], text_column))
+        missing = [column for column in keep if column not in splits[split].column_names]
+        if missing:
+            there = ", ".join(splits[split].column_names)
+            raise DataError(f'{split}: there is no column "{missing[0]}"; there are: {there}')
+        ready.append(clean(splits[split], text_column, keep))
     if test_split is not None:
         return DatasetDict(train=ready[0], test=ready[1].shuffle(seed=seed))
     try:
