@@ -40,7 +40,7 @@ venv: $(VENV)/.ready  ## Make the virtual environment with the pinned versions o
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Installing torch, transformers, TRL and the rest into $(VENV) (once, a few minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) -c constraints.txt -e ".[dev]"
+	@$(PIP) -c constraints.txt -e ".[all,dev]"
 	@touch $@
 
 # See tests/requirements.txt. Triton has a folder of its own: where it can be imported and there is no GPU, parts of

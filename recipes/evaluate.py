@@ -31,6 +31,7 @@ from grades_trl.recipe.console import set_up_console
 from grades_trl.recipe.data import load_data
 from grades_trl.recipe.generation import answers, exact_match, format_samples
 from grades_trl.recipe.models import find_gguf, load_model
+from grades_trl.recipe.places import command_of, this_command
 from grades_trl.recipe.results import format_scores
 from grades_trl.report.environment import device_name, versions
 from grades_trl.report.strict_json import write_json
@@ -94,9 +95,10 @@ def main() -> None:
     if len(models) == 1:
         other = bases[models[0]] if bases[models[0]] != models[0] else "ANOTHER_MODEL"
         place = sys.argv.index(models[0])
-        print(f"Next, side by side: {shlex.join(['python', *sys.argv[:place], other, *sys.argv[place:]])}")
+        command = [*this_command(), *sys.argv[1:place], other, *sys.argv[place:]]
+        print(f"Next, side by side: {shlex.join(command)}")
     else:
-        print("Next, is the difference more than chance? Several seeds: python recipes/compare.py --help")
+        print(f"Next, is the difference more than chance? Several seeds: {shlex.join(command_of('compare'))} --help")
 
 
 def load(name: str, base: str, vision: bool, trust_remote_code: bool, args: ModelConfig) -> tuple[Any, Any]:

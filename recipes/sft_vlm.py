@@ -16,6 +16,7 @@ from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is 
 import torch
 from datasets import Dataset
 
+from grades_trl.extras import installed
 from grades_trl.recipe.arguments import configure_bema, configure_early_stopping, parse
 from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
@@ -107,10 +108,11 @@ def main() -> None:
         if len(shown):
             after = ask(shown)
             print(format_samples(shown, {"before": before, "after": after}))
-            sheet = Path(training.output_dir) / "samples.png"
-            save_samples(shown, before, after, sheet)
-            print(f"With their images: {sheet}")
-            tracking.Tracker(training.report_to).log_samples(sheet)
+            if installed("matplotlib"):
+                sheet = Path(training.output_dir) / "samples.png"
+                save_samples(shown, before, after, sheet)
+                print(f"With their images: {sheet}")
+                tracking.Tracker(training.report_to).log_samples(sheet)
 
     # 5. Save and show the results.
     save_results(trainer, clock, environment, results, recipe, model_args, choice)

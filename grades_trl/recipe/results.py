@@ -20,6 +20,7 @@ from grades_trl.recipe.arguments import RecipeArguments, scored_with
 from grades_trl.recipe.bema import BEMA
 from grades_trl.recipe.choice import ChoiceFlops
 from grades_trl.recipe.comparison import RUN_ID, split_flags
+from grades_trl.recipe.places import command_of, recipe_name, this_command
 from grades_trl.report.environment import Environment
 from grades_trl.report.strict_json import write_json
 from grades_trl.report.summary import format_summary, run_result
@@ -161,18 +162,16 @@ def next_commands(output_dir: Path, with_grades: bool) -> list[str]:
     lines = []
     baseline = f"{output_dir}_baseline"
     if with_grades:
-        command = ["python", *sys.argv, "--grades", "false", "--output_dir", baseline]
+        command = [*this_command(), *sys.argv[1:], "--grades", "false", "--output_dir", baseline]
         lines.append(f"Next, the same run without GradES: {shlex.join(command)}")
     sibling = baseline if with_grades else str(output_dir).removesuffix("_baseline")
     folders = [sibling, str(output_dir)] if (Path(sibling) / "result.json").exists() else [str(output_dir)]
-    evaluate = str(Path(sys.argv[0]).with_name("evaluate.py"))
     if with_grades:
         _, flags = split_flags(sys.argv[1:], ("output_dir", "seed", "grades", "run_name", "resume_from_checkpoint"))
-        recipe = Path(sys.argv[0])
-        command = ["python", str(recipe.with_name("compare.py")), "--recipe", recipe.stem, *flags]
+        command = [*command_of("compare"), "--recipe", recipe_name(), *flags]
         lines.append(f"Is it worth it? Compared with the baseline and other controls: {shlex.join(command)}")
     lines.append(
-        f"Score it again, or beside other models: {shlex.join(['python', evaluate, *dict.fromkeys(folders)])}"
+        f"Score it again, or beside other models: {shlex.join([*command_of('evaluate'), *dict.fromkeys(folders)])}"
     )
     return lines
 
