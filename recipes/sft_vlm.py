@@ -25,6 +25,7 @@ from grades_trl.recipe.data import load_data
 from grades_trl.recipe.generation import exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
+from grades_trl.recipe.resume import set_up_resume
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
 from grades_trl.report.timing import RunClock
@@ -40,6 +41,7 @@ def main() -> None:
     set_up_console()
     exit_with_comparison()
     recipe, training, model_args, grades = parse(__doc__, CONFIGS / "demo_vlm.yaml")
+    set_up_resume(recipe, training, model_args, grades)
     callbacks = [*configure_early_stopping(recipe, training), *configure_bema(recipe, training)]
     if "wandb" in training.report_to:
         training.run_name = tracking.start(training.output_dir, training.run_name)

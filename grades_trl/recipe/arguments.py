@@ -108,6 +108,9 @@ class RecipeArguments:
         train_layers (`str`, *optional*, defaults to all):
             The layers that train: indices of language layers (`14-29`), a part of the depth (`0.5-1.0`), or a glob
             pattern of paths; several are separated by commas. See [`choice.chosen_modules`].
+        resume (`str`, *optional*):
+            `"auto"`: go on from the newest whole checkpoint of `output_dir`, or start if there is none. Or the folder
+            of a checkpoint. See [`resume.set_up_resume`].
         bema (`bool`, *optional*, defaults to `False`):
             Average the weights of the baseline by TRL's `BEMACallback`; the model gets the average in the end.
         num_eval_generations (`int`, *optional*, defaults to `200`):
@@ -159,6 +162,10 @@ class RecipeArguments:
     train_layers: str | None = field(
         default=None,
         metadata={"help": "Layers that train: 14-29, 0.5-1.0, glob patterns; all by default."},
+    )
+    resume: str | None = field(
+        default=None,
+        metadata={"help": "auto goes on from the newest whole checkpoint of output_dir, or starts; or a checkpoint."},
     )
     bema: bool = field(
         default=False, metadata={"help": "Average the weights of the baseline (BEMA, arXiv 2508.00180)."}

@@ -167,7 +167,9 @@ def next_commands(output_dir: Path, with_grades: bool) -> list[str]:
     sibling = baseline if with_grades else str(output_dir).removesuffix("_baseline")
     folders = [sibling, str(output_dir)] if (Path(sibling) / "result.json").exists() else [str(output_dir)]
     if with_grades:
-        _, flags = split_flags(sys.argv[1:], ("output_dir", "seed", "grades", "run_name", "resume_from_checkpoint"))
+        _, flags = split_flags(
+            sys.argv[1:], ("output_dir", "seed", "grades", "run_name", "resume", "resume_from_checkpoint")
+        )
         command = [*command_of("compare"), "--recipe", recipe_name(), *flags]
         lines.append(f"Is it worth it? Compared with the baseline and other controls: {shlex.join(command)}")
     lines.append(
