@@ -189,7 +189,7 @@ def test_a_folder_that_is_called_like_a_library_does_not_count_as_it(tmp_path, m
 
 
 def test_a_config_that_does_not_exist_is_an_error_with_those_that_do():
-    with pytest.raises(FileNotFoundError, match="--config demo_txet: no such file, and no config .* demo_text, "):
+    with pytest.raises(FileNotFoundError, match=r"--config demo_txet: no such file, and no config .* demo_text, "):
         parse("", ROOT / "unused", ["--config", "demo_txet"])
 
 

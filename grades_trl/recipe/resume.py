@@ -31,8 +31,8 @@ NOT_OF_THE_RUN = (
 
 
 def set_up_resume(recipe: RecipeArguments, training: SFTConfig, model_args: ModelConfig, grades: GradESConfig) -> None:
-    """Puts the checkpoint that the run goes on from into `training.resume_from_checkpoint`, or `None` if it starts; and
-    writes down which run the output folder holds. Arguments as [`arguments.parse`] gives them.
+    """Puts the checkpoint to go on from into `training.resume_from_checkpoint` (`None`: the run starts), and writes down
+    which run the output folder holds. Arguments as [`arguments.parse`] gives them.
 
     `auto` and `true` take the newest whole checkpoint of the output folder. Everything else is the folder of one.
 
@@ -61,15 +61,15 @@ def set_up_resume(recipe: RecipeArguments, training: SFTConfig, model_args: Mode
         checkpoint = Path(wanted)
         if not checkpoint.is_dir():
             raise ValueError(
-                f"--resume {wanted}: there is no such folder; expected that of a checkpoint, or auto for the newest one "
-                f"in {output_dir}."
+                f"--resume {wanted}: there is no such folder; expected that of a checkpoint, or auto for the newest "
+                f"one in {output_dir}."
             )
         wrong = what_is_wrong(checkpoint, recipe.grades)
         if wrong is not None:
             without = " A run with GradES goes on from the checkpoints of one." if "GradES" in wrong else ""
             raise ValueError(
-                f"--resume {wanted}: {wrong}, so the run would go on with other weights than it had.{without} Take the "
-                f"newest whole checkpoint with --resume auto, or start a run from these weights with "
+                f"--resume {wanted}: {wrong}, so the run would go on with other weights than it had.{without} Take "
+                f"the newest whole checkpoint with --resume auto, or start a run from these weights with "
                 f"--model_name_or_path {wanted}."
             )
     recipe.resume, training.resume_from_checkpoint = None, None if checkpoint is None else str(checkpoint)
@@ -96,8 +96,8 @@ def _refuse_another_run(output_dir: Path, settings: dict[str, Any]) -> None:
     if not record.exists():
         if any(output_dir.glob("checkpoint-*")):
             raise ValueError(
-                f"{output_dir} has checkpoints, but no {SETTINGS} that says of which run: name the checkpoint to go on "
-                "from (--resume FOLDER), or choose another --output_dir."
+                f"{output_dir} has checkpoints, but no {SETTINGS} that says of which run: name the checkpoint to go "
+                "on from (--resume FOLDER), or choose another --output_dir."
             )
         return
     before = json.loads(record.read_text("utf-8"))
