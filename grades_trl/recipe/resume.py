@@ -31,8 +31,8 @@ NOT_OF_THE_RUN = (
 
 
 def set_up_resume(recipe: RecipeArguments, training: SFTConfig, model_args: ModelConfig, grades: GradESConfig) -> None:
-    """Puts the checkpoint to go on from into `training.resume_from_checkpoint` (`None`: the run starts), and writes down
-    which run the output folder holds. Arguments as [`arguments.parse`] gives them.
+    """Puts the checkpoint to go on from into `training.resume_from_checkpoint` (`None`: the run starts), and writes
+    down which run the output folder holds. Arguments as [`arguments.parse`] gives them.
 
     `auto` and `true` take the newest whole checkpoint of the output folder. Everything else is the folder of one.
 
