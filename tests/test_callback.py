@@ -54,7 +54,8 @@ def test_a_plain_trainer_with_the_callback_freezes_and_ends_as_with_the_mixin(tm
     trainer = plain(tmp_path / "plain", lora=lora, callbacks=[callback])
     trainer.train()
     assert callback.grades.frozen == mixed.grades.frozen
-    assert trainer.state.global_step == mixed.state.global_step == (5 if name == "all" else 12)
+    assert trainer.state.global_step == mixed.state.global_step
+    assert name != "all" or trainer.state.global_step == 5
     assert bool(callback.grades.frozen) == (name != "gain")  # whose earliest freeze comes later
     assert same(weights(trainer.model), weights(mixed.model))
     assert trainer.args.max_grad_norm == 0.5
@@ -109,7 +110,7 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path):
 
     plain(tmp_path / "stock", **saving).train()
     other = plain(tmp_path / "stock", callbacks=[GradESCallback(CONFIGS["paper"])], **saving)
-    with pytest.raises(ValueError, match="has no grades_state.json: it was written without GradES"):
+    with pytest.raises(ValueError, match=r"has no grades_state\.json: it was written without GradES"):
         other.train(resume_from_checkpoint=str(tmp_path / "stock" / "checkpoint-6"))
 
 
