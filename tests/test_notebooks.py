@@ -39,7 +39,9 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(tmp_path, name, tiny):
     for cell in notebook.cells:
         for tag in cell.metadata.get("tags", []):
             cell.source = tiny[tag]
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        notebook, timeout=120, startup_timeout=180, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     printed = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
     assert "matrices froze; 3 steps ran" in printed
     assert (tmp_path / "model" / "adapter_model.safetensors").exists()

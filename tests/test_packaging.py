@@ -128,7 +128,7 @@ def test_a_text_run_of_an_installed_package_without_any_extra(environment, tmp_p
     assert "<img" not in page and "Settings" in page
 
     printed = succeeded(run(environment, tmp_path, "grades-trl", "evaluate out --max_eval_samples 20"))
-    assert "side by side: grades-trl evaluate out ANOTHER_MODEL --max_eval_samples 20" in printed
+    assert "side by side: grades-trl evaluate ANOTHER_MODEL out --max_eval_samples 20" in printed
 
 
 USE = """
