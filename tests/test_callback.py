@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import get_peft_model
@@ -122,10 +122,14 @@ def test_what_a_callback_cannot_measure_is_refused(settings):
         GradESCallback(GradESConfig(**settings))
 
 
-def test_several_devices_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["MULTI_CPU", "deepspeed", "torch_compile"])
+def test_several_processes_deepspeed_and_compiled_models_are_refused(tmp_path, monkeypatch, what):
     trainer = plain(tmp_path, callbacks=[GradESCallback()])
-    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(ValueError, match="this run is FSDP"):
+    if what == "MULTI_CPU":
+        monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MULTI_CPU)
+    else:
+        setattr(trainer.args, what, True)
+    with pytest.raises(ValueError, match=what):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 

@@ -59,8 +59,10 @@ class GradESCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         refuse_several_devices(AcceleratorState(), args)
-        if args.torch_compile:
-            raise ValueError("GradESCallback does not work with torch_compile: leave it out, or use GradESMixin.")
+        if args.deepspeed or args.torch_compile:
+            raise ValueError(
+                f"GradESCallback does not work with {'deepspeed' if args.deepspeed else 'torch_compile'}: leave it out."
+            )
         if self.grades is not None:  # a second train()
             self.grades.close()
         self.grades = GradES(kwargs["model"], self.config, state.max_steps, kwargs["optimizer"])
