@@ -59,10 +59,9 @@ class GradESCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         refuse_several_devices(AcceleratorState(), args)
-        if args.deepspeed or args.torch_compile:
-            raise ValueError(
-                f"GradESCallback does not work with {'deepspeed' if args.deepspeed else 'torch_compile'}: leave it out."
-            )
+        unfit = "deepspeed" if args.deepspeed else "torch_compile" if args.torch_compile else None
+        if unfit is not None:
+            raise ValueError(f"GradESCallback does not work with {unfit}: leave it out.")
         if self.grades is not None:  # a second train()
             self.grades.close()
         self.grades = GradES(kwargs["model"], self.config, state.max_steps, kwargs["optimizer"])
