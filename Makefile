@@ -15,19 +15,19 @@ help:  ## List the commands
 	@echo "VENV is the folder of the virtual environment (default: .venv). PYTHON is the interpreter that makes it."
 	@echo "A second Python needs a folder of its own: make test PYTHON=python3.12 VENV=.venv312"
 
-demo: venv  ## Train a vision-language model to read handwritten numbers (a few minutes on a CPU, no download)
+demo: $(VENV)/.ready  ## Train a vision-language model to read handwritten numbers (a few minutes on a CPU, no download)
 	$(BIN)/python recipes/sft_vlm.py
 
 test: lint $(VENV)/.ready-for-tests  ## Run lint, then all tests in two processes (what CI runs)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-lint: venv  ## Check style, formatting, types and the import rules
+lint: $(VENV)/.ready-for-tests  ## Check style, formatting, types and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-format: venv  ## Format the code and apply ruff's safe fixes
+format: $(VENV)/.ready-for-tests  ## Format the code and apply ruff's safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -35,18 +35,19 @@ gpu: $(VENV)/.ready-for-tests  ## Run what needs a CUDA device: the tests marked
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/step_time.py --hidden 2048 --layers 16 --batch 8 --length 1024 --rounds 3
 
-venv: $(VENV)/.ready  ## Make the virtual environment with the pinned versions of constraints.txt
+venv: $(VENV)/.ready-for-tests  ## Make the virtual environment, with all that development needs
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Installing torch, transformers, TRL and the rest into $(VENV) (once, a few minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) -c constraints.txt -e ".[dev]"
+	@$(PIP) -c constraints.txt -e ".[all]"
 	@touch $@
 
 # See tests/requirements.txt. Triton has a folder of its own: where it can be imported and there is no GPU, parts of
 # torch and transformers fail. The tests that run its interpreter put it on the path of their processes.
 $(VENV)/.ready-for-tests: $(VENV)/.ready tests/requirements.txt
-	@echo "Installing what only the tests need into $(VENV)"
+	@echo "Installing what tests and lint need into $(VENV)"
+	@$(PIP) -c constraints.txt -e ".[all,dev]"
 	@$(PIP) --no-deps -r tests/requirements.txt
 	@$(PIP) --no-deps -c constraints.txt --upgrade --target $(VENV)/triton triton
 	@touch $@

@@ -12,6 +12,7 @@ code or of the data, delete the folders of the runs.
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from typing import Any
 import yaml
 
 from grades_trl.config import CRITERION_SETTINGS, HELDOUT_SETTINGS
+from grades_trl.extras import how_to_install, installed
 from grades_trl.recipe.comparison import (
     RUN_ID,
     VARIANTS,
@@ -36,9 +38,11 @@ from grades_trl.recipe.comparison import (
     split_flags,
     summarize,
 )
+from grades_trl.recipe.places import IS_INSTALLED, RECIPES, ROOT, find_config, this_command
 from grades_trl.report.strict_json import write_json
 
-RECIPES = Path(__file__).parent
+# Recipe -> subcommand. The command runs the file in recipes/, in a checkout and in an installed package.
+SUBCOMMANDS = {file.removesuffix(".py"): name for name, file in RECIPES.items() if name in ("text", "vlm")}
 DEFAULT_VARIANTS = ["baseline", "grades", "baseline_matched_flops", "nothing_frozen", "bema", "paper"]
 FROM_GRADES = ("baseline_matched_flops", "random_order", "bottom_up")  # made from the GradES run of the same seed
 # Variants with a metric of their own: these settings are not taken from the flags and the config file.
@@ -91,20 +95,25 @@ def main() -> None:
     }
     write_json(output_dir / "compare.json", record)
     (output_dir / "compare.md").write_text(markdown(summary), encoding="utf-8")
-    draw(runs, summary, output_dir / "compare.png")
-    print(f"\n{markdown(summary)}\n{output_dir / 'compare.png'}")
+    print(f"\n{markdown(summary)}\n{output_dir / 'compare.md'}")
+    if installed("matplotlib"):
+        draw(runs, summary, output_dir / "compare.png")
+        print(output_dir / "compare.png")
+    else:
+        print(f"There is no figure, which needs matplotlib: {how_to_install('matplotlib')}.")
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """The flags of the comparison, and those that go to the recipe as they are."""
     variants = "\n".join(f"  {variant:<24}{meaning}" for variant, meaning in VARIANTS.items())
     parser = argparse.ArgumentParser(
+        prog=shlex.join(this_command()),
         description=f"{__doc__}variants:\n{variants}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", choices=("sft_text", "sft_vlm"), required=True)
-    parser.add_argument("--config", help="YAML file of the recipe; by default the recipe's demo")
+    parser.add_argument("--recipe", choices=list(SUBCOMMANDS), required=True)
+    parser.add_argument("--config", help="YAML file of the recipe, or its name; by default the recipe's demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--output_dir", default="outputs/compare", help="default: outputs/compare")
     parser.add_argument(
@@ -145,7 +154,7 @@ def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str,
         SystemExit: the run failed; with the last lines of its log.
     """
     folder = Path(args.output_dir) / f"{variant}-seed{seed}"
-    config = yaml.safe_load(Path(args.config).read_text("utf-8")) if args.config else {}
+    config = yaml.safe_load(find_config(args.config).read_text("utf-8")) if args.config else {}
     made_of: dict[str, Any] = {"config": config, "schedule": None}
     if variant in FROM_GRADES and (grades is None or "skipped" in grades):
         return {"variant": variant, "seed": seed, "skipped": "there is no GradES run to make it from"}
@@ -165,7 +174,7 @@ def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str,
     if variant in REPLACED:
         made_of["config"] = {name: value for name, value in config.items() if name not in REPLACED[variant]}
         _, recipe_flags = split_flags(recipe_flags, REPLACED[variant])
-    command = [sys.executable, str(RECIPES / f"{args.recipe}.py")]
+    command = [sys.executable, "-P", "-m", "grades_trl.cli", SUBCOMMANDS[args.recipe]]
     command += ["--config", str(folder / "config.yaml")] if args.config else []
     command += [*recipe_flags, *variant_flags(variant, folder, grades, args.paper_tau, towers)]
     command += ["--seed", str(seed), "--output_dir", str(folder)]
@@ -281,10 +290,10 @@ def describe(run: Run) -> str:
 
 
 def commit() -> str | None:
-    """The commit of this code, with "-dirty" after it if files were changed; `None` without git."""
-    if shutil.which("git") is None:
+    """The commit of this code, with "-dirty" after it if files were changed; `None` without git or a checkout."""
+    if IS_INSTALLED or shutil.which("git") is None:
         return None
-    command = ["git", "-C", str(RECIPES), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 

@@ -30,6 +30,7 @@ from grades_trl.recipe.console import set_up_console
 from grades_trl.recipe.data import load_data, whole_conversations_problem
 from grades_trl.recipe.generation import answers, character_error_rate, exact_match, format_samples
 from grades_trl.recipe.harness import check_harness, run_tasks
+from grades_trl.recipe.places import command_of, this_command
 from grades_trl.recipe.results import format_scores
 from grades_trl.recipe.trained import base_of, has_vision, load_trained, release
 from grades_trl.report import tracking
@@ -155,9 +156,10 @@ def main() -> None:
     if len(models) == 1:
         other = bases[models[0]] if bases[models[0]] != models[0] else "ANOTHER_MODEL"
         place = sys.argv.index(models[0])
-        print(f"Next, side by side: {shlex.join(['python', *sys.argv[:place], other, *sys.argv[place:]])}")
+        command = [*this_command(), *sys.argv[1:place], other, *sys.argv[place:]]
+        print(f"Next, side by side: {shlex.join(command)}")
     else:
-        print("Next, is the difference more than chance? Several seeds: python recipes/compare.py --help")
+        print(f"Next, is the difference more than chance? Several seeds: {shlex.join(command_of('compare'))} --help")
 
 
 def rows_by_category(test: Dataset, column: str | None) -> dict[str, list[int]]:

@@ -27,6 +27,7 @@ from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import answers, exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
+from grades_trl.recipe.resume import set_up_resume
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
 from grades_trl.report.timing import RunClock
@@ -39,6 +40,7 @@ def main() -> None:
     set_up_console()
     exit_with_comparison()
     recipe, training, model_args, grades = parse(__doc__, CONFIGS / "demo_text.yaml")
+    set_up_resume(recipe, training, model_args, grades)
     if recipe.train_towers is not None:
         raise ValueError(
             "--train_towers chooses among the towers of a vision-language model, which recipes/sft_vlm.py trains. Of "

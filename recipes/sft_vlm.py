@@ -16,6 +16,7 @@ from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is 
 import torch
 from datasets import Dataset
 
+from grades_trl.extras import installed
 from grades_trl.recipe.arguments import configure_bema, configure_early_stopping, parse
 from grades_trl.recipe.card import push, write_card
 from grades_trl.recipe.choice import choice_flops, format_choice
@@ -26,6 +27,7 @@ from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
+from grades_trl.recipe.resume import set_up_resume
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
 from grades_trl.report.timing import RunClock
@@ -41,6 +43,7 @@ def main() -> None:
     set_up_console()
     exit_with_comparison()
     recipe, training, model_args, grades = parse(__doc__, CONFIGS / "demo_vlm.yaml")
+    set_up_resume(recipe, training, model_args, grades)
     callbacks = [*configure_early_stopping(recipe, training), *configure_bema(recipe, training)]
     if "wandb" in training.report_to:
         training.run_name = tracking.start(training.output_dir, training.run_name)
@@ -117,10 +120,11 @@ def main() -> None:
         if len(shown):
             after = ask(shown)
             print(format_samples(shown, {"before": before, "after": after}))
-            sheet = Path(training.output_dir) / "samples.png"
-            save_samples(shown, before, after, sheet)
-            print(f"With their images: {sheet}")
-            tracking.Tracker(training.report_to).log_samples(sheet)
+            if installed("matplotlib"):
+                sheet = Path(training.output_dir) / "samples.png"
+                save_samples(shown, before, after, sheet)
+                print(f"With their images: {sheet}")
+                tracking.Tracker(training.report_to).log_samples(sheet)
 
     # 5. Save and show the results.
     save_results(trainer, clock, environment, results, recipe, model_args, choice)

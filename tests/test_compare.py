@@ -392,8 +392,8 @@ def test_a_reordered_run_gets_a_schedule_in_place_of_a_metric(compare_py, recipe
     assert (folder / "schedule.jsonl").read_text() == '{"matrix": "a", "step": 3}\n'
     command = recipe.commands[-1]
     assert "--patience" not in command and "--learning_rate" in command
-    recipe_arguments = [word for word in command if word != sys.executable][1:]
-    _, _, _, parsed = parse("", ROOT / "unused", [*recipe_arguments, "--report_to", "none"])
+    assert command[:5] == [sys.executable, "-P", "-m", "grades_trl.cli", "text"]
+    _, _, _, parsed = parse("", ROOT / "unused", [*command[5:], "--report_to", "none"])
     assert (parsed.metric, parsed.schedule) == ("schedule", str(folder / "schedule.jsonl"))
 
     events.write_text("")

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm.trainer import GradESVLMMixin
+    from .trainer import GradESVLMMixin
 
     GradESVLMTrainer: Any
 
@@ -13,7 +13,7 @@ __all__ = ["GradESVLMMixin", "GradESVLMTrainer"]
 def __getattr__(name: str) -> Any:
     # Bound late: unsloth must be imported before transformers, and replaces trl.SFTTrainer.
     if name in __all__:
-        from vlm import trainer
+        from . import trainer
 
         return getattr(trainer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

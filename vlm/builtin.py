@@ -27,6 +27,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from grades_trl.extras import require
+
 PROMPT = "Read the number."
 # Prompt -> the answer to it, of the digits of a number. The pretrained model was trained on all of these,
 PRETRAINED_TASKS: dict[str, Callable[[str], str]] = {
@@ -108,6 +110,7 @@ def draw_numbers(split: str, count: int, rng: np.random.Generator) -> tuple[list
         `tuple[list[PIL.Image.Image], list[str]]`: grey images of 112 x 32 pixels, and their numbers.
     """
     # Imported here: it is slow to import, and only this function needs it.
+    require("sklearn", "The handwritten digits of the built-in datasets")
     from sklearn.datasets import load_digits
 
     digits = load_digits()

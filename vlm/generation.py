@@ -8,7 +8,8 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from grades_trl.recipe.generation import generate_greedily, prompt_text
-from vlm.builtin import blank as blank_images
+
+from .builtin import blank as blank_images
 
 
 def answers(

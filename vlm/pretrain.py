@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import trange
 from transformers import LlavaProcessor
 
-from vlm.builtin import PRETRAINED_TASKS, PROMPT, READER, draw_numbers, tiny_llava
+from .builtin import PRETRAINED_TASKS, PROMPT, READER, draw_numbers, tiny_llava
 
 IMAGES = 20_000
 STEPS, BATCH_SIZE, WARMUP_STEPS = 5_000, 32, 100

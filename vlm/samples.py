@@ -6,8 +6,8 @@ import textwrap
 from pathlib import Path
 
 from datasets import Dataset
-from matplotlib.figure import Figure
 
+from grades_trl.extras import require
 from grades_trl.recipe.generation import text_of
 
 
@@ -18,7 +18,13 @@ def save_samples(dataset: Dataset, before: list[str], after: list[str], path: st
         dataset (`Dataset`): with `images` and `completion`.
         before (`list[str]`), after (`list[str]`): the answers, one per example.
         path (`str` or `Path`): of the PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
+    require("matplotlib", "Sheets of samples")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 1.3 * len(dataset)), layout="constrained")
     rows = figure.subplots(len(dataset), 2, squeeze=False, width_ratios=[1, 2])
     for (left, right), example, first, last in zip(rows, dataset, before, after, strict=True):

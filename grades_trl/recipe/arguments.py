@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -22,6 +23,8 @@ from grades_trl.config import CRITERION_SETTINGS, GradESConfig
 from grades_trl.criteria import CRITERIA
 from grades_trl.model import TOWERS
 from grades_trl.recipe.bema import BEMA
+from grades_trl.recipe.places import find_config, this_command
+from grades_trl.report import tracking
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +111,9 @@ class RecipeArguments:
         train_layers (`str`, *optional*, defaults to all):
             The layers that train: indices of language layers (`14-29`), a part of the depth (`0.5-1.0`), or a glob
             pattern of paths; several are separated by commas. See [`choice.chosen_modules`].
+        resume (`str`, *optional*):
+            `"auto"`: go on from the newest whole checkpoint of `output_dir`, or start if there is none. Or the folder
+            of a checkpoint. See [`resume.set_up_resume`].
         bema (`bool`, *optional*, defaults to `False`):
             Average the weights of the baseline by TRL's `BEMACallback`; the model gets the average in the end.
         num_eval_generations (`int`, *optional*, defaults to `200`):
@@ -171,6 +177,10 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Layers that train: 14-29, 0.5-1.0, glob patterns; all by default."},
     )
+    resume: str | None = field(
+        default=None,
+        metadata={"help": "auto goes on from the newest whole checkpoint of output_dir, or starts; or a checkpoint."},
+    )
     bema: bool = field(
         default=False, metadata={"help": "Average the weights of the baseline (BEMA, arXiv 2508.00180)."}
     )
@@ -209,6 +219,7 @@ def parse(
 
     Raises:
         SystemExit: an unknown flag, or a value of the wrong type; also after `--help`.
+        FileNotFoundError: `--config` is neither a file nor the name of a config.
         ValueError: a key in the YAML file that is no argument or is nested, a value that GradESConfig does not take, a
             setting in the YAML file that belongs to another metric than `--metric`, or a schedule that the run would
             overwrite.
@@ -218,7 +229,8 @@ def parse(
         (RecipeArguments, GradESConfig, ModelConfig, SFTConfig),
         description=description,
         formatter_class=_HelpFormatter,
-        usage="%(prog)s [--config configs/X.yaml] [--flag value ...]     (all flags: --help_all)",
+        prog=shlex.join(this_command()),
+        usage="%(prog)s [--config NAME or FILE] [--flag value ...]     (all flags: --help_all)",
         allow_abbrev=False,
     )
     if "--help_all" in argv:
@@ -238,8 +250,11 @@ def parse(
             logger.info("No --model_name_or_path and no --config: the tiny model of the demo trains on these data.")
         argv = ["--config", str(demo_config), *argv]
     if "--config" in argv[:-1]:
-        _check_config(Path(argv[argv.index("--config") + 1]), argv)
+        place = argv.index("--config") + 1
+        argv[place] = str(find_config(argv[place]))
+        _check_config(Path(argv[place]), argv)
     recipe, grades, model, training = parser.parse_args_and_config(argv)
+    training.report_to = tracking.drop_if_missing(training.report_to)
     if isinstance(grades.schedule, str) and _is_within(Path(grades.schedule), Path(training.output_dir) / "grades"):
         raise ValueError(
             f"schedule is {grades.schedule}, which this run would overwrite with its own record: give another "
@@ -353,6 +368,7 @@ def parse_scoring(
         (*own, RecipeArguments, ModelConfig, SFTConfig),
         description=description,
         formatter_class=_HelpFormatter,
+        prog=shlex.join(this_command()),
         usage="%(prog)s MODEL [MODEL ...] [--flag value ...]     (all flags: --help_all)",
         allow_abbrev=False,
     )

@@ -9,6 +9,8 @@ import itertools
 import logging
 import sys
 
+from grades_trl.recipe.places import find_config
+
 # Whenever it is imported on a CPU, bitsandbytes offers a faster kernel that has to be downloaded.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -24,7 +26,7 @@ def requested(argv: list[str]) -> str:
     if "--config" in values:
         import yaml
 
-        with open(values["--config"]) as config:
+        with open(find_config(values["--config"])) as config:
             return (yaml.safe_load(config) or {}).get("backend", "auto")
     return "auto"
 

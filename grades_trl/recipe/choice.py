@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes
 import torch
 from torch import nn
 
@@ -317,5 +316,5 @@ def format_choice(model: nn.Module, flops: ChoiceFlops) -> str:
 
 def _elements(parameter: nn.Parameter) -> int:
     """Weights, of which a tensor of 4-bit weights packs two into each byte."""
-    is_packed = isinstance(parameter, bitsandbytes.nn.Params4bit) and not parameter.is_floating_point()
+    is_packed = type(parameter).__name__ == "Params4bit" and not parameter.is_floating_point()
     return parameter.numel() * (2 * parameter.element_size() if is_packed else 1)

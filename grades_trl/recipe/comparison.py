@@ -15,10 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
-
+from grades_trl.extras import require
 from grades_trl.model.matrices import TOWER_ORDER
 
 Run = dict[str, Any]
@@ -275,7 +272,16 @@ def _table(header: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 def draw(runs: list[Run], summary: dict[str, Any], path: Path) -> None:
-    """Saves a figure: on the left, what each run reached in what time; on the right, where the time went."""
+    """Saves a figure: on the left, what each run reached in what time; on the right, where the time went.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    require("matplotlib", "Figures")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     runs = [run for run in runs if "skipped" not in run]
     figure = Figure(figsize=(12, 4.8), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)

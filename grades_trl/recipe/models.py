@@ -6,7 +6,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, set_seed
 from trl import ModelConfig, get_quantization_config
 
+from grades_trl.extras import installed, require
 from grades_trl.model import TOWERS, linear_layers
 from grades_trl.recipe.choice import chosen_modules, whole_language_layers
 
@@ -53,6 +53,8 @@ def load_model(
     name = args.model_name_or_path
     if (args.load_in_4bit or args.load_in_8bit) and not args.use_peft:
         raise ValueError("load_in_4bit and load_in_8bit train adapters only: add --use_peft.")
+    if args.load_in_4bit or args.load_in_8bit:
+        require("bitsandbytes", "load_in_4bit and load_in_8bit")
     gguf = find_gguf(name)
     if gguf is not None:
         if backend == "unsloth" or args.load_in_4bit or args.load_in_8bit:
@@ -80,6 +82,10 @@ def load_model(
 def _keep_4bit_layout(model: nn.Module) -> None:
     """Some CPUs: bitsandbytes (0.50) repacks 4-bit weights in the first forward pass of inference. Nothing is
     back-propagated through repacked weights, so that training after generation would be silently wrong."""
+    if not installed("bitsandbytes"):
+        return
+    import bitsandbytes
+
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -171,6 +177,7 @@ def find_gguf(name: str) -> Path | None:
 
 def load_gguf(path: Path, dtype: str | torch.dtype | None = "float32") -> tuple[Any, Any]:
     """De-quantizes a GGUF file into a model that trains and saves like any other, and its tokenizer."""
+    require("gguf", "GGUF files")
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # The weights are ordinary tensors now; these marks would make the Trainer and save_pretrained refuse them.

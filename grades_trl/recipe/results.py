@@ -20,6 +20,7 @@ from grades_trl.recipe.arguments import RecipeArguments, scored_with
 from grades_trl.recipe.bema import BEMA
 from grades_trl.recipe.choice import ChoiceFlops
 from grades_trl.recipe.comparison import RUN_ID, split_flags
+from grades_trl.recipe.places import command_of, recipe_name
 from grades_trl.report.environment import Environment
 from grades_trl.report.strict_json import write_json
 from grades_trl.report.summary import format_summary, run_result
@@ -177,13 +178,13 @@ def next_commands(output_dir: Path, with_grades: bool) -> list[str]:
     those of the baseline if it is there."""
     lines = []
     if with_grades:
-        _, flags = split_flags(sys.argv[1:], ("output_dir", "seed", "grades", "run_name", "resume_from_checkpoint"))
-        recipe = Path(sys.argv[0])
-        compare = ["python", str(recipe.with_name("compare.py")), "--recipe", recipe.stem, *flags]
+        of_one_run = ("output_dir", "seed", "grades", "run_name", "resume", "resume_from_checkpoint")
+        _, flags = split_flags(sys.argv[1:], of_one_run)
+        compare = [*command_of("compare"), "--recipe", recipe_name(), *flags]
         lines.append(f"Was it worth it? Compare it with the baseline:\n  {shlex.join(compare)}")
     sibling = f"{output_dir}_baseline" if with_grades else str(output_dir).removesuffix("_baseline")
     folders = [sibling, str(output_dir)] if (Path(sibling) / "result.json").exists() else [str(output_dir)]
-    evaluate = ["python", str(Path(sys.argv[0]).with_name("evaluate.py")), *dict.fromkeys(folders)]
+    evaluate = [*command_of("evaluate"), *dict.fromkeys(folders)]
     lines.append(f"Score it again, or beside other models:\n  {shlex.join(evaluate)}")
     return lines
 

@@ -60,14 +60,14 @@ pre { overflow: auto; font-size: 12.5px; white-space: pre-wrap; overflow-wrap: a
 """
 
 
-def build(history: RunHistory, summary: RunSummary, png: bytes, gain: bytes | None = None) -> str:
+def build(history: RunHistory, summary: RunSummary, png: bytes | None, gain: bytes | None = None) -> str:
     """
     The page as text.
 
     Args:
         history (`RunHistory`): events and metric values.
         summary (`RunSummary`): all other facts.
-        png (`bytes`): the figure of the run.
+        png (`bytes` or `None`): the figure of the run.
         gain (`bytes`, *optional*): the heatmap of the gain; without it the page has no section about it.
     """
     model = _e(summary.environment.model)
@@ -77,8 +77,7 @@ def build(history: RunHistory, summary: RunSummary, png: bytes, gain: bytes | No
         _lead(summary),
         f"<div class=cards>{''.join(_cards(summary))}</div>",
         _speedup(summary.speedup),
-        '<section class=figure><img alt="Freeze step of every matrix, and the frozen fraction over the steps" '
-        f'src="data:image/png;base64,{base64.b64encode(png).decode()}"></section>',
+        _timeline(png),
         _gain(summary.gain, gain),
         _curves(history),
         _details(summary),
@@ -194,6 +193,15 @@ def _speedup(speedup: Speedup) -> str:
         ("All together, against a baseline of the full schedule", "", _times(speedup.against_full_schedule), ""),
     ]
     return _section("What freezing saved", rows, ("Part", "Amount", "Speed-up", "Time saved"), numbers=2)
+
+
+def _timeline(png: bytes | None) -> str:
+    if png is None:
+        return ""
+    return (
+        '<section class=figure><img alt="Freeze step of every matrix, and the frozen fraction over the steps" '
+        f'src="data:image/png;base64,{base64.b64encode(png).decode()}"></section>'
+    )
 
 
 def _gain(gain: GainSummary | None, png: bytes | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Collection
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from grades_trl.events import FreezeEvent
+from grades_trl.extras import how_to_install, installed
 from grades_trl.model.flops import TokenCounter, forward_flops, read_flops, step_flops
 from grades_trl.model.matrices import WeightMatrix, layers_in_order
-from grades_trl.report import figure, heatmap, page
+from grades_trl.report import page
 from grades_trl.report.environment import Environment
 from grades_trl.report.gain import GainTable
 from grades_trl.report.history import RunHistory
@@ -28,6 +30,11 @@ from grades_trl.report.summary import (
 )
 from grades_trl.report.timing import RunClock, Speedup, speedup
 from grades_trl.report.tracking import Tracker
+
+if installed("matplotlib"):
+    from grades_trl.report import figure, heatmap
+
+logger = logging.getLogger(__name__)
 
 # Freezes come in clusters: W&B gets a new figure when that much more of the model has frozen, as long as figures have
 # taken no more than that fraction of the run. Drawing one takes half a second.
@@ -85,6 +92,7 @@ class RunReport:
         self._heldout_measurements = 0
         self._heldout_passes = 0.0  # forward passes of an example, of all measurements
         self._share_in_figure, self._figure_seconds = 0.0, 0.0
+        self._said_no_figures = False
         self._in_wandb = False
         self._reads_caches = 0
         self._tracker.log_settings(settings)
@@ -315,12 +323,18 @@ class RunReport:
 
     def write(self, summary: RunSummary) -> None:
         """Writes `history.parquet`, `gain.parquet`, `summary.json`, `timeline.png`, `gain.png` (if it was measured)
-        and `report.html`, and the same to W&B. Call it again after something was added to the summary."""
+        and `report.html`, and the same to W&B. Without matplotlib there are no figures, and one line says so. Call it
+        again after something was added to the summary."""
         self.flush()
         write_json(self.directory / "summary.json", summary.to_json())
-        png = figure.render(figure.draw(self._history))
-        (self.directory / "timeline.png").write_bytes(png)
-        gain = self._draw_gain() if self._history.gains else None
+        png = gain = None
+        if installed("matplotlib"):
+            png = figure.render(figure.draw(self._history))
+            (self.directory / "timeline.png").write_bytes(png)
+            gain = self._draw_gain() if self._history.gains else None
+        elif not self._said_no_figures:
+            self._said_no_figures = True
+            logger.warning(f"The report has no figures, which need matplotlib: {how_to_install('matplotlib')}.")
         if gain is not None:
             (self.directory / "gain.png").write_bytes(gain)
         text = page.build(self._history, summary, png, gain)
@@ -328,7 +342,8 @@ class RunReport:
         if self._tracker.is_on and not self._in_wandb:
             self._in_wandb = True
             self._tracker.log_table(*self._history.table())
-            self._tracker.log_figure(png, self._history.step)
+            if png is not None:
+                self._tracker.log_figure(png, self._history.step)
             if gain is not None:
                 self._tracker.log_gain(gain, self._history.step)
         self._tracker.log_summary(summary.to_json())
@@ -376,7 +391,7 @@ class RunReport:
         return sum(matrix.params for matrix in self._matrices.values())
 
     def _may_draw(self) -> bool:
-        return self._figure_seconds <= FIGURE_COST * self.clock.seconds.total
+        return installed("matplotlib") and self._figure_seconds <= FIGURE_COST * self.clock.seconds.total
 
     def _towers(self, frozen: set[str]) -> dict[str, TowerCount]:
         towers: dict[str, list[bool]] = {}

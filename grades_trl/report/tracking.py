@@ -9,10 +9,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-import wandb
+from grades_trl.extras import how_to_install, installed
+
+if installed("wandb"):
+    import PIL.Image
+    import wandb
 
 logger = logging.getLogger(__name__)
+
+
+def drop_if_missing(report_to: list[str]) -> list[str]:
+    """Where to report to: without W&B if that is not installed, and then one line says so.
+
+    Args:
+        report_to (`list[str]`): as in the training arguments.
+    """
+    if "wandb" not in report_to or installed("wandb"):
+        return report_to
+    logger.warning(f"This run is not recorded in W&B, which is not installed: {how_to_install('wandb')}.")
+    return [name for name in report_to if name != "wandb"]
 
 
 def start(output_dir: str, run_name: str | None = None) -> str:
@@ -41,7 +56,7 @@ def start(output_dir: str, run_name: str | None = None) -> str:
 
 def finish() -> None:
     """Ends the run, if there is one: what is recorded is complete when this returns."""
-    if wandb.run is not None:
+    if installed("wandb") and wandb.run is not None:
         wandb.finish()
 
 

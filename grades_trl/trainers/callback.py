@@ -1,0 +1,101 @@
+"""`GradESCallback`: GradES in a trainer that cannot be subclassed, such as the one that ms-swift makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+from grades_trl.config import GradESConfig
+from grades_trl.distributed import refuse_several_devices
+from grades_trl.engine import GradES
+from grades_trl.model.flops import StepCosts
+
+from .checkpoint import load_state, save_state
+
+logger = logging.getLogger(__name__)
+
+
+class GradESCallback(TrainerCallback):
+    """
+    Freezes matrices in any `transformers.Trainer`, and ends its run when nothing is left to train. Where you can
+    subclass the trainer, use `GradESMixin`: it also measures held-out rows, keeps the best average and reports.
+
+    ```python
+    trainer = Trainer(..., callbacks=[GradESCallback(GradESConfig(metric="grad_change", tau=1.8))])
+    ```
+
+    No event of the Trainer shows gradients before they are clipped. So this callback clips: during training it sets
+    `args.max_grad_norm` to 0, measures and freezes in `on_pre_optimizer_step`, and clips to the norm that was set.
+    What freezes, and all weights, are those of `GradESMixin`. It costs one more pass over the gradients in each step,
+    for the norm that the Trainer logs. `training_args.bin` has the 0.
+
+    Args:
+        config (`GradESConfig`, *optional*, defaults to `GradESConfig()`): without held-out rows and training accuracy.
+
+    Attributes:
+        grades (`GradES` or `None`): the engine, from the beginning of training on.
+
+    Raises:
+        ValueError: the configuration needs held-out rows or the training accuracy; when training begins: several
+            processes or GPUs, torch_compile, or a checkpoint that was written without this callback.
+    """
+
+    def __init__(self, config: GradESConfig | None = None):
+        self.config = GradESConfig() if config is None else config
+        if self.config.needs_heldout_rows or self.config.stopping == "train_accuracy":
+            raise ValueError(
+                f"stopping {self.config.stopping!r} and keep {self.config.keep!r} need scores that a callback cannot "
+                'compute: set stopping="all_frozen" (or "end_of_schedule") and keep="last", or use GradESMixin.'
+            )
+        self.grades: Any = None
+        self._max_grad_norm: float | None = None  # what the user has set
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        refuse_several_devices(AcceleratorState(), args)
+        unfit = "deepspeed" if args.deepspeed else "torch_compile" if args.torch_compile else None
+        if unfit is not None:
+            raise ValueError(f"GradESCallback does not work with {unfit}: leave it out.")
+        if self.grades is not None:  # a second train()
+            self.grades.close()
+        self.grades = GradES(kwargs["model"], self.config, state.max_steps, kwargs["optimizer"])
+        self._checkpointing = args.gradient_checkpointing
+        self.grades.criterion.costs = self._step_costs
+        if state.global_step:
+            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            self.grades.load_state_dict(load_state(checkpoint))
+        if self._max_grad_norm is None:
+            self._max_grad_norm = args.max_grad_norm
+        args.max_grad_norm = 0.0
+        logger.info("GradES tracks %d weight matrices", len(self.grades.matrices))
+
+    def _step_costs(self) -> StepCosts:
+        return dataclasses.replace(self.grades.step_costs(), checkpointing=self._checkpointing)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The Trainer has computed their norm, which has unscaled the gradients of fp16.
+        step = state.global_step + 1
+        for event in self.grades.step(step):
+            logger.info("step %d: %s is frozen (%s)", step, event.matrix, event.reason)
+        if self._max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(kwargs["model"].parameters(), self._max_grad_norm)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.grades.done:  # the next backward would find nothing that needs a gradient
+            control.should_training_stop = control.should_log = True
+            control.should_save |= args.save_strategy == SaveStrategy.STEPS
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.save_only_model:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            save_state(folder, self.grades.state_dict())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.grades.close()
+        args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, None
