@@ -322,10 +322,13 @@ def _loss_memory(model: Any, tokens: int, loss: str, autocast: torch.dtype | Non
         weight.grad = torch.zeros_like(weight)
     live = _Live([hidden, labels, weight, *([] if weight.grad is None else [weight.grad])])
     with live:
-        logits = (hidden @ weight.to(dtype).t()).float()
-        of_token = F.log_softmax(logits, dim=-1)
-        with torch.no_grad():
-            (of_token.exp() * of_token).sum(-1)  # the entropy that TRL logs
+        logits = hidden @ weight.to(dtype).t()
+        if loss != "nll":  # in the place of the 16-bit ones
+            logits = logits.float()
+        of_token = F.log_softmax(logits.float(), dim=-1)
+        with torch.no_grad():  # the entropy that TRL logs
+            entropy = logits.clone() if loss == "nll" else (of_token.exp() * of_token).sum(-1)
+        del entropy, logits
         F.nll_loss(of_token, labels).backward()
     weight.grad = None
     return live.peak + (tokens * width * dtype.itemsize if loss == "liger" else 0)

@@ -363,7 +363,7 @@ def freeze_limits(
         if grades.freeze_embeddings and whole_layers:
             freeze([name for name in trained if tower_of[name] == "language" and not _inside(name, language)])
         for share in (0.25, 0.5, 0.75):
-            lower = language[: round(share * len(language))]
+            lower = language[: min(round(share * len(language)), len(language) - 1)]  # the last one trains
             freeze([n for n in trained if _inside(n, lower) and (whole_layers or trained[n].ndim > 1)])
             limit(f"{'with ' if limits and share == 0.25 else ''}{share:.0%} of the language layers", tokens)
     finally:
