@@ -27,17 +27,7 @@ def text():
 
 
 def as_messages(rows):
-    return Dataset.from_list(
-        [
-            {
-                "messages": [
-                    {"role": "user", "content": row["prompt"]},
-                    {"role": "assistant", "content": row["completion"]},
-                ]
-            }
-            for row in rows
-        ]
-    )
+    return Dataset.from_list([{"messages": row["prompt"] + row["completion"]} for row in rows])
 
 
 def combination(name, text, tmp_path):
@@ -116,7 +106,7 @@ def test_a_run_in_which_layers_freeze(name, lora, text, tmp_path, monkeypatch):
 
     # Losses, norms of the gradients and weights of a run whose frozen layers are not skipped
     _, losses_without, ended_without = run(False, GradESTrainer)
-    assert losses == pytest.approx(losses_without, rel=1e-5)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(losses_without), rtol=1e-5, atol=1e-6)
     assert len(losses) == 12
     for parameter, value in ended_without.items():
         torch.testing.assert_close(ended[parameter], value, rtol=1e-4, atol=1e-6)
@@ -170,7 +160,7 @@ def text_trainer(tmp_path, text, dataset=None, **settings):
     [
         ({"padding_free": True, "max_length": 64}, "max_length` is not enforced"),
         ({"packing": True, "max_length": None}, "`max_length` can't be `None`"),
-        ({"assistant_only_loss": True}, "the dataset is not conversational"),
+        ({"assistant_only_loss": True}, "chat template is not training-compatible"),
         ({"use_liger_kernel": True, "loss_type": "chunked_nll"}, r"not compatible with|[Ll]iger"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
@@ -186,6 +176,12 @@ def test_assistant_only_loss_needs_a_template_that_marks_the_replies(text, tmp_p
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="template"):
         text_trainer(tmp_path, (rows, tokenizer), as_messages(rows), assistant_only_loss=True)
+
+
+def test_assistant_only_loss_needs_messages(text, tmp_path):
+    plain = Dataset.from_dict({"text": ["1 May 1998", "2 June 2001"]})
+    with pytest.raises(ValueError, match="dataset is not conversational"):
+        text_trainer(tmp_path, text, plain, assistant_only_loss=True)
 
 
 def test_streamed_rows_need_a_number_of_steps(text, tmp_path):

@@ -199,8 +199,8 @@ class _Layers:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        for path in find_layers(self._model):
-            layer = self._model.get_submodule(path)
+        layers: list[Any] = [self._model.get_submodule(path) for path in find_layers(self._model)]
+        for layer in layers:
             layer.forward = functools.partial(self._run, layer, layer.forward)
         try:
             with (
@@ -210,9 +210,8 @@ class _Layers:
             ):
                 yield
         finally:
-            for path in find_layers(self._model):
-                layer = self._model.get_submodule(path)
-                layer.forward = layer.forward.args[1]  # type: ignore[union-attr]
+            for layer in layers:
+                layer.forward = layer.forward.args[1]
 
     def mixed_precision(self) -> Any:
         return torch.autocast("cpu", dtype=self._autocast, enabled=self._autocast is not None)
