@@ -33,9 +33,8 @@ def main() -> None:
 def _help() -> str:
     lines = [f"usage: {COMMAND} RECIPE [--config NAME] [--flag value ...]", ""]
     for name, file in RECIPES.items():
-        path = ROOT / "recipes" / file
-        code = path.read_text("utf-8") if path.exists() else ""
-        lines.append(f"  {name:<10}{(ast.get_docstring(ast.parse(code)) or '').partition(chr(10))[0]}")
+        code = ast.parse((ROOT / "recipes" / file).read_text("utf-8"))
+        lines.append(f"  {name:<10}{(ast.get_docstring(code) or '').partition(chr(10))[0]}")
     configs = " ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")))
     return "\n".join([*lines, "", f"Flags of a recipe: {COMMAND} RECIPE --help", f"Configs: {configs}"])
 

@@ -26,6 +26,7 @@ from grades_trl.recipe.data import load_data, show_example, training_rows, warn_
 from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import answers, exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
+from grades_trl.recipe.plan import print_plan
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
 from grades_trl.recipe.resume import set_up_resume
 from grades_trl.report import tracking
@@ -34,6 +35,7 @@ from grades_trl.report.timing import RunClock
 from grades_trl.trainers.heldout import HeldoutAnswers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+DATASETS = {"dates": builtin.dates, "docstrings": builtin.docstrings}
 
 
 def main() -> None:
@@ -46,13 +48,16 @@ def main() -> None:
             "--train_towers chooses among the towers of a vision-language model, which recipes/sft_vlm.py trains. Of "
             "a text model, choose layers with --train_layers."
         )
+    if recipe.plan:
+        print_plan(recipe, training, model_args, grades, DATASETS, builtin.tiny_qwen3)
+        return
     callbacks = [*configure_early_stopping(recipe, training), *configure_bema(recipe, training)]
     if "wandb" in training.report_to:
         training.run_name = tracking.start(training.output_dir, training.run_name)
 
     # 1. Data: prompts and replies; only the reply is learned. One half of the held-out rows is used for decisions
     #    during training (validation), the other only for the scores at the end (test).
-    dataset = load_data(recipe, training, {"dates": builtin.dates, "docstrings": builtin.docstrings})
+    dataset = load_data(recipe, training, DATASETS)
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
 
     # 2. Model: from the hub, a folder or a GGUF file; without a name, the tiny one that is built here.

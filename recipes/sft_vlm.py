@@ -26,6 +26,7 @@ from grades_trl.recipe.data import load_data, show_example, training_rows
 from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
+from grades_trl.recipe.plan import print_plan
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
 from grades_trl.recipe.resume import set_up_resume
 from grades_trl.report import tracking
@@ -43,6 +44,9 @@ def main() -> None:
     set_up_console()
     exit_with_comparison()
     recipe, training, model_args, grades = parse(__doc__, CONFIGS / "demo_vlm.yaml")
+    if recipe.plan:
+        print_plan(recipe, training, model_args, grades, builtin.DATASETS, builtin.tiny_llava, vision=True)
+        return
     set_up_resume(recipe, training, model_args, grades)
     callbacks = [*configure_early_stopping(recipe, training), *configure_bema(recipe, training)]
     if "wandb" in training.report_to:

@@ -1,5 +1,7 @@
-"""Every YAML file in configs/ parses, says how it is launched, and the paper's carry the published settings."""
+"""Every YAML file in configs/ parses, says how it is launched and what it needs, and the paper's carry the published
+settings."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import transformers as T
 from grades_trl.model.matrices import find_matrices
 from grades_trl.recipe.arguments import parse
 from grades_trl.recipe.models import make_trainable
+from grades_trl.recipe.plan import plan_run
 from helpers import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -38,10 +41,30 @@ MODELS = {
     ),
 }
 
+# The figures that the models' published configs give, and the parameters that their pages state, in billions.
+ARCHITECTURES = {path.stem: json.loads(path.read_text()) for path in (ROOT / "tests/architectures").glob("*.json")}
+BILLIONS = {
+    "gemma3_4b": 4.30,
+    "llama3.2_3b": 3.21,
+    "qwen2.5_vl_3b": 3.75,
+    "qwen2.5_vl_7b": 8.29,
+    "qwen3_0.6b": 0.596,
+    "qwen3_4b": 4.02,
+    "qwen3_8b": 8.19,
+    "qwen3_vl_4b": 4.44,
+    "smolvlm2_2.2b": 2.25,
+}
+PLANNED = [config for config in CONFIGS if "by recipes/plan.py" in (ROOT / config).read_text()]
 
-def parsed(config):
-    cpu = ["--report_to", "none", "--bf16", "false", "--use_cpu", "true"]
-    return parse("", ROOT / "unused", ["--config", str(ROOT / config), *cpu])
+
+def architecture(config):
+    """Name of the model of a config: `configs/qwen2_5_vl_3b_qlora.yaml` is one of qwen2.5_vl_3b."""
+    return Path(config).stem.rpartition("_")[0].replace("qwen2_5", "qwen2.5")
+
+
+def parsed(config, *flags):
+    cpu = ["--report_to", "none", "--use_cpu", "true"]
+    return parse("", ROOT / "unused", ["--config", str(ROOT / config), *cpu, *(flags or ("--bf16", "false"))])
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -107,3 +130,35 @@ def test_lora_targets_are_all_matrices_of_the_model(name):
         assert set(grades.tau) == {matrix.tower for matrix in adapted.values()}
     if arguments.lora_target_modules is not None:
         assert {matrix.role for matrix in adapted.values()} == set(arguments.lora_target_modules)
+
+
+# ---- what they need ----
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_figures_of_a_model_give_its_parameters(name):
+    config = T.AutoConfig.for_model(**ARCHITECTURES[name])
+    auto = T.AutoModelForImageTextToText if hasattr(config, "vision_config") else T.AutoModelForCausalLM
+    with torch.device("meta"):
+        assert auto.from_config(config).num_parameters() == pytest.approx(BILLIONS[name] * 1e9, rel=0.002)
+
+
+def test_small_cards_have_configs_for_text_and_images():
+    cards = {
+        (re.search(r"python recipes/(\w+)", text)[1], int(re.search(r"a GPU with (\d+) GB", text)[1]))
+        for text in ((ROOT / config).read_text() for config in PLANNED)
+    }
+    assert cards >= {(recipe, card) for recipe in ("sft_text", "sft_vlm") for card in (8, 12, 16, 24)}
+
+
+@pytest.mark.parametrize("config", PLANNED)
+def test_the_memory_in_the_header_is_that_of_the_plan(config):
+    figures = T.AutoConfig.for_model(**ARCHITECTURES[architecture(config)])
+    vision = hasattr(figures, "vision_config")
+    planned = plan_run(*parsed(config, "--bf16", "true"), vision=vision, config=figures)
+    header = (ROOT / config).read_text()
+    needs, card = re.search(
+        r"# Needs: ([\d.]+) GB by recipes/plan.py .*: a GPU with (\d+) GB. Not run by us.", header
+    ).groups()
+    assert float(needs) == pytest.approx(planned.gib, abs=0.06)
+    assert planned.gib <= int(card)

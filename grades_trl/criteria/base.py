@@ -74,6 +74,11 @@ class Criterion(ABC):
         """Whether the gradients of what is frozen are wanted in this step. No update is applied to it."""
         return False
 
+    @property
+    def memory(self) -> int:
+        """Bytes on the device while everything trains, the gain meter's apart. Known from the shapes alone."""
+        return 0
+
     def forget(self, name: str) -> None:  # noqa: B027
         """Releases what is kept about a matrix, which has frozen."""
 

@@ -122,6 +122,11 @@ class GainMeter:
                 gains[layer] = gains.get(layer, 0.0) + gain
             self._steps[step] = gains
 
+    @property
+    def memory(self) -> int:
+        """Bytes on the device while everything trains."""
+        return self._measurement.memory()
+
     def forget(self, name: str) -> None:
         """Releases what is remembered of a matrix, which has frozen."""
         self.read()

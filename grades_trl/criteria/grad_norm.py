@@ -12,6 +12,7 @@ class GradNorm(ThresholdCriterion):
     """The L1 norm of a matrix's gradient, that of the whole optimizer step, before clipping."""
 
     metric = "grad_norm"
+    compares = False
 
     def measure(self, step: int, live: Collection[str], grad_scale: float) -> dict[str, float]:
         if not self.is_due(step):

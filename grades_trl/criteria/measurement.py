@@ -17,7 +17,7 @@ from torch import Tensor
 from grades_trl.model.matrices import WeightMatrix
 
 from . import kernels, metrics
-from .metrics import Sample, sample
+from .metrics import Sample, sample, sample_size
 
 FUSED_ON = "cuda"  # the devices that the kernels are for; tests in Triton's interpreter say "cpu"
 
@@ -124,6 +124,18 @@ class L1Measurement:
         self._previous.pop(name, None)
         self._samples.pop(name, None)
         self.remembered_at.pop(name, None)
+
+    def memory(self, remembers: bool = True) -> int:
+        """Bytes on the device while everything trains: what is remembered, if anything, and which elements these are.
+        Known from the shapes alone."""
+        total = 0
+        for parameter in (p for matrix in self.matrices.values() for p in matrix.parameters):
+            fraction = self.sample_fraction
+            size = sample_size(parameter.numel(), fraction) if fraction < 1 else None
+            elements = parameter.numel() if size is None else math.prod(size)
+            total += elements * parameter.element_size() if remembers else 0
+            total += 0 if size is None else size[1] * torch.int64.itemsize
+        return total
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = {f"{name}/{i}": t for name, kept in self._previous.items() for i, t in enumerate(kept)}

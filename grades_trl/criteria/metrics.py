@@ -59,14 +59,21 @@ def sample(tensor: Tensor, fraction: float, name: str) -> Sample | None:
         `Sample` or `None`: `None` where more than a quarter of the tensor would be read, or its size has no chunks:
         it is read as a whole.
     """
-    chunk = math.gcd(tensor.numel(), CHUNK)
-    wanted = max(MIN_ELEMENTS, math.ceil(fraction * tensor.numel()))
-    if chunk < 8 or wanted > tensor.numel() / 4:
+    size = sample_size(tensor.numel(), fraction)
+    if size is None:
         return None
-    chunks, count = tensor.numel() // chunk, math.ceil(wanted / chunk)
+    chunk, count = size
+    chunks = tensor.numel() // chunk
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     index = torch.randperm(chunks, generator=generator)[:count].sort().values
     return Sample(chunk, index.to(tensor.device), chunks / count)
+
+
+def sample_size(elements: int, fraction: float) -> tuple[int, int] | None:
+    """Elements of a chunk, and chunks, that [`sample`] reads of a tensor of that size; `None` for all of it."""
+    chunk = math.gcd(elements, CHUNK)
+    wanted = max(MIN_ELEMENTS, math.ceil(fraction * elements))
+    return None if chunk < 8 or wanted > elements / 4 else (chunk, math.ceil(wanted / chunk))
 
 
 def l1_norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -33,6 +33,7 @@ class ThresholdCriterion(Criterion):
     """
 
     metric = ""  # its name in `GradESConfig`, for the reason of a freeze
+    compares = True  # with what it remembers of an earlier step
     defaults = {  # noqa: RUF012
         "tau": "auto",
         "auto_ratio": 0.5,
@@ -84,6 +85,10 @@ class ThresholdCriterion(Criterion):
     def is_due(self, step: int) -> bool:
         """Whether values are wanted in this step."""
         return step % self.measure_every == 0
+
+    @property
+    def memory(self) -> int:
+        return self._measurement.memory(self.compares)
 
     def forget(self, name: str) -> None:
         self._measurement.forget(name)

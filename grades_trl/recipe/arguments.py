@@ -116,6 +116,9 @@ class RecipeArguments:
             of a checkpoint. See [`resume.set_up_resume`].
         bema (`bool`, *optional*, defaults to `False`):
             Average the weights of the baseline by TRL's `BEMACallback`; the model gets the average in the end.
+        plan (`bool`, *optional*, defaults to `False`):
+            Print what the run will take, and end: memory by part, the cards that it fits on, steps, tokens and FLOPs.
+            No weights are loaded.
         num_eval_generations (`int`, *optional*, defaults to `200`):
             Held-out prompts that are answered after training and compared with the expected answer; 0 for none.
         num_samples (`int`, *optional*, defaults to `4`):
@@ -183,6 +186,9 @@ class RecipeArguments:
     )
     bema: bool = field(
         default=False, metadata={"help": "Average the weights of the baseline (BEMA, arXiv 2508.00180)."}
+    )
+    plan: bool = field(
+        default=False, metadata={"help": "Print memory, cards, steps and FLOPs of the run, and end. Loads no weights."}
     )
     num_eval_generations: int = field(
         default=200, metadata={"help": "Held-out prompts to answer and score after training."}

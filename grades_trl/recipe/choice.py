@@ -212,6 +212,15 @@ def flops_of(model: nn.Module, checkpointing: bool = False, tokens: dict[str, fl
         checkpointing (`bool`, *optional*, defaults to `False`): of gradients.
         tokens (`dict[str, float]`, *optional*): tower -> tokens per step; by default as many in each.
     """
+    of_choice, of_tracked, everything = absolute_flops(model, checkpointing, tokens)
+    return ChoiceFlops(of_choice / everything, of_tracked / everything)
+
+
+def absolute_flops(
+    model: nn.Module, checkpointing: bool = False, tokens: dict[str, float] | None = None
+) -> tuple[float, float, float]:
+    """FLOPs of a step of the choice, of its tracked matrices alone, and of a step in which everything trains.
+    Arguments as in [`flops_of`]."""
     tracked = _tracked(model)
     adapters = [matrix for matrix in tracked if matrix.lora]
     rank = None
@@ -227,7 +236,7 @@ def flops_of(model: nn.Module, checkpointing: bool = False, tokens: dict[str, fl
     everything = step_flops([*tracked, *(_with_adapter(matrix, rank) for matrix in untracked)], **settings)
     frozen = {matrix.name for matrix in untracked}
     of_choice = step_flops([*tracked, *untracked], frozen=frozen, skipped_layers=_skipped_layers(model), **settings)
-    return ChoiceFlops(of_choice / everything, step_flops(tracked, **settings) / everything)
+    return of_choice, step_flops(tracked, **settings), everything
 
 
 def _tracked(model: nn.Module) -> list[WeightMatrix]:
