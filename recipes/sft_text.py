@@ -9,6 +9,7 @@ Without arguments: a tiny Qwen3 learns to write dates as ISO 8601, in about a mi
 """
 
 from pathlib import Path
+from typing import Any
 
 from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is used, must be imported before all else
 
@@ -35,14 +36,13 @@ from grades_trl.report.timing import RunClock
 from grades_trl.trainers.heldout import HeldoutAnswers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-DATASETS = {"dates": builtin.dates, "docstrings": builtin.docstrings}
+DATASETS: dict[str, Any] = {"dates": builtin.dates, "docstrings": builtin.docstrings}
 
 
 def main() -> None:
     set_up_console()
     exit_with_comparison()
     recipe, training, model_args, grades = parse(__doc__, CONFIGS / "demo_text.yaml")
-    set_up_resume(recipe, training, model_args, grades)
     if recipe.train_towers is not None:
         raise ValueError(
             "--train_towers chooses among the towers of a vision-language model, which recipes/sft_vlm.py trains. Of "
@@ -51,6 +51,7 @@ def main() -> None:
     if recipe.plan:
         print_plan(recipe, training, model_args, grades, DATASETS, builtin.tiny_qwen3)
         return
+    set_up_resume(recipe, training, model_args, grades)
     callbacks = [*configure_early_stopping(recipe, training), *configure_bema(recipe, training)]
     if "wandb" in training.report_to:
         training.run_name = tracking.start(training.output_dir, training.run_name)
