@@ -10,7 +10,8 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from grades_trl.config import GradESConfig
 from grades_trl.trainers.binding import on_sft_trainer
 from grades_trl.trainers.mixin import GradESMixin
-from vlm.collator import RepliesCollator
+
+from .collator import RepliesCollator
 
 
 class GradESVLMMixin(GradESMixin):

@@ -245,6 +245,9 @@ def parse(
     elif "--help" in argv or "-h" in argv:
         own = {field.name for field in (*fields(RecipeArguments), *fields(GradESConfig)) if field.init}
         _hide_rare_flags(parser, own | {*COMMON_FLAGS.split(), "help"})
+        for action in parser._actions:
+            if action.dest not in own:  # some of TRL's go on and on
+                action.help = (action.help or "").partition(". ")[0]
     # TrlParser looks for the file in a word of its own.
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     parser.set_defaults_with_config(report_to="wandb", output_dir="outputs/run", hub_strategy="end")

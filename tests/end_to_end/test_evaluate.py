@@ -49,7 +49,7 @@ def test_text_demo_and_its_baseline(run, tmp_path):
     quick = f"{QUICK} --max_train_samples 64 --max_eval_samples 25 --num_eval_generations 4"
     quick += " --per_device_eval_batch_size 10"
     printed = run("sft_text.py", quick)
-    assert re.search(r"other models: python \S+/evaluate.py outputs/demo_text\n", printed)
+    assert re.search(r"other models:\n  python \S+/evaluate.py outputs/demo_text\n", printed)
     printed = run("sft_text.py", quick, "--grades false --output_dir outputs/demo_text_baseline --learning_rate 1e-4")
     assert "evaluate.py outputs/demo_text outputs/demo_text_baseline\n" in printed
 
@@ -72,7 +72,7 @@ def test_text_demo_and_its_baseline(run, tmp_path):
         as_in_the_run(of_model, run_scores)
         assert of_model["exact_match"] == run_scores["final/exact_match_test"]
         assert of_model["exact_match_formats"] == run_scores["final/exact_match_test_formats"]
-        assert 0 < of_model["character_error_rate"] <= 1
+        assert of_model["character_error_rate"] > 0  # above 1 where an answer is longer than the expected one
     losses = [of_model["test_loss"] for of_model in found.values()]
     assert re.search(rf"^test_loss +{losses[0]:.4g} +{losses[1]:.4g}$", done.stdout, re.MULTILINE)
     assert len(losses) == 2 and losses[0] < losses[1] - 0.1
