@@ -24,6 +24,7 @@ from grades_trl.recipe.console import format_start, set_up_console, show_progres
 from grades_trl.recipe.data import load_data, warn_truncated_examples
 from grades_trl.recipe.generation import answers, exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
+from grades_trl.recipe.record import record_arguments, samples_of
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
@@ -87,6 +88,7 @@ def main() -> None:
         callbacks=[clock, *callbacks],
     )
     show_progress(trainer)
+    record_arguments(trainer, recipe, model_args)
     choice = choice_flops(trainer)
     rows = {"train on": len(train), "validate on": len(validation), "test on": len(test)}
     print(format_start(environment, rows, training.output_dir))
@@ -108,13 +110,16 @@ def main() -> None:
 
     # 4. Score it: the loss of the held-out rows, and exact answers.
     results |= final_eval(trainer, test)
+    samples = []
     if trainer.diverged_at is None:
         results |= {f"final/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}
         if shown:
-            print(format_samples(shown, {"before": before, "after": ask(shown)}))
+            after = ask(shown)
+            samples = samples_of(shown, before, after)
+            print(format_samples(shown, {"before": before, "after": after}))
 
     # 5. Save and show the results.
-    save_results(trainer, clock, environment, results, recipe, model_args, choice)
+    save_results(trainer, clock, environment, results, recipe, model_args, choice, samples)
     print(format_run(trainer, results))
     tracking.finish()
     exit_if_diverged(trainer, results)
