@@ -51,7 +51,7 @@ def headline(ran: list[Run]) -> str:
     if not _of(ran, "grades") or not _of(ran, "baseline"):
         names = list(dict.fromkeys(run["variant"] for run in ran))
         return f"A comparison of {', '.join(names)}" if names else "No run has scores"
-    ratio = _mean(_pairs(ran, "baseline", lambda run: run["seconds"]["total"], divide=True))
+    ratio = _mean(_pairs(ran, "baseline", _seconds, divide=True))
     losses = _pairs(ran, "baseline", _test_loss)
     return f"GradES took {ratio:.0%} of the baseline's time; its test loss was {_direction(losses, 'lower', 'higher')}"
 
@@ -62,6 +62,10 @@ def _of(ran: list[Run], variant: str) -> dict[int, Run]:
 
 def _test_loss(run: Run) -> float | None:
     return run["results"]["final/test_loss"]
+
+
+def _seconds(run: Run) -> float:
+    return run["seconds"]["total"]
 
 
 def _pairs(ran: list[Run], other: str, number: Any, divide: bool = False) -> list[float]:
@@ -99,9 +103,9 @@ def _what_happened(record: dict[str, Any], ran: list[Run]) -> str:
     if grades:
         mean = _mean([run["steps"] / run["total_steps"] for run in grades])
         reasons = ", ".join(dict.fromkeys(run["stop_reason"] for run in grades))
-        frozen = [f"{run['frozen']:,}" for run in grades if "frozen" in run]
-        froze = f" {', '.join(frozen)} matrices were frozen." if frozen else ""
-        told.append(f"GradES ran {mean:.0%} of the schedule. Why it ended: {reasons}.{froze}")
+        frozen = sorted({run["frozen"] for run in grades})
+        froze = f"{frozen[0]:,}" if len(frozen) == 1 else f"{frozen[0]:,} to {frozen[-1]:,}"
+        told.append(f"GradES ran {mean:.0%} of the schedule. Why it ended: {reasons}. {froze} matrices were frozen.")
     skipped = [(run["variant"], run["seed"], run["skipped"]) for run in record["runs"] if "skipped" in run]
     told += [f"{variant}, seed {seed}, has no scores: {reason}." for variant, seed, reason in skipped]
     return _paragraphs(told)
@@ -115,7 +119,7 @@ def _was_it_worth_it(ran: list[Run]) -> str:
         losses = _pairs(ran, other, _test_loss)
         if not losses:
             continue
-        ratio = _mean(_pairs(ran, other, lambda run: run["seconds"]["total"], divide=True))
+        ratio = _mean(_pairs(ran, other, _seconds, divide=True))
         sentence = (
             f"Against {other}: {ratio:.0%} of its time, test loss {_mean(losses):+.4f} "
             f"({_direction(losses, 'lower', 'higher')})"
@@ -137,13 +141,20 @@ def _what_next(ran: list[Run]) -> list[str]:
             "GradES."
         )
     elif matched:
-        told.append("GradES does better here than a baseline that is shortened to the same FLOPs.")
-    if none:
-        ratio = _mean(_pairs(ran, "nothing_frozen", lambda run: run["seconds"]["total"], divide=True))
+        ratio = _mean(_pairs(ran, "baseline_matched_flops", _seconds, divide=True))
         told.append(
-            f"The same run without freezing shows what freezing itself brings: {ratio:.0%} of the time, test loss "
-            f"{_mean(none):+.4f}."
+            f"GradES does better here than a baseline that is shortened to the same FLOPs, in {ratio:.0%} of its time."
         )
+    if none:
+        ratio = _mean(_pairs(ran, "nothing_frozen", _seconds, divide=True))
+        brings = f"{ratio:.0%} of the time, test loss {_mean(none):+.4f}"
+        if ratio >= 1 and _mean(none) >= 0:
+            told.append(
+                f"Freezing itself brought nothing here ({brings}): --metric none keeps the average of the weights and "
+                "the ending."
+            )
+        else:
+            told.append(f"What freezing itself brings, against the same run without it: {brings}.")
     if count < 3:
         told.append("Add seeds with --seeds 0 1 2: fewer than three cannot tell a difference from chance.")
     if not matched:

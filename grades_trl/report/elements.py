@@ -45,12 +45,14 @@ section { margin-bottom: 16px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; font-size: 14px; color: var(--soft); }
 tbody th { color: inherit; font-size: inherit; font-weight: 400; }
-th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
-td.n, th.n { text-align: right; white-space: nowrap; overflow-wrap: normal; }
+th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th.n, td.n { text-align: right; }
+td.n { white-space: nowrap; }
+.pairs table { max-width: 680px; }
+.pairs th, .pairs td { overflow-wrap: anywhere; white-space: normal; min-width: 8ch; }
 tr > :last-child { padding-right: 0; }
 tbody tr:last-child > * { border-bottom: 0; }
 .scroll { max-height: 460px; overflow: auto; font-size: 14px; }
-.scroll td, .scroll th { overflow-wrap: normal; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 16px;
   align-items: start; margin-bottom: 16px; }
 .columns section { margin: 0; min-width: 0; }
@@ -178,7 +180,8 @@ def table(rows: Sequence[tuple], header: tuple[str, ...] = (), numbers: int = 1,
 
     head = f"<thead><tr>{cells(header, True)}</tr></thead>" if header else ""
     body = "".join(f"<tr>{cells(row, False)}</tr>" for row in rows)
-    return region(f"<table>{head}<tbody>{body}</tbody></table>", caption or "table")
+    css = "wide pairs" if rows and len(rows[0]) == 2 else "wide"
+    return region(f"<table>{head}<tbody>{body}</tbody></table>", caption or "table", css)
 
 
 def region(inner: str, label: str, css: str = "wide") -> str:

@@ -154,7 +154,9 @@ def _was_it_worth_it(summary: RunSummary) -> list[str]:
     speedup, flops = summary.speedup, summary.flops.fraction
     ratio, told = speedup.against_full_schedule, []
     if ratio is None:
-        told.append("The clock cannot tell: the run has too few steps before its first freeze to compare with.")
+        told.append(
+            "The clock cannot tell how fast a baseline is: its steps before the first freeze are too few, or vary."
+        )
     else:
         verdict = (
             "Yes, in time" if ratio > 1.02 else "No, in time" if ratio < 0.98 else "It made no difference in time"
@@ -338,8 +340,9 @@ def _heldout_curve(history: RunHistory, summary: RunSummary, evaluations: Sequen
     colors = ("orange", "violet", "grey")
     for i, (name, curve) in enumerate(list(validation.items())[:3]):
         lines.append(Line(name, curve, colors[i], dashes[i]))
+    facts = table(_heldout(summary.heldout), caption="Held-out measurements") if summary.heldout is not None else ""
     if not lines:
-        return ""
+        return section("Held-out measurements", facts)
     groups = history.event_groups()
     shown = groups[:: max(1, -(-len(groups) // 60))]  # so many lines can be told apart
     events = [(float(g.step), f"step {g.step}: {g.what}: {g.reason}") for g in shown]
@@ -350,7 +353,6 @@ def _heldout_curve(history: RunHistory, summary: RunSummary, evaluations: Sequen
     )
     drawn = chart(lines, alt, "optimizer step", max(history.total_steps, history.step), events)
     numbers = fold("The numbers", table([(int(x), y) for x, y in first], ("Step", lines[0].name), 1, lines[0].name))
-    facts = table(_heldout(summary.heldout), caption="Held-out measurements") if summary.heldout is not None else ""
     return section("Held-out score and events", drawn + numbers + facts)
 
 
@@ -419,15 +421,16 @@ def _details(summary: RunSummary, facts: RecipeFacts) -> str:
         ),
         table_section("Versions", list(summary.environment.versions.items())),
         table_section("Parameters", parameters),
-        table_section("Caches", caches, ("Outputs of", "Read", "Computed", "Memory", "Saved", "At the end"), 5),
     ]
-    settings = table(list(summary.settings.items()), caption="Settings of GradES") if summary.settings else ""
+    cached = table_section("Caches", caches, ("Outputs of", "Read", "Computed", "Memory", "Saved", "At the end"), 5)
+    chosen = [(name, value) for name, value in summary.settings.items() if value is not None]
+    settings = table(chosen, caption="Settings of GradES") if chosen else ""
     inner = f"<h3>GradES, metric {text(summary.metric)}</h3>{settings}"
     for group, arguments in facts.arguments.items():
         rows = table(list(arguments.items()), caption=f"Arguments: {group}")
         inner += fold(f"All arguments of the {group} ({len(arguments):,})", rows)
     how = f"<h3>Command</h3>{command(facts.command)}" if facts.command else ""
-    return f"<div class=columns>{''.join(columns)}</div>{section('Settings and command', how + inner)}"
+    return f"<div class=columns>{''.join(columns)}</div>{cached}{section('Settings and command', how + inner)}"
 
 
 def _flops(flops: Flops) -> list[tuple]:

@@ -295,11 +295,9 @@ class _Trackio:
         trackio.log({key: trackio.Image(_pillow(png)), "train/global_step": step})
 
     def table(self, key: str, columns: list[str], rows: list[list], step: int) -> None:
-        import pandas  # trackio's own dependency
-
         trackio = self._run()
         rows = [[_pillow(cell, trackio.Image) for cell in row] for row in rows]
-        trackio.log({key: trackio.Table(dataframe=pandas.DataFrame(rows, columns=columns))})
+        trackio.log({key: trackio.Table(columns=columns, data=rows)})
 
     def heldout(self, key: str, score: float, step: int) -> None:
         """It comes with `trainer.log`."""
