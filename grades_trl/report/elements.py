@@ -49,6 +49,7 @@ th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical
 th.n, td.n { text-align: right; }
 td.n { white-space: nowrap; }
 .pairs table { max-width: 680px; }
+.many table { min-width: 640px; }
 .pairs th, .pairs td { overflow-wrap: anywhere; white-space: normal; min-width: 8ch; }
 tr > :last-child { padding-right: 0; }
 tbody tr:last-child > * { border-bottom: 0; }
@@ -70,6 +71,7 @@ svg text { fill: var(--soft); font-size: 11px; }
 .stack .p1, .key .p1 { background: repeating-linear-gradient(45deg, var(--orange) 0 6px, transparent 6px 9px); }
 .stack .p2, .key .p2 { background: var(--grey); }
 .stack .p3, .key .p3 { background: repeating-linear-gradient(90deg, var(--green) 0 4px, transparent 4px 6px); }
+div + h3 { margin-top: 16px; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 16px; }
 .sample { border: 1px solid var(--line); border-radius: 8px; padding: 12px; margin: 0; min-width: 0; }
 .sample img { display: block; max-width: 100%; min-width: min(140px, 100%); max-height: 220px; object-fit: contain;
@@ -89,7 +91,7 @@ code { font: 14px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
 @media print { :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --card: #fff; --page: #fff;
   --blue: #005b94; --band: #005b9426; --orange: #b34a00; --green: #00664b; --grey: #6b7785; --violet: #8d3c72; }
   body { font-size: 11pt; } section, .card, .sample { break-inside: avoid; border-color: #bbb; }
-  .scroll { max-height: none; overflow: visible; } .plot img { min-width: 0; }
+  .scroll { max-height: none; overflow: visible; } .plot img, .many table { min-width: 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 # The policy makes the browser itself refuse scripts and anything from outside.
@@ -180,7 +182,8 @@ def table(rows: Sequence[tuple], header: tuple[str, ...] = (), numbers: int = 1,
 
     head = f"<thead><tr>{cells(header, True)}</tr></thead>" if header else ""
     body = "".join(f"<tr>{cells(row, False)}</tr>" for row in rows)
-    css = "wide pairs" if rows and len(rows[0]) == 2 else "wide"
+    columns = len(rows[0]) if rows else 0
+    css = "wide pairs" if columns == 2 else "wide many" if columns > 4 else "wide"
     return region(f"<table>{head}<tbody>{body}</tbody></table>", caption or "table", css)
 
 

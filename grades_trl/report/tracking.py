@@ -191,29 +191,33 @@ class _Wandb:
     def is_on(self) -> bool:
         return wandb.run is not None
 
+    @property
+    def _run(self) -> Any:
+        return wandb.run
+
     def config(self, config: dict[str, Any]) -> None:
-        wandb.run.config.update(config, allow_val_change=True)
+        self._run.config.update(config, allow_val_change=True)
 
     def image(self, key: str, png: bytes, step: int) -> None:
-        wandb.run.log({key: wandb.Image(PIL.Image.open(io.BytesIO(png))), "train/global_step": step})
+        self._run.log({key: wandb.Image(PIL.Image.open(io.BytesIO(png))), "train/global_step": step})
 
     def table(self, key: str, columns: list[str], rows: list[list], step: int) -> None:
         rows = [[_pillow(cell, wandb.Image) for cell in row] for row in rows]
-        wandb.run.log({key: wandb.Table(columns=columns, data=rows)})
+        self._run.log({key: wandb.Table(columns=columns, data=rows)})
 
     def heldout(self, key: str, score: float, step: int) -> None:
-        wandb.run.log({key: score, "train/global_step": step})
+        self._run.log({key: score, "train/global_step": step})
 
     def summary(self, summary: dict[str, Any]) -> None:
-        wandb.run.summary.update(summary)
+        self._run.summary.update(summary)
 
     def result(self, result: dict[str, Any], step: int) -> None:
-        wandb.run.summary.update(result)
+        self._run.summary.update(result)
 
     def report(self, directory: Path) -> None:
-        artifact = wandb.Artifact(f"grades-{wandb.run.id}", type="grades-report")
+        artifact = wandb.Artifact(f"grades-{self._run.id}", type="grades-report")
         artifact.add_dir(str(directory))
-        wandb.run.log_artifact(artifact)
+        self._run.log_artifact(artifact)
 
 
 class _TensorBoard:
