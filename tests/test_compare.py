@@ -279,7 +279,7 @@ class Recipe:
     def __init__(self):
         self.commands, self.ids, self.exit_code, self.result = [], [], 0, run_of("", 0)
 
-    def __call__(self, command, run_id, log_file):
+    def __call__(self, command, run_id, variant, log_file):
         self.commands.append(command)
         self.ids.append(run_id)
         folder = Path(command[command.index("--output_dir") + 1])
