@@ -353,7 +353,15 @@ def test_the_files_of_a_run(tmp_path, now):
     found.results = {"final/test_loss": float("nan"), "final/exact_match": np.float32(0.5)}
     run.report.write(found)
     folder = tmp_path / "grades"
-    names = {"events.jsonl", "history.parquet", "summary.json", "timeline.png", "report.html"}
+    names = {
+        "events.jsonl",
+        "heldout.jsonl",
+        "metrics.jsonl",
+        "history.parquet",
+        "summary.json",
+        "timeline.png",
+        "report.html",
+    }
     names |= {"gain.parquet", "gain.png"}
     assert {path.name for path in folder.iterdir()} == names
     written = strict(folder / "summary.json")
