@@ -27,6 +27,7 @@ import yaml
 
 from grades_trl.config import CRITERION_SETTINGS, HELDOUT_SETTINGS
 from grades_trl.extras import how_to_install, installed
+from grades_trl.recipe import comparison_page
 from grades_trl.recipe.comparison import (
     RUN_ID,
     VARIANTS,
@@ -95,12 +96,13 @@ def main() -> None:
     }
     write_json(output_dir / "compare.json", record)
     (output_dir / "compare.md").write_text(markdown(summary), encoding="utf-8")
-    print(f"\n{markdown(summary)}\n{output_dir / 'compare.md'}")
-    if installed("matplotlib"):
-        draw(runs, summary, output_dir / "compare.png")
-        print(output_dir / "compare.png")
-    else:
-        print(f"There is no figure, which needs matplotlib: {how_to_install('matplotlib')}.")
+    figure = output_dir / "compare.png" if installed("matplotlib") else None
+    if figure is not None:
+        draw(runs, summary, figure)
+    comparison_page.write(record, figure, output_dir / "compare.html")
+    print(f"\n{markdown(summary)}\n{output_dir / 'compare.html'}")
+    if figure is None:
+        print(f"It has no figure, which needs matplotlib: {how_to_install('matplotlib')}.")
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -198,7 +200,7 @@ def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str,
     if made_of["schedule"]:
         lines = "".join(json.dumps(freeze) + "\n" for freeze in made_of["schedule"])
         (folder / "schedule.jsonl").write_text(lines, encoding="utf-8")
-    exit_code = run_recipe(command, run_id, folder / "log.txt")
+    exit_code = run_recipe(command, run_id, variant, folder / "log.txt")
     run = finished_run(result, run_id, variant, seed)
     if run is None or (exit_code != 0 and "skipped" not in run):
         last = "\n".join((folder / "log.txt").read_text("utf-8", errors="replace").splitlines()[-LAST_LINES:])
@@ -207,9 +209,10 @@ def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str,
     return run
 
 
-def run_recipe(command: list[str], run_id: str, log_file: Path) -> int:
-    """Runs a recipe that ends when this process does (see `exit_with_comparison`); returns its exit code."""
-    environment = os.environ | {RUN_ID: run_id}
+def run_recipe(command: list[str], run_id: str, variant: str, log_file: Path) -> int:
+    """Runs a recipe that ends when this process does (see `exit_with_comparison`); returns its exit code. In W&B the
+    runs of a variant have its name as their job type."""
+    environment = os.environ | {RUN_ID: run_id, "WANDB_JOB_TYPE": variant}
     with (
         open(log_file, "wb") as log,
         subprocess.Popen(

@@ -28,6 +28,7 @@ from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import answers, exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
 from grades_trl.recipe.plan import print_plan
+from grades_trl.recipe.record import record_arguments, samples_of
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
 from grades_trl.recipe.resume import set_up_resume
 from grades_trl.report import tracking
@@ -99,6 +100,7 @@ def main() -> None:
         callbacks=[clock, *callbacks],
     )
     show_progress(trainer)
+    record_arguments(trainer, recipe, model_args)
     choice = choice_flops(trainer)
     rows = {"train on": len(train), "validate on": len(validation), "test on": len(test)}
     print(format_start(environment, rows, training.output_dir))
@@ -123,13 +125,16 @@ def main() -> None:
 
     # 4. Score it: the loss of the held-out rows, and exact answers.
     results |= final_eval(trainer, test)
+    samples = []
     if trainer.diverged_at is None:
         results |= {f"final/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}
         if shown:
-            print(format_samples(shown, {"before": before, "after": ask(shown)}))
+            after = ask(shown)
+            samples = samples_of(shown, before, after)
+            print(format_samples(shown, {"before": before, "after": after}))
 
     # 5. Save and show the results.
-    save_results(trainer, clock, environment, results, recipe, model_args, choice)
+    save_results(trainer, clock, environment, results, recipe, model_args, choice, samples)
     print(format_run(trainer, results))
     write_card(trainer, clock, results, recipe, model_args, dataset)
     tracking.finish()

@@ -27,6 +27,7 @@ from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import exact_match, format_samples
 from grades_trl.recipe.models import load_model, make_trainable
 from grades_trl.recipe.plan import print_plan
+from grades_trl.recipe.record import record_arguments, samples_of
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
 from grades_trl.recipe.resume import set_up_resume
 from grades_trl.report import tracking
@@ -97,6 +98,7 @@ def main() -> None:
         callbacks=[clock, *callbacks],
     )
     show_progress(trainer)
+    record_arguments(trainer, recipe, model_args)
     choice = choice_flops(trainer)
     rows = {"train on": len(train), "validate on": len(validation), "test on": len(test)}
     print(format_start(environment, rows, training.output_dir))
@@ -116,22 +118,22 @@ def main() -> None:
 
     # 4. Score it: the loss of the held-out rows, and exact answers, beside those of the same model given blank images,
     #    which tell what can be answered without seeing.
-    results |= final_eval(trainer, test)
+    results, samples = results | final_eval(trainer, test), []
     if trainer.diverged_at is None:
         if len(asked):
             results["final/exact_match"] = exact_match(ask(asked), asked)
             results["final/exact_match_blank_images"] = exact_match(ask(asked, blank=True), asked)
         if len(shown):
             after = ask(shown)
+            samples = samples_of(shown, before, after)
             print(format_samples(shown, {"before": before, "after": after}))
             if installed("matplotlib"):
                 sheet = Path(training.output_dir) / "samples.png"
                 save_samples(shown, before, after, sheet)
                 print(f"With their images: {sheet}")
-                tracking.Tracker(training.report_to).log_samples(sheet)
 
     # 5. Save and show the results.
-    save_results(trainer, clock, environment, results, recipe, model_args, choice)
+    save_results(trainer, clock, environment, results, recipe, model_args, choice, samples)
     print(format_run(trainer, results))
     write_card(trainer, clock, results, recipe, model_args, dataset)
     tracking.finish()

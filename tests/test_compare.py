@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 from grades_trl.recipe import data
 from grades_trl.recipe.arguments import configure_bema, parse
 from grades_trl.recipe.comparison import (
-    COLORS,
+    COLORS_AND_MARKS,
     RUN_ID,
     VARIANTS,
     draw,
@@ -160,8 +160,8 @@ def test_a_baseline_with_the_flops_of_a_grades_run(grades, steps):
 
 
 def test_every_variant_has_a_color_and_a_place():
-    assert COLORS.keys() == VARIANTS.keys()
-    assert len(set(COLORS.values())) == len(COLORS)
+    assert COLORS_AND_MARKS.keys() == VARIANTS.keys()
+    assert all(len(set(kinds)) == len(VARIANTS) for kinds in zip(*COLORS_AND_MARKS.values(), strict=True))
     runs = [run_of(variant, 0) for variant in reversed(VARIANTS)]
     assert list(summarize(runs)["variants"]) == list(VARIANTS)
 
@@ -279,7 +279,7 @@ class Recipe:
     def __init__(self):
         self.commands, self.ids, self.exit_code, self.result = [], [], 0, run_of("", 0)
 
-    def __call__(self, command, run_id, log_file):
+    def __call__(self, command, run_id, variant, log_file):
         self.commands.append(command)
         self.ids.append(run_id)
         folder = Path(command[command.index("--output_dir") + 1])
@@ -421,7 +421,8 @@ from pathlib import Path
 spec = importlib.util.spec_from_file_location("compare", {str(ROOT / "recipes" / "compare.py")!r})
 compare = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(compare)
-compare.run_recipe([sys.executable, {str(tmp_path / "child.py")!r}], "the id", Path({str(tmp_path / "log")!r}))
+child = [sys.executable, {str(tmp_path / "child.py")!r}]
+compare.run_recipe(child, "the id", "grades", Path({str(tmp_path / "log")!r}))
 """
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(60)

@@ -243,3 +243,39 @@ def test_files_are_utf_8_whatever_the_terminal_speaks(tmp_path, monkeypatch):
     history.flush()
     resumed = make(tmp_path, matrices, resume_step=20)
     assert list(resumed.events) == ["層.0"] and recorded(tmp_path) == {(20, "層.0"): 1.0}
+
+
+def test_measurements_and_logged_metrics_come_back_up_to_the_checkpoint(tmp_path):
+    """They are on disk as they happen, whatever the run reports to."""
+    matrices = toy_matrices()
+    history = make(tmp_path, matrices)
+    for step in (10, 20, 30):
+        history.record(step, [], {})
+        history.record_heldout("loss", 100.0 / step)
+        history.record_metrics(step, {"loss": float("nan"), "grades/step_time": step / 10})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1]) == {"step": 30, "loss": None, "grades/step_time": 3.0}
+    resumed = make(tmp_path, matrices, resume_step=20)
+    assert [(point.step, point.metric, point.score) for point in resumed.heldout] == [
+        (10, "loss", 10.0),
+        (20, "loss", 5.0),
+    ]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
+    assert make(tmp_path, matrices).heldout == []
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_events_are_told_in_groups(tmp_path):
+    """One for each step and reason; what trains again is not frozen any more."""
+    matrices = toy_matrices()
+    history = make(tmp_path, matrices)
+    history.record(5, [freeze(matrices, f"layers.0.{role}", 5) for role in ("q_proj", "down_proj")], {})
+    history.record(7, [replace(freeze(matrices, "layers.1.q_proj", 7), reason="schedule")], {})
+    history.record(9, [replace(freeze(matrices, "layers.0.q_proj", 9), unfrozen=True, reason="it gains again")], {})
+    columns, rows = history.event_table()
+    assert columns == ["step", "event", "what", "reason", "matrices", "frozen in all"]
+    assert rows == [
+        [5, "frozen", "language layer 0", "grad_change below tau", 2, 2],
+        [7, "frozen", "language 1 q_proj", "schedule", 1, 3],
+        [9, "trains again", "language 0 q_proj", "it gains again", 1, 2],
+    ]

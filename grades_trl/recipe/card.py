@@ -15,7 +15,8 @@ from peft import PeftModel
 from trl import ModelConfig
 
 from grades_trl.recipe.arguments import BUILTIN_DATASETS, RecipeArguments
-from grades_trl.recipe.results import argv_without_secrets, format_score
+from grades_trl.recipe.record import command_line
+from grades_trl.recipe.results import format_score
 from grades_trl.report.timing import RunClock
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def write_card(
             _what_froze(trainer, folder),
             _data(recipe, trainer.args.seed, dataset),
             _scores(results),
-            f"### Command\n\n```bash\n{shlex.join(['python', *argv_without_secrets()])}\n```",
+            f"### Command\n\n```bash\n{command_line()}\n```",
         ]
         card = complete(text, sections, model_args.model_name_or_path, trainer, dataset["train"])
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -37,17 +37,18 @@ VARIANTS = {
     "paper": "GradES with the paper's metric and settings",
 }
 PARTS = ("training", "validation", "saving", "grades")
-COLORS = {
-    "baseline": "#52606d",
-    "grades": "#2563eb",
-    "baseline_matched_flops": "#d97706",
-    "early_stopping": "#059669",
-    "nothing_frozen": "#0d9488",
-    "bema": "#dc2626",
-    "vision_frozen": "#65a30d",
-    "random_order": "#9333ea",
-    "bottom_up": "#be185d",
-    "paper": "#0891b2",
+# All kinds of color vision tell most of these apart; the marks tell all of them apart.
+COLORS_AND_MARKS = {
+    "baseline": ("#52606d", "o"),
+    "grades": ("#0072b2", "s"),
+    "baseline_matched_flops": ("#d55e00", "^"),
+    "early_stopping": ("#009e73", "D"),
+    "nothing_frozen": ("#cc79a7", "v"),
+    "bema": ("#e69f00", "P"),
+    "vision_frozen": ("#56b4e9", "X"),
+    "random_order": ("#882255", "<"),
+    "bottom_up": ("#999933", ">"),
+    "paper": ("#332288", "*"),
 }
 
 
@@ -289,13 +290,14 @@ def draw(runs: list[Run], summary: dict[str, Any], path: Path) -> None:
     for run in runs:
         if run["variant"] in ("baseline", "grades") and run["validation"]:
             curve = [(entry["seconds"], entry["eval_loss"]) for entry in run["validation"]]
-            left.plot(*zip(*curve, strict=True), color=COLORS[run["variant"]], linewidth=0.7, alpha=0.6)
+            left.plot(*zip(*curve, strict=True), color=COLORS_AND_MARKS[run["variant"]][0], linewidth=0.7, alpha=0.6)
     drawn = [variant for variant, numbers in summary["variants"].items() if "skipped" not in numbers]
     for variant in drawn:
         points = [
             (run["seconds"]["total"], run["results"]["final/test_loss"]) for run in runs if run["variant"] == variant
         ]
-        left.scatter(*zip(*points, strict=True), color=COLORS[variant], label=variant, s=28, zorder=3)
+        color, mark = COLORS_AND_MARKS[variant]
+        left.scatter(*zip(*points, strict=True), color=color, marker=mark, label=variant, s=34, zorder=3)
     left.set(xlabel="seconds of training, validation included", ylabel="loss", yscale="log")
     left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     left.yaxis.set_major_formatter("{x:g}")
@@ -304,10 +306,10 @@ def draw(runs: list[Run], summary: dict[str, Any], path: Path) -> None:
     left.legend(frameon=False, fontsize=9)
 
     start = [0.0] * len(drawn)
-    for part, color in zip(PARTS, ("#9aa5b1", "#f59e0b", "#e4e7eb", "#2563eb"), strict=True):
+    for part, shade in zip(PARTS, ("#9aa5b1", "#e69f00", "#e4e7eb", "#0072b2"), strict=True):
         widths = [summary["variants"][variant][f"{part}_seconds"]["mean"] for variant in drawn]
         label = "GradES" if part == "grades" else part
-        right.barh(drawn, widths, left=start, color=color, label=label, height=0.6)
+        right.barh(drawn, widths, left=start, color=shade, label=label, height=0.6)
         start = [a + b for a, b in zip(start, widths, strict=True)]
     right.invert_yaxis()
     right.set(xlabel="seconds, mean over seeds")

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import shlex
-import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,11 +21,13 @@ from grades_trl.recipe.bema import BEMA
 from grades_trl.recipe.choice import ChoiceFlops
 from grades_trl.recipe.comparison import RUN_ID, split_flags
 from grades_trl.recipe.places import command_of, recipe_name
+from grades_trl.recipe.record import command_line, public_argv, resolved_arguments
 from grades_trl.report.environment import Environment
+from grades_trl.report.recipe_facts import RecipeFacts, Sample, write_samples
 from grades_trl.report.strict_json import write_json
 from grades_trl.report.summary import format_summary, run_result
 from grades_trl.report.timing import RunClock
-from grades_trl.report.tracking import Tracker
+from grades_trl.report.tracking import Tracker, result_fields
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +114,9 @@ def save_results(
     recipe: RecipeArguments,
     model_args: ModelConfig,
     choice: ChoiceFlops,
+    samples: Sequence[Sample] = (),
 ) -> None:
-    """Writes `result.json`, and the scores into the report and W&B.
+    """Writes `result.json` and the samples, and tells the report and the loggers.
 
     Args:
         trainer: after `train()`.
@@ -122,6 +125,7 @@ def save_results(
         results (`dict[str, float]`): the final scores.
         recipe (`RecipeArguments`), model_args (`ModelConfig`): as [`arguments.parse`] gave them.
         choice (`ChoiceFlops`): what trained from the start.
+        samples (`Sequence[Sample]`, *optional*): answers before and after training.
     """
     summary = trainer.grades_summary
     result = run_result(
@@ -132,22 +136,25 @@ def save_results(
         environment=environment,
         scores=results,
         warmup_steps=trainer.args.warmup_steps,
-        argv=argv_without_secrets(),
+        argv=public_argv(),
         scored_with=scored_with(recipe, trainer.args, model_args),
         matrices=trainer.tracked.values() if summary is not None else (),
         diverged_at=trainer.diverged_at,
     )
     result.id = os.environ.get(RUN_ID, result.id)
     write_json(Path(trainer.args.output_dir) / "result.json", result.to_json() | {"choice": asdict(choice)})
-    Tracker(trainer.args.report_to).log_scores(results)
+    output_dir = Path(trainer.args.output_dir)
+    if samples:
+        write_samples(output_dir / "samples", list(samples))
+    tracker, step = Tracker.of(trainer), trainer.state.global_step
+    tracker.log_samples(list(samples), step)
+    tracker.log_result(result_fields(result), results, step)
     if summary is not None:
         summary.results = results
+        arguments = resolved_arguments(trainer, recipe, model_args)
+        commands = next_commands(output_dir, with_grades=True)
+        trainer.report.facts = RecipeFacts(command_line(), arguments, list(samples), commands)
         trainer.report.write(summary)
-
-
-def argv_without_secrets() -> list[str]:
-    """The command line for files that may be uploaded."""
-    return split_flags(sys.argv, ("hub_token",))[1]
 
 
 def format_run(trainer: Any, results: dict[str, float]) -> str:
@@ -158,7 +165,8 @@ def format_run(trainer: Any, results: dict[str, float]) -> str:
     if trainer.grades_summary is not None:
         parts.append(format_summary(trainer.grades_summary))
         found.append(f"report     {output_dir / 'grades' / 'report.html'}")
-    parts += ["\n".join(found), "\n".join(next_commands(output_dir, trainer.grades_config is not None))]
+    commands = next_commands(output_dir, trainer.grades_config is not None)
+    parts += ["\n".join(found), "\n".join(f"{purpose}:\n  {command}" for purpose, command in commands)]
     return "\n" + "\n\n".join(parts)
 
 
@@ -173,20 +181,20 @@ def format_results(results: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def next_commands(output_dir: Path, with_grades: bool) -> list[str]:
-    """What to run next: a comparison with the baseline and other controls, and the scores of the model again, beside
-    those of the baseline if it is there."""
-    lines = []
+def next_commands(output_dir: Path, with_grades: bool) -> list[tuple[str, str]]:
+    """What to run next, each with its purpose: a comparison with the baseline and other controls; the scores of the
+    model again, beside those of the baseline if it is there."""
+    commands = []
     if with_grades:
         of_one_run = ("output_dir", "seed", "grades", "run_name", "resume", "resume_from_checkpoint")
-        _, flags = split_flags(sys.argv[1:], of_one_run)
+        _, flags = split_flags(public_argv()[1:], of_one_run)
         compare = [*command_of("compare"), "--recipe", recipe_name(), *flags]
-        lines.append(f"Was it worth it? Compare it with the baseline:\n  {shlex.join(compare)}")
+        commands.append(("Was it worth it? Compare it with the baseline", shlex.join(compare)))
     sibling = f"{output_dir}_baseline" if with_grades else str(output_dir).removesuffix("_baseline")
     folders = [sibling, str(output_dir)] if (Path(sibling) / "result.json").exists() else [str(output_dir)]
     evaluate = [*command_of("evaluate"), *dict.fromkeys(folders)]
-    lines.append(f"Score it again, or beside other models:\n  {shlex.join(evaluate)}")
-    return lines
+    commands.append(("Score it again, or beside other models", shlex.join(evaluate)))
+    return commands
 
 
 def exit_if_diverged(trainer: Any, results: dict[str, float]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +22,44 @@ MAX_ROWS = 2000  # steps of history kept per matrix; when full, every other one 
 COLUMNS = ["matrix", "tower", "layer", "role", "params", "frozen at step", "last value", "tau", "reason"]
 
 
+@dataclass(frozen=True)
+class HeldoutPoint:
+    """One held-out measurement: after which optimizer step, of what (`"loss"`, ...), and the score."""
+
+    step: int
+    metric: str
+    score: float
+
+
+@dataclass(frozen=True)
+class EventGroup:
+    """
+    What froze, or trains again, in one step and for one reason.
+
+    Attributes:
+        step (`int`): optimizer step, counted from 1.
+        unfrozen (`bool`): it trains again.
+        what (`str`): in words, such as `"the vision tower"`.
+        reason (`str`): as in the events.
+        matrices (`int`): how many of them.
+        frozen (`int`): how many are frozen after it.
+    """
+
+    step: int
+    unfrozen: bool
+    what: str
+    reason: str
+    matrices: int
+    frozen: int
+
+
 class RunHistory:
     """
     Keeps the freeze events of a run and the metric values of its matrices, and writes them to one directory.
 
-    Files: `events.jsonl` (one line per freeze, as it happens), `history.parquet` (columns `step` int32, `matrix`
-    dictionary of strings, `value` float32) and `gain.parquet` (`step` int32, `layer` dictionary of strings, `gain`
-    float64).
+    Files: `events.jsonl` (one line per freeze, as it happens), `heldout.jsonl` (one per held-out measurement),
+    `metrics.jsonl` (one per call of `trainer.log`), `history.parquet` (columns `step` int32, `matrix` dictionary of
+    strings, `value` float32) and `gain.parquet` (`step` int32, `layer` dictionary of strings, `gain` float64).
 
     Args:
         directory (`str` or `Path`): where the files go; made if missing.
@@ -43,6 +75,7 @@ class RunHistory:
         events (`dict[str, FreezeEvent]`): the freeze of every matrix that is frozen now, by name, in order.
         all_events (`list[FreezeEvent]`): these, and those of matrices that train again.
         gains (`dict[int, dict[str, float]]`): optimizer step -> layer -> gain, see `GainMeter`.
+        heldout (`list[HeldoutPoint]`): the held-out measurements, in order.
         step (`int`): the last optimizer step that was recorded.
         measurements (`int`): steps with values so far. A resumed run must set it for its history to go on in the same
             rhythm.
@@ -83,16 +116,14 @@ class RunHistory:
         self._events_path = self.directory / "events.jsonl"
         self._history_path = self.directory / "history.parquet"
         self._gain_path = self.directory / "gain.parquet"
-        kept = []
-        if resume_step > 0 and self._events_path.exists():
-            # A line without its end was cut off by a crash, so it is later than any checkpoint.
-            lines = self._events_path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_step]
-            for line in kept:
-                event = FreezeEvent(**json.loads(line))
-                self._check_known([event.matrix], self._events_path)
-                self._note(event)
-        self._events_path.write_text("".join(kept), encoding="utf-8")
+        self._heldout_path = self.directory / "heldout.jsonl"
+        self._metrics_path = self.directory / "metrics.jsonl"
+        for row in _kept_lines(self._events_path, resume_step):
+            event = FreezeEvent(**row)
+            self._check_known([event.matrix], self._events_path)
+            self._note(event)
+        self.heldout = [HeldoutPoint(**row) for row in _kept_lines(self._heldout_path, resume_step)]
+        _kept_lines(self._metrics_path, resume_step)
         if resume_step > 0 and self._history_path.exists():
             self._load_history(resume_step)
         else:
@@ -146,10 +177,73 @@ class RunHistory:
             self.measurements += 1
         if events:
             self._check_known([event.matrix for event in events], "record()")
-            with self._events_path.open("a", encoding="utf-8") as file:
-                for event in events:
-                    self._note(event)
-                    file.write(json.dumps(jsonable(asdict(event)), allow_nan=False) + "\n")
+            for event in events:
+                self._note(event)
+            _append(self._events_path, [asdict(event) for event in events])
+
+    def record_heldout(self, metric: str, score: float) -> None:
+        """Takes in a held-out measurement of the last recorded step; it is on disk when this returns.
+
+        Args:
+            metric (`str`): what the score is, e.g. `"loss"`.
+            score (`float`): of the held-out rows.
+        """
+        self.heldout.append(HeldoutPoint(self.step, metric, score))
+        _append(self._heldout_path, [asdict(self.heldout[-1])])
+
+    def record_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """Appends what a trainer logs to `metrics.jsonl`, so that a run that reports to no logger keeps it.
+
+        Args:
+            step (`int`): optimizer step.
+            metrics (`dict[str, Any]`): by their keys, as `trainer.log` has them.
+        """
+        _append(self._metrics_path, [{"step": step, **metrics}])
+
+    def event_groups(self) -> list[EventGroup]:
+        """The freezes of a run as people tell them: one entry per step, kind of event and reason, in order."""
+        groups: dict[tuple[int, bool, str], list[FreezeEvent]] = {}
+        for event in self.all_events:
+            groups.setdefault((event.step, event.unfrozen, event.reason), []).append(event)
+        frozen, told = 0, []
+        for (step, unfrozen, reason), events in groups.items():
+            frozen += -len(events) if unfrozen else len(events)
+            told.append(EventGroup(step, unfrozen, self.in_words(events), reason, len(events), frozen))
+        return told
+
+    def event_table(self) -> tuple[list[str], list[list]]:
+        """The entries of `event_groups`, for a table: the names of the columns, and the rows."""
+        columns = ["step", "event", "what", "reason", "matrices", "frozen in all"]
+        rows: list[list] = [
+            [g.step, "trains again" if g.unfrozen else "frozen", g.what, g.reason, g.matrices, g.frozen]
+            for g in self.event_groups()
+        ]
+        return columns, rows
+
+    def in_words(self, events: list[FreezeEvent]) -> str:
+        """Whole towers and layers by their names, other matrices each by its own, three of them at most."""
+        names = {event.matrix for event in events}
+        words, counted = [], set[str]()
+        for tower in dict.fromkeys(event.tower for event in events):
+            of_tower = [m for m in self.matrices.values() if m.tower == tower]
+            if names >= {m.name for m in of_tower}:
+                words.append(f"the {tower}{'' if tower == 'projector' else ' tower'}")
+                counted |= {m.name for m in of_tower}
+                continue
+            whole = [
+                layer
+                for layer in dict.fromkeys(event.layer for event in events if event.tower == tower)
+                if names >= {m.name for m in of_tower if m.layer == layer}
+            ]
+            if whole:
+                first, last = min(whole), max(whole)
+                in_a_row = len(whole) == last - first + 1
+                shown = f"{first} to {last}" if in_a_row and first != last else ", ".join(map(str, sorted(whole)))
+                words.append(f"{tower} layer{'s' if len(whole) > 1 else ''} {shown}")
+                counted |= {m.name for m in of_tower if m.layer in whole}
+        single = [f"{e.tower} {e.layer} {e.role}" for e in events if e.matrix not in counted]
+        words += single[:3] + ([f"{len(single) - 3} more"] if len(single) > 3 else [])
+        return ", ".join(words)
 
     def flush(self) -> None:
         """Writes `history.parquet`, at most about 2,000 steps per matrix, and every matrix's last value; and
@@ -255,3 +349,19 @@ def _write(table: pa.Table, path: Path) -> None:
     partial = path.with_suffix(".partial")
     pq.write_table(table, partial)
     os.replace(partial, path)
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(jsonable(row), allow_nan=False) + "\n" for row in rows)
+
+
+def _kept_lines(path: Path, resume_step: int) -> list[dict[str, Any]]:
+    """The rows of a file up to a step; all others are taken out of it. Step 0 starts an empty file."""
+    lines = []
+    if resume_step > 0 and path.exists():
+        # A line without its end was cut off by a crash, so it is later than any checkpoint.
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    kept = [(line, row) for line in lines if (row := json.loads(line))["step"] <= resume_step]
+    path.write_text("".join(line for line, _ in kept), encoding="utf-8")
+    return [row for _, row in kept]

@@ -1,66 +1,61 @@
-"""The page of a run: one HTML file that loads nothing from anywhere. Every string from outside is escaped."""
+"""
+The page of a run: `report.html`.
+
+It begins with the answer: what happened, whether it was worth it, and what to do next. The figures follow.
+"""
 
 from __future__ import annotations
 
-import base64
 import math
-from html import escape
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from grades_trl.events import FreezeEvent
+from grades_trl.report.elements import (
+    Line,
+    cards,
+    chart,
+    command,
+    document,
+    fold,
+    image,
+    percent,
+    plot,
+    region,
+    seconds,
+    section,
+    show,
+    stacked_bar,
+    table,
+    table_section,
+    text,
+    times,
+)
 from grades_trl.report.history import RunHistory
-from grades_trl.report.summary import Flops, GainShare, GainSummary, Heldout, RunSummary
-from grades_trl.report.timing import Speedup
+from grades_trl.report.recipe_facts import RecipeFacts, Sample
+from grades_trl.report.summary import FINISHED, Flops, GainShare, GainSummary, Heldout, RunSummary
+from grades_trl.report.timing import Evaluation
 
 MAX_EVENTS = 2000  # rows of a table; the rest is in the files
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; --card: #fff; --page: #f5f7fa;
-  --accent: #2563eb; --band: #2563eb26; --good: #047857; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --soft: #9aa5b1; --line: #323f4b; --card: #1b232c;
-  --page: #12181f; --accent: #7aa7ff; --band: #7aa7ff33; --good: #34d399; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 26px; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 17px; margin: 0 0 12px; }
-p { margin: 4px 0 12px; }
-.soft { color: var(--soft); }
-.lead { font-size: 17px; margin: 12px 0 20px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; margin-bottom: 16px; }
-section, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px; }
-section { margin-bottom: 16px; overflow-x: auto; }
-.card { padding: 14px 16px; }
-.card b { display: block; font-size: 23px; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.card span { color: var(--soft); font-size: 13px; line-height: 1.35; display: block; }
-.figure { background: #fff; padding: 8px; }
-.figure img { display: block; width: 100%; min-width: 680px; height: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; font-size: 13px; color: var(--soft); }
-th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-tr:last-child td { border-bottom: 0; }
-td.n, th.n { text-align: right; white-space: nowrap; }
-tr.total td { font-weight: 600; }
-.scroll { max-height: 460px; overflow: auto; font-size: 13.5px; }
-.scroll th { position: sticky; top: 0; background: var(--card); }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 16px; align-items: start; }
-.columns section { margin: 0; }
-.columns { margin-bottom: 16px; }
-.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 18px 22px; }
-.curves h3 { font-size: 13.5px; margin: 0 0 4px; overflow-wrap: anywhere; }
-.curves h3 span { font-weight: 400; color: var(--soft); }
-svg { display: block; width: 100%; height: auto; overflow: visible; }
-svg text { fill: var(--soft); font-size: 10px; }
-.bar { background: var(--line); border-radius: 4px; height: 8px; min-width: 80px; margin-top: 7px; overflow: hidden; }
-.bar i { display: block; height: 8px; background: var(--accent); }
-details { margin-bottom: 8px; }
-summary { cursor: pointer; font-weight: 600; }
-pre { overflow: auto; font-size: 12.5px; white-space: pre-wrap; overflow-wrap: anywhere; }
-"""
+GAIN_NOTE = (
+    "The gain of a layer is its part of the squared gradient of the training loss: how fast its weights could bring "
+    "the loss down. It is estimated by the product of the gradients of two consecutive steps. Below 0 it is noise: "
+    "the gradients of the two batches point apart. The steps measured are those of the first fifth of the run, and "
+    "later one in ten or fewer. Embeddings, norms and the output head are not tracked, and have no share. Late in a "
+    "run gains are small and noisy."
+)
 
 
-def build(history: RunHistory, summary: RunSummary, png: bytes | None, gain: bytes | None = None) -> str:
+def build(
+    history: RunHistory,
+    summary: RunSummary,
+    png: bytes | None,
+    gain: bytes | None = None,
+    *,
+    evaluations: Sequence[Evaluation] = (),
+    facts: RecipeFacts | None = None,
+) -> str:
     """
     The page as text.
 
@@ -69,203 +64,296 @@ def build(history: RunHistory, summary: RunSummary, png: bytes | None, gain: byt
         summary (`RunSummary`): all other facts.
         png (`bytes` or `None`): the figure of the run.
         gain (`bytes`, *optional*): the heatmap of the gain; without it the page has no section about it.
+        evaluations (`Sequence[Evaluation]`, *optional*): the validations during training.
+        facts (`RecipeFacts`, *optional*): what only a recipe knows.
     """
-    model = _e(summary.environment.model)
+    facts = facts or RecipeFacts()
+    model = show(summary.environment.model)
+    froze = f"Step of the freeze of every matrix, by layer and role. {_frozen_in_words(summary)}"
     parts = [
-        f"<h1>{model}</h1>",
-        f"<div class=soft>metric {_e(summary.metric)} · {_e(summary.environment.device)}</div>",
-        _lead(summary),
-        f"<div class=cards>{''.join(_cards(summary))}</div>",
-        _speedup(summary.speedup),
-        _timeline(png),
+        _answers(history, summary, facts),
+        cards(_cards(summary)),
+        _scores(summary, facts.samples),
+        _time(summary),
+        _heldout_curve(history, summary, evaluations),
         _gain(summary.gain, gain),
+        section("What froze, when and why", ("" if png is None else plot(png, froze)) + _event_groups(history)),
         _curves(history),
-        _details(summary),
-        _events(history),
+        _details(summary, facts),
+        _all_events(history),
         _still_training(history),
     ]
-    # The policy makes the browser itself refuse scripts and anything from outside.
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    body = "\n".join(part for part in parts if part)
+    over = f"GradES run report: {model}, on {show(summary.environment.device)}"
+    return document(f"{model} - GradES", over, headline(summary), parts)
+
+
+# ---- the answer ----
+
+
+def headline(summary: RunSummary) -> str:
+    """What happened and whether it was worth it, in one sentence."""
+    if summary.diverged_at is not None:
+        return f"The run diverged at step {summary.diverged_at:,}: its model is of no use"
+    if summary.steps >= summary.total_steps:
+        ran = f"The run took all {summary.total_steps:,} steps"
+    else:
+        ran = f"The run ended after {summary.steps:,} of {summary.total_steps:,} steps"
+    ratio = summary.speedup.against_full_schedule
+    if ratio is None:
+        fraction = summary.flops.fraction
+        return ran if fraction is None else f"{ran}, for {fraction:.0%} of the FLOPs of the whole schedule"
+    if ratio >= 1:
+        return f"{ran}, {ratio:.2f}x as fast as the whole schedule"
+    return f"{ran}, and was slower than the whole schedule: {ratio:.2f}x"
+
+
+def _answers(history: RunHistory, summary: RunSummary, facts: RecipeFacts) -> str:
+    def answer(title: str, sentences: list[str]) -> str:
+        return f"<div><h2>{title}</h2>{''.join(f'<p>{text(sentence)}</p>' for sentence in sentences)}"
+
+    commands = "".join(f"<p>{text(purpose)}:</p>{command(line)}" for purpose, line in facts.next_commands)
+    inner = (
+        f"{answer('What happened', _what_happened(history, summary))}</div>"
+        f"{answer('Was it worth it?', _was_it_worth_it(summary))}</div>"
+        f"{answer('What next?', _what_next(history, summary, facts))}{commands}</div>"
+    )
+    return f"<section><div class=answers>{inner}</div></section>"
+
+
+def _frozen_in_words(summary: RunSummary) -> str:
+    never = f", and {summary.without_gradient:,} never got a gradient" if summary.without_gradient else ""
+    return f"{summary.frozen:,} of {summary.tracked_matrices:,} matrices are frozen at the end{never}."
+
+
+def _what_happened(history: RunHistory, summary: RunSummary) -> list[str]:
+    groups = history.event_groups()
+    told = [
+        f"Step {g.step:,}: {'training again' if g.unfrozen else 'froze'} {g.what}, for this reason: {g.reason}."
+        for g in groups[:3]
+    ]
+    if len(groups) > 3:
+        told.append(f"{len(groups) - 3:,} more events are in the table below.")
+    heldout, weights = summary.heldout, f"The model has these weights: {summary.weights}."
+    if heldout is not None and heldout.best_score is not None and summary.weights == "best average":
+        weights = (
+            f"The model has the running average of the weights at step {show(heldout.best_step)}, whose held-out "
+            f"{heldout.metric_in_words} was the best: {show(heldout.best_score)} ({summary.weights})."
+        )
+    return [
+        f"Training ran {summary.steps:,} of {summary.total_steps:,} optimizer steps. Why it ended: "
+        f"{summary.stop_reason}.",
+        *(told or ["No matrix froze."]),
+        _frozen_in_words(summary),
+        weights,
+    ]
+
+
+def _was_it_worth_it(summary: RunSummary) -> list[str]:
+    if summary.diverged_at is not None:
+        return ["No. Nothing about the speed of a run that diverged means anything."]
+    speedup, flops = summary.speedup, summary.flops.fraction
+    ratio, told = speedup.against_full_schedule, []
+    if ratio is None:
+        told.append(
+            "The clock cannot tell how fast a baseline is: its steps before the first freeze are too few, or vary."
+        )
+    else:
+        verdict = (
+            "Yes, in time" if ratio > 1.02 else "No, in time" if ratio < 0.98 else "It made no difference in time"
+        )
+        told.append(
+            f"{verdict}: {times(ratio)} against the whole schedule without freezing. Steps were "
+            f"{times(speedup.cheaper_steps.ratio)} as fast, and {show(speedup.steps_not_run.steps)} were not run."
+        )
+    if flops is not None:
+        told.append(f"It took {flops:.0%} of the FLOPs of the whole schedule.")
+    for name, before, after in _score_rows(summary):
+        if isinstance(before, float) and isinstance(after, float):
+            told.append(f"{name[0].upper()}{name[1:]} went from {show(before)} to {show(after)}.")
+    told.append("One run cannot tell what a baseline would have reached. A comparison with the same seeds does.")
+    return told
+
+
+def _what_next(history: RunHistory, summary: RunSummary, facts: RecipeFacts) -> list[str]:
+    if summary.diverged_at is not None:
+        return ["Lower the learning rate or raise the warm-up, and look at the rows of that step."]
+    told, heldout = [], summary.heldout
+    best = None if heldout is None else heldout.best_step
+    if summary.stop_reason == FINISHED and heldout is not None and heldout.every and best is not None:
+        if best > summary.steps - heldout.every:
+            told.append(
+                f"The held-out {heldout.metric_in_words} was still improving at the end: a longer schedule may help."
+            )
+        else:
+            told.append(
+                f"The best held-out {heldout.metric_in_words} was at step {best:,}: a shorter schedule may do as well."
+            )
+    if not history.events and summary.metric not in ("none", "schedule"):
+        told.append(
+            "Nothing froze, so every layer cost as much as in a baseline; only the ending can have saved time."
+        )
+    if not facts.next_commands:
+        told.append("Train once more with grades=None and the same seed, and compare the scores.")
+    return told
+
+
+def _cards(summary: RunSummary) -> list[tuple[str, str]]:
+    speedup, overhead = summary.speedup, summary.overhead
+    entries = [(f"{summary.frozen:,} / {summary.tracked_matrices:,}", "matrices frozen")]
+    if speedup.against_full_schedule is not None:
+        entries.append((times(speedup.against_full_schedule), "speed against the whole schedule"))
+    if summary.flops.fraction is not None:
+        entries.append((f"{summary.flops.fraction:.0%}", "of the FLOPs of the whole schedule"))
+    entries.append((seconds(summary.seconds.total), "in all"))
+    if overhead.ms_per_step is not None:
+        share = "" if overhead.fraction is None else f" ({overhead.fraction:.1%} of training)"
+        entries.append((f"{overhead.ms_per_step:.3g} ms", f"for GradES itself, per step{share}"))
+    if summary.peak_memory_mib is not None:
+        entries.append((f"{summary.peak_memory_mib:,.0f} MiB", "peak memory"))
+    return entries
+
+
+# ---- scores ----
+
+
+def _score_rows(summary: RunSummary) -> list[tuple[str, float | None, float | None]]:
+    """Name, before training, after it. `before/x` and `final/x` are the same score."""
+    names = dict.fromkeys(key.removeprefix("before/").removeprefix("final/") for key in summary.results)
+    found = summary.results
+    return [
+        (name.replace("_", " "), found.get(f"before/{name}"), found.get(f"final/{name}", found.get(name)))
+        for name in names
+    ]
+
+
+def _scores(summary: RunSummary, samples: Sequence[Sample]) -> str:
+    rows = _score_rows(summary)
+    if any(before is not None for _, before, _ in rows):
+        scores = table(rows, ("", "Before", "After"), 2, "Scores before and after training") if rows else ""
+    else:
+        scores = table([(name, after) for name, _, after in rows], ("", "After"), 1, "Scores") if rows else ""
+    inner = scores
+    if samples:
+        right = sum(sample.is_right for sample in samples)
+        inner += (
+            f"<h3>Held-out prompts, answered before and after training: {right} of {len(samples)} are right now</h3>"
+            f"<div class=samples>{''.join(map(_sample, samples))}</div>"
+        )
+    return section("Scores before and after", inner)
+
+
+def _sample(sample: Sample) -> str:
+    picture = "" if sample.image is None else image(sample.image, "Image of this prompt", "jpeg")
+    css, mark = ("good", "right") if sample.is_right else ("bad", "not as expected")
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{model} - GradES</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
+        f"<div class=sample>{picture}<dl><dt>prompt</dt><dd>{text(sample.prompt)}</dd>"
+        f"<dt>expected</dt><dd>{text(sample.expected)}</dd><dt>before</dt><dd>{text(sample.before)}</dd>"
+        f"<dt>after</dt><dd>{text(sample.after)} <span class={css}>({mark})</span></dd></dl></div>"
     )
 
 
-def _e(value: Any) -> str:
-    return escape(_show(value), quote=True)
+# ---- time ----
 
 
-def _show(value: Any) -> str:
-    """A number, text or small dict as people read it."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return "-"
-        return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_show(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_show(item) for item in value)
-    return str(value)
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "not measurable"
-    if abs(value) < 120:
-        return f"{value:.3g} s"
-    minutes = round(value / 60)
-    return f"{value / 60:.1f} min" if abs(minutes) < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _times(ratio: float | None) -> str:
-    return "not measurable" if ratio is None else f"{ratio:.2f}x"
-
-
-def _table(rows: list[tuple], header: tuple[str, ...] = (), numbers: int = 1) -> str:
-    """A table; the last `numbers` columns are right-aligned. Cells are escaped here."""
-
-    def cells(tag: str, row: tuple) -> str:
-        first_number = len(row) - numbers
-        return "".join(
-            f"<{tag}{' class=n' if i >= first_number else ''}>{_e(cell)}</{tag}>" for i, cell in enumerate(row)
-        )
-
-    head = f"<thead><tr>{cells('th', header)}</tr></thead>" if header else ""
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<table>{head}<tbody>{body}</tbody></table>"
-
-
-def _section(title: str, rows: list[tuple], header: tuple[str, ...] = (), numbers: int = 1) -> str:
-    """A section with one table; nothing without rows."""
-    return f"<section><h2>{title}</h2>{_table(rows, header, numbers)}</section>" if rows else ""
-
-
-def _lead(summary: RunSummary) -> str:
-    text = f"Ran <b>{summary.steps:,} of {summary.total_steps:,}</b> optimizer steps: {_e(summary.stop_reason)}."
-    if summary.diverged_at is not None:
-        text += f" <b>The run diverged at step {summary.diverged_at:,}</b>: its speed means nothing."
-    return f"<p class=lead>{text} Weights of the model: {_e(summary.weights)}.</p>"
-
-
-def _cards(summary: RunSummary) -> list[str]:
-    speedup, overhead = summary.speedup, summary.overhead
-    cards = [(f"{summary.frozen:,} / {summary.tracked_matrices:,}", "matrices frozen")]
-    if summary.without_gradient:
-        cards.append((f"{summary.without_gradient:,}", "matrices that never got a gradient"))
-    if speedup.against_same_length is not None:
-        cards.append((_times(speedup.against_same_length), "against a baseline of the same length"))
-    if speedup.against_full_schedule is not None:
-        cards.append((_times(speedup.against_full_schedule), "against a baseline of the full schedule"))
-    if overhead.ms_per_step is not None:
-        share = "" if overhead.fraction is None else f" ({overhead.fraction:.1%} of training)"
-        cards.append((f"{overhead.ms_per_step:.3g} ms", f"overhead of GradES per step{share}"))
-    if summary.peak_memory_mib is not None:
-        cards.append((f"{summary.peak_memory_mib:,.0f} MiB", "peak memory"))
-    return [f"<div class=card><b>{_e(value)}</b><span>{_e(label)}</span></div>" for value, label in cards]
-
-
-def _speedup(speedup: Speedup) -> str:
+def _time(summary: RunSummary) -> str:
+    spent, speedup, flops = summary.seconds, summary.speedup, summary.flops
     cheaper, steps, validation = speedup.cheaper_steps, speedup.steps_not_run, speedup.validation_not_run
+    parts = [
+        ("training", spent.training),
+        ("validation", spent.validation),
+        ("saving", spent.saving),
+        ("GradES", spent.grades),
+    ]
+    told = ", ".join(f"{name} {seconds(amount)}" for name, amount in parts)
+    where = table(
+        [(name, seconds(amount)) for name, amount in [*parts, ("total", spent.total)]], caption="Where time went"
+    )
 
     def amount(count: int | None, unit: str) -> str:
         return "" if count is None else f"{count:,} {unit}"
 
+    same = flops.baseline_same_length / flops.run if flops.run and flops.baseline_same_length else None
+    full = 1 / flops.fraction if flops.fraction else None
+
+    def limit(ratio: float | None) -> str:
+        return "-" if ratio is None else times(ratio)
+
     rows = [
-        ("Cheaper steps", "", _times(cheaper.ratio), _seconds(cheaper.seconds_saved)),
-        ("Steps not run", amount(steps.steps, "steps"), _times(steps.ratio), _seconds(steps.seconds_saved)),
+        ("Cheaper steps", "", times(cheaper.ratio), limit(same), seconds(cheaper.seconds_saved)),
+        (
+            "Steps not run",
+            amount(steps.steps, "steps"),
+            times(steps.ratio),
+            times(steps.ratio),
+            seconds(steps.seconds_saved),
+        ),
         (
             "Validation not run",
             amount(validation.evaluations, "evaluations"),
             "-",
-            _seconds(validation.seconds_saved),
+            "-",
+            seconds(validation.seconds_saved),
         ),
-        ("All together, against a baseline of the same length", "", _times(speedup.against_same_length), ""),
-        ("All together, against a baseline of the full schedule", "", _times(speedup.against_full_schedule), ""),
+        (
+            "All together, against a baseline of the same length",
+            "",
+            times(speedup.against_same_length),
+            limit(same),
+            "",
+        ),
+        (
+            "All together, against a baseline of the full schedule",
+            "",
+            times(speedup.against_full_schedule),
+            limit(full),
+            "",
+        ),
     ]
-    return _section("What freezing saved", rows, ("Part", "Amount", "Speed-up", "Time saved"), numbers=2)
-
-
-def _timeline(png: bytes | None) -> str:
-    if png is None:
-        return ""
-    return (
-        '<section class=figure><img alt="Freeze step of every matrix, and the frozen fraction over the steps" '
-        f'src="data:image/png;base64,{base64.b64encode(png).decode()}"></section>'
+    note = (
+        "The baseline is the speed of this run's own steps before the first freeze. The limit is the ratio of the "
+        "FLOPs in the tracked layers, held-out measurements included: what a step does beside them (data, optimizer, "
+        "embeddings, output head) dilutes the saving, and the forward pass of layers that a cache replaces counts as "
+        "saved."
+    )
+    header = ("Part", "Amount", "Measured", "Limit by FLOPs", "Time saved")
+    return section(
+        "Where the time went, and what freezing saved",
+        f"{stacked_bar(parts, f'Time: {told}')}{where}<h3>Against a baseline</h3>"
+        f"{table(rows, header, 3, 'What freezing saved, measured and by FLOPs')}<p class='soft small'>{note}</p>",
     )
 
 
-def _gain(gain: GainSummary | None, png: bytes | None) -> str:
-    if gain is None or png is None:
-        return ""
-    image = base64.b64encode(png).decode()
-    header = ("", "Gain", "Standard error", "FLOPs")
+# ---- held-out rows ----
 
-    def rows(shares: dict[str, GainShare]) -> list[tuple]:
-        return [(name, _percent(s.gain), _percent(s.error), _percent(s.cost)) for name, s in shares.items()]
 
-    return (
-        '<section class=figure><img alt="Gain of every layer over the steps, relative to its FLOPs" '
-        f'src="data:image/png;base64,{image}"></section>'
-        f"<section><h2>Where the gain is</h2><p>{_e(str(gain))}</p>"
-        "<p class=soft>The gain of a layer is its part of the squared gradient of the training loss: how fast its "
-        "weights could bring the loss down. It is estimated by the product of the gradients of two consecutive steps. "
-        "A negative one is noise: the gradients of the two batches point apart. The steps measured are those of the "
-        "first fifth of the run, and later one in ten or fewer. Embeddings, norms and the output head are not "
-        "tracked, and have no share. Late in a run gains are small and noisy. Sum over these steps, all layers "
-        f"together: {_e(gain.total)}.</p>"
-        f"{_table(rows(gain.towers), header, numbers=3)}"
-        f"<details><summary>All {len(gain.layers):,} layers</summary><div class=scroll>"
-        f"{_table(rows(gain.layers), header, numbers=3)}</div></details></section>"
+def _heldout_curve(history: RunHistory, summary: RunSummary, evaluations: Sequence[Evaluation]) -> str:
+    """The held-out score with the freezes on it, and the validation loss where the score is a loss too."""
+    points = [(float(p.step), p.score) for p in history.heldout if math.isfinite(p.score)]
+    metric = history.heldout[0].metric.replace("_", " ") if history.heldout else "loss"
+    lines = [Line(f"held-out {metric}, averaged weights", points, "blue", marks=True)] if points else []
+    validation: dict[str, list[tuple[float, float]]] = {}
+    for entry in evaluations:
+        if entry.eval_loss is not None and math.isfinite(entry.eval_loss) and metric == "loss":
+            name = f"validation loss{f' of {entry.dataset}' if entry.dataset else ''}"
+            validation.setdefault(name, []).append((float(entry.step), entry.eval_loss))
+    dashes = ("6 4", "2 3", "9 3 2 3")
+    colors = ("orange", "violet", "grey")
+    for i, (name, curve) in enumerate(list(validation.items())[:3]):
+        lines.append(Line(name, curve, colors[i], dashes[i]))
+    facts = table(_heldout(summary.heldout), caption="Held-out measurements") if summary.heldout is not None else ""
+    if not lines:
+        return section("Held-out measurements", facts)
+    groups = history.event_groups()
+    shown = groups[:: max(1, -(-len(groups) // 60))]  # so many lines can be told apart
+    events = [(float(g.step), f"step {g.step}: {g.what}: {g.reason}") for g in shown]
+    first = lines[0].points
+    alt = (
+        f"{lines[0].name}, from {show(first[0][1])} at step {first[0][0]:.0f} to {show(first[-1][1])} at step "
+        f"{first[-1][0]:.0f}"
     )
-
-
-def _percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{fraction:.1%}"
-
-
-def _details(summary: RunSummary) -> str:
-    bars = []
-    for tower, count in summary.towers.items():
-        bar = f'<div class=bar><i style="width:{100 * count.frozen / count.matrices:.1f}%"></i></div>'
-        number = f"{count.frozen:,} / {count.matrices:,}"
-        bars.append(f"<tr><td>{_e(tower)}</td><td>{bar}</td><td class=n>{number}</td></tr>")
-    seconds = summary.seconds
-    parts = ("training", "validation", "saving", "grades", "total")
-    parameters = [
-        ("parameters in tracked matrices", summary.tracked_parameters),
-        ("trained parameters outside them", summary.untracked_parameters),
-    ]
-    sections = [
-        f"<section><h2>Towers</h2><table><tbody>{''.join(bars)}</tbody></table></section>",
-        _section("Scores", list(summary.results.items())),
-        _section("Where the time went", [(part, _seconds(getattr(seconds, part))) for part in parts]),
-        _section("FLOPs in tracked layers, predicted", _flops(summary.flops)),
-        _section("Held-out measurements", [] if summary.heldout is None else _heldout(summary.heldout)),
-        _section("Layers that backward skips", [(f"from step {s.step:,}", s.layers) for s in summary.skipped_layers]),
-        _section("Settings", list(summary.settings.items())),
-        _section("Model and versions", [*parameters, *summary.environment.versions.items()]),
-    ]
-    return f"<div class=columns>{''.join(sections)}</div>"
-
-
-def _flops(flops: Flops) -> list[tuple]:
-    rows = [
-        ("this run", flops.run),
-        ("baseline of the same length", flops.baseline_same_length),
-        ("baseline of the full schedule", flops.baseline_full_schedule),
-    ]
-    shown = [(label, f"{value:.3g}") for label, value in rows if value is not None]
-    return [*shown, ("fraction of the full schedule", flops.fraction)]
+    drawn = chart(lines, alt, "optimizer step", max(history.total_steps, history.step), events)
+    numbers = fold("The numbers", table([(int(x), y) for x, y in first], ("Step", lines[0].name), 1, lines[0].name))
+    return section("Held-out score and events", drawn + numbers + facts)
 
 
 def _heldout(heldout: Heldout) -> list[tuple]:
@@ -280,10 +368,93 @@ def _heldout(heldout: Heldout) -> list[tuple]:
     ]
 
 
-def _events(history: RunHistory) -> str:
+# ---- gain ----
+
+
+def _gain(gain: GainSummary | None, png: bytes | None) -> str:
+    if gain is None or png is None:
+        return ""
+    header = ("", "Gain", "Standard error", "FLOPs")
+
+    def rows(shares: dict[str, GainShare]) -> list[tuple]:
+        return [(name, percent(s.gain), percent(s.error), percent(s.cost)) for name, s in shares.items()]
+
+    every = table(rows(gain.layers), header, 3, "Gain of every layer")
+    return section(
+        "Where the gain is",
+        f"<p>{text(str(gain))}</p>"
+        + plot(png, f"Gain of every layer over the steps, for its FLOPs, with the freezes. {gain}")
+        + table(rows(gain.towers), header, 3, "Gain of each tower")
+        + f"<p class='soft small'>{GAIN_NOTE} Sum over these steps, all layers together: {text(gain.total)}.</p>"
+        + fold(f"All {len(gain.layers):,} layers", every),
+    )
+
+
+# ---- everything else ----
+
+
+def _details(summary: RunSummary, facts: RecipeFacts) -> str:
+    towers = [
+        (tower, f"{count.frozen:,} / {count.matrices:,}", percent(count.frozen / count.matrices))
+        for tower, count in summary.towers.items()
+    ]
+    parameters = [
+        ("parameters in tracked matrices", summary.tracked_parameters),
+        ("trained parameters outside them", summary.untracked_parameters),
+    ]
+    caches = [
+        (
+            name.replace("_", " "),
+            cache.hits,
+            cache.misses,
+            f"{cache.mib:,.0f} MiB",
+            seconds(cache.saved_seconds),
+            f"off: {cache.off}" if cache.off else "on",
+        )
+        for name, cache in summary.caches.items()
+    ]
+    columns = [
+        table_section("Frozen, by tower", towers, ("Tower", "Matrices", "Fraction"), 2),
+        table_section("FLOPs in tracked layers, predicted", _flops(summary.flops)),
+        table_section(
+            "Layers that backward skips", [(f"from step {s.step:,}", s.layers) for s in summary.skipped_layers]
+        ),
+        table_section("Versions", list(summary.environment.versions.items())),
+        table_section("Parameters", parameters),
+    ]
+    cached = table_section("Caches", caches, ("Outputs of", "Read", "Computed", "Memory", "Saved", "At the end"), 5)
+    chosen = [(name, value) for name, value in summary.settings.items() if value is not None]
+    settings = table(chosen, caption="Settings of GradES") if chosen else ""
+    inner = f"<h3>GradES, metric {text(summary.metric)}</h3>{settings}"
+    for group, arguments in facts.arguments.items():
+        rows = table(list(arguments.items()), caption=f"Arguments: {group}")
+        inner += fold(f"All arguments of the {group} ({len(arguments):,})", rows)
+    how = f"<h3>Command</h3>{command(facts.command)}" if facts.command else ""
+    return f"<div class=columns>{''.join(columns)}</div>{cached}{section('Settings and command', how + inner)}"
+
+
+def _flops(flops: Flops) -> list[tuple]:
+    rows = [
+        ("this run", flops.run),
+        ("baseline of the same length", flops.baseline_same_length),
+        ("baseline of the full schedule", flops.baseline_full_schedule),
+    ]
+    shown = [(label, f"{value:.3g}") for label, value in rows if value is not None]
+    return [*shown, ("fraction of the full schedule", flops.fraction)]
+
+
+def _event_groups(history: RunHistory) -> str:
+    columns, rows = history.event_table()
+    if not rows:
+        return "<p class=soft>No matrix froze.</p>"
+    header = tuple(f"{name[0].upper()}{name[1:]}" for name in columns)
+    return region(table([tuple(row) for row in rows[:MAX_EVENTS]], header, 2, "Freezes"), "Freezes", "scroll")
+
+
+def _all_events(history: RunHistory) -> str:
     events = sorted(history.all_events, key=lambda event: event.step)
     if not events:
-        return "<section><h2>Freeze events</h2><p class=soft>No matrix froze.</p></section>"
+        return ""
     rows = [
         (
             e.step,
@@ -302,8 +473,8 @@ def _events(history: RunHistory) -> str:
     header = ("Step", "Matrix", "Tower", "Layer", "Role", "Reason", "Parameters", "Value", "Tau", "Frozen so far")
     left_out = len(events) - len(rows)
     note = f"<p class=soft>The last {left_out:,} of {len(events):,} are in events.jsonl only.</p>" if left_out else ""
-    table = _table(rows, header, numbers=4)
-    return f"<section><h2>Freeze events</h2>{note}<div class=scroll>{table}</div></section>"
+    shown = region(table(rows, header, 4, "Every freeze event"), "Every freeze event", "scroll")
+    return f"<section>{fold(f'Every freeze event ({len(events):,})', note + shown)}</section>"
 
 
 def _still_training(history: RunHistory) -> str:
@@ -313,9 +484,9 @@ def _still_training(history: RunHistory) -> str:
         return ""
     keys = ("matrix", "tower", "layer", "role", "params", "last value")
     shown = [tuple(row[key] for key in keys) for row in live[:MAX_EVENTS]]
-    table = _table(shown, ("Matrix", "Tower", "Layer", "Role", "Parameters", "Last value"), numbers=2)
-    title = f"Still training at the end ({len(live):,})"
-    return f"<section><details><summary>{title}</summary><div class=scroll>{table}</div></details></section>"
+    header = ("Matrix", "Tower", "Layer", "Role", "Parameters", "Last value")
+    inner = region(table(shown, header, 2, "Matrices that still train"), "Matrices that still train", "scroll")
+    return f"<section>{fold(f'Still training at the end ({len(live):,})', inner)}</section>"
 
 
 def _curves(history: RunHistory) -> str:
@@ -333,18 +504,18 @@ def _curves(history: RunHistory) -> str:
         if seen.any():
             low, middle, high = np.nanquantile(values[seen], (0.1, 0.5, 0.9), axis=1)
             events = [history.events[name] for name in names if name in history.events]
-            chart = _chart(steps[seen], low, middle, high, events, history)
+            drawn = _small_chart(steps[seen], low, middle, high, events, history)
             count = f"{len(names):,} {'matrix' if len(names) == 1 else 'matrices'}"
-            charts.append(f"<div><h3>{_e(role)} <span>{_e(tower)}, {count}</span></h3>{chart}</div>")
+            charts.append(f"<div><h3>{text(role)} <span>{text(tower)}, {count}</span></h3>{drawn}</div>")
     if not charts:
         return ""
     note = "Median and middle 80 % of the matrices that were measured, by role. Ticks at the bottom are freezes"
     note += ", the shaded start is the grace period, the dashed line is tau where all frozen matrices share one."
-    title = f"<h2>Metric by role: {_e(history.metric)}</h2>"
-    return f"<section>{title}<p class=soft>{note}</p><div class=curves>{''.join(charts)}</div></section>"
+    inner = f"<p class=soft>{note}</p><div class=curves>{''.join(charts)}</div>"
+    return section(f"Metric by role: {history.metric}", inner)
 
 
-def _chart(steps, low, middle, high, events: list[FreezeEvent], history: RunHistory) -> str:
+def _small_chart(steps, low, middle, high, events: list[FreezeEvent], history: RunHistory) -> str:
     width, height, left, bottom = 260, 130, 46, 16
     end = max(history.total_steps, history.step)
     taus = {event.tau for event in events if event.tau is not None and math.isfinite(event.tau)}
@@ -371,10 +542,10 @@ def _chart(steps, low, middle, high, events: list[FreezeEvent], history: RunHist
     shapes = [
         f'<rect x="{left}" y="2" width="{grace:.1f}" height="{floor - 2}" fill="var(--line)" opacity=".6"/>',
         f'<polygon points="{band}" fill="var(--band)"/>',
-        f'<polyline points="{points(steps, middle)}" fill="none" stroke="var(--accent)" stroke-width="1.6" '
+        f'<polyline points="{points(steps, middle)}" fill="none" stroke="var(--blue)" stroke-width="1.6" '
         'stroke-linejoin="round"/>',
         f'<path d="M{left} 2V{floor}H{width}" fill="none" stroke="var(--soft)" stroke-width=".8"/>',
-        f'<path d="{marks}" stroke="var(--good)" stroke-width="1.2"/>',
+        f'<path d="{marks}" stroke="var(--green)" stroke-width="1.2"/>',
         f'<text x="{left - 4}" y="11" text-anchor="end">{top_value:.2g}</text>',
         f'<text x="{left - 4}" y="{floor}" text-anchor="end">{bottom_value:.2g}</text>',
         f'<text x="{left}" y="{height - 3}">0</text>',
@@ -385,4 +556,5 @@ def _chart(steps, low, middle, high, events: list[FreezeEvent], history: RunHist
         shapes.append(
             f'<path d="M{left} {y(tau):.1f}H{width}" stroke="var(--ink)" stroke-width=".9" stroke-dasharray="4 3"/>'
         )
-    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}</svg>'
+    alt = f"Median from {middle[0]:.3g} at step {steps[0]} to {middle[-1]:.3g} at step {steps[-1]}"
+    return f'<svg viewBox="0 0 {width} {height}" role=img aria-label="{alt}">{"".join(shapes)}</svg>'

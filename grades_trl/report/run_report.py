@@ -17,6 +17,7 @@ from grades_trl.report import page
 from grades_trl.report.environment import Environment
 from grades_trl.report.gain import GainTable
 from grades_trl.report.history import RunHistory
+from grades_trl.report.recipe_facts import RecipeFacts
 from grades_trl.report.strict_json import write_json
 from grades_trl.report.summary import (
     DATA_ENDED,
@@ -82,7 +83,7 @@ class RunReport:
         self._settings = settings
         self._environment = environment
         self._checkpointing = checkpointing
-        self._tracker = tracker or Tracker(())
+        self._tracker = tracker or Tracker()
         self._tokens = TokenCounter()
         self._frozen: list[str] = []  # in order
         # Where the cost of a step changed: after that step, so many of `_frozen`, and the layers that backward skips.
@@ -95,7 +96,8 @@ class RunReport:
         self._said_no_figures = False
         self._in_wandb = False
         self._reads_caches = 0
-        self._tracker.log_settings(settings)
+        self.facts = RecipeFacts()  # a recipe fills it in before it writes the report again
+        self._tracker.log_config({"grades": settings})
 
     # ---- while it trains ----
 
@@ -176,9 +178,9 @@ class RunReport:
         if self._tracker.is_on and share - self._share_in_figure >= FIGURE_EVERY and self._may_draw():
             start = time.perf_counter()
             with self.clock.overhead():
-                self._tracker.log_figure(figure.render(figure.draw(self._history)), step)
+                self._tracker.log_image("grades/timeline", figure.render(figure.draw(self._history)), step)
                 if self._history.gains:
-                    self._tracker.log_gain(self._draw_gain(), step)
+                    self._tracker.log_image("grades/gain_heatmap", self._draw_gain(), step)
             self._share_in_figure = share
             self._figure_seconds += time.perf_counter() - start
 
@@ -190,6 +192,8 @@ class RunReport:
             score (`float`): of the examples.
             passes (`float`): forward passes of an example that it took.
         """
+        self._history.record_heldout(metric, score)
+        self._tracker.log_heldout(metric, score, self._history.step)
         self._heldout_scores[f"heldout_{metric}"] = score
         self._heldout_measurements += 1
         self._heldout_passes += passes
@@ -203,10 +207,9 @@ class RunReport:
 
             - `frozen_fraction`, `frozen_params_fraction`, `<tower>/frozen_fraction`: of the tracked matrices, of their
               trained parameters, of those in a tower;
-            - `frozen_prefix_layers`: leading layers of the language tower in which every tracked matrix is frozen;
             - `<tower>/backward_skipped_layers`: leading layers of a tower that backward skips;
-            - `<role>/metric` (language), `<tower>/<role>/metric` (other towers): mean of the last values of the
-              matrices that were measured since the last call;
+            - `<tower>/metric`: mean of the last values of the matrices of a tower that were measured since the last
+              call; by matrix it is in `history.parquet`, by role on the page;
             - `heldout_loss`, `heldout_token_accuracy` or `heldout_exact_match`: the last one since the last call;
             - `step_time`: seconds of a recent step; `overhead_ms`: of it, what GradES takes;
             - `step_speedup`: measured, baseline step over recent step; `step_speedup_predicted`: from FLOPs,
@@ -216,7 +219,6 @@ class RunReport:
         logs = {
             "frozen_fraction": len(frozen) / len(matrices),
             "frozen_params_fraction": sum(matrices[name].params for name in frozen) / self._tracked_parameters,
-            "frozen_prefix_layers": float(self._frozen_prefix_layers(frozen)),
         }
         tokens = self._tokens.per_batch()
         baseline = self._flops(tokens)
@@ -236,12 +238,10 @@ class RunReport:
                 f"{tower}/backward_skipped_layers": float(skipped),
             }
         logs |= self._heldout_scores
-        by_role: dict[str, list[float]] = {}
+        by_tower: dict[str, list[float]] = {}
         for name, value in self._unlogged.items():
-            matrix = matrices[name]
-            prefix = "" if matrix.tower == "language" else f"{matrix.tower}/"
-            by_role.setdefault(f"{prefix}{matrix.role}/metric", []).append(value)
-        logs |= {key: statistics.fmean(values) for key, values in by_role.items()}
+            by_tower.setdefault(f"{matrices[name].tower}/metric", []).append(value)
+        logs |= {key: statistics.fmean(values) for key, values in by_tower.items()}
         self._unlogged, self._heldout_scores = {}, {}
         return {f"grades/{key}": value for key, value in logs.items()}
 
@@ -249,34 +249,17 @@ class RunReport:
         """What froze in a step, or trains again, and why, in one line."""
         verb = "training again" if events[0].unfrozen else "froze"
         why = f" for {events[0].reason}" if events[0].tau is None else ""
-        return (
-            f"step {step}: {verb} {self._in_words(events)}{why}; {len(self._frozen)} of {len(self._matrices)} frozen"
-        )
+        what = self._history.in_words(events)
+        return f"step {step}: {verb} {what}{why}; {len(self._frozen)} of {len(self._matrices)} frozen"
 
-    def _in_words(self, events: list[FreezeEvent]) -> str:
-        """Whole towers and layers by their names, other matrices each by its own, three of them at most."""
-        names = {event.matrix for event in events}
-        words, counted = [], set[str]()
-        for tower in dict.fromkeys(event.tower for event in events):
-            of_tower = [m for m in self._matrices.values() if m.tower == tower]
-            if names >= {m.name for m in of_tower}:
-                words.append(f"the {tower}{'' if tower == 'projector' else ' tower'}")
-                counted |= {m.name for m in of_tower}
-                continue
-            whole = [
-                layer
-                for layer in dict.fromkeys(event.layer for event in events if event.tower == tower)
-                if names >= {m.name for m in of_tower if m.layer == layer}
-            ]
-            if whole:
-                first, last = min(whole), max(whole)
-                in_a_row = len(whole) == last - first + 1
-                shown = f"{first} to {last}" if in_a_row and first != last else ", ".join(map(str, sorted(whole)))
-                words.append(f"{tower} layer{'s' if len(whole) > 1 else ''} {shown}")
-                counted |= {m.name for m in of_tower if m.layer in whole}
-        single = [f"{e.tower} {e.layer} {e.role}" for e in events if e.matrix not in counted]
-        words += single[:3] + ([f"{len(single) - 3} more"] if len(single) > 3 else [])
-        return ", ".join(words)
+    def record_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """Keeps what the trainer logs in `metrics.jsonl`.
+
+        Args:
+            step (`int`): optimizer step.
+            metrics (`dict[str, Any]`): by their keys.
+        """
+        self._history.record_metrics(step, metrics)
 
     # ---- its end ----
 
@@ -337,15 +320,18 @@ class RunReport:
             logger.warning(f"The report has no figures, which need matplotlib: {how_to_install('matplotlib')}.")
         if gain is not None:
             (self.directory / "gain.png").write_bytes(gain)
-        text = page.build(self._history, summary, png, gain)
+        evaluations = self.clock.evaluations
+        text = page.build(self._history, summary, png, gain, evaluations=evaluations, facts=self.facts)
         (self.directory / "report.html").write_text(text, encoding="utf-8")
         if self._tracker.is_on and not self._in_wandb:
             self._in_wandb = True
-            self._tracker.log_table(*self._history.table())
+            step = self._history.step
+            self._tracker.log_table("grades/matrices", *self._history.table(), step)
+            self._tracker.log_table("grades/events", *self._history.event_table(), step)
             if png is not None:
-                self._tracker.log_figure(png, self._history.step)
+                self._tracker.log_image("grades/timeline", png, step)
             if gain is not None:
-                self._tracker.log_gain(gain, self._history.step)
+                self._tracker.log_image("grades/gain_heatmap", gain, step)
         self._tracker.log_summary(summary.to_json())
         self._tracker.log_report(self.directory)
 
@@ -398,11 +384,6 @@ class RunReport:
         for name, matrix in self._matrices.items():
             towers.setdefault(matrix.tower, []).append(name in frozen)
         return {tower: TowerCount(len(members), sum(members)) for tower, members in towers.items()}
-
-    def _frozen_prefix_layers(self, frozen: set[str]) -> int:
-        language = [m for m in self._matrices.values() if m.tower == "language"]
-        live = [m.layer for m in language if m.name not in frozen]
-        return min(live) if live else len({m.layer for m in language})
 
     def _flops(
         self,

@@ -1,21 +1,35 @@
-"""Everything that this project writes to Weights & Biases, beside the scalars that go through `trainer.log`."""
+"""
+What goes to Weights & Biases, TensorBoard and trackio, beside the scalars that go through `trainer.log`.
+
+In W&B a run has these sections: `train` and `eval` (the Trainer's own scalars), `grades` (scalars, the two figures,
+and the tables of matrices, events and samples) and `result` (in the run's summary: what runs are sorted by).
+"""
 
 from __future__ import annotations
 
 import io
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
+from transformers.integrations import TensorBoardCallback, WandbCallback
+
 from grades_trl.extras import how_to_install, installed
+from grades_trl.report.recipe_facts import Sample
+from grades_trl.report.strict_json import jsonable
 
 if installed("wandb"):
-    import PIL.Image
     import wandb
 
 logger = logging.getLogger(__name__)
+
+MAX_TEXT_ROWS = 200  # of a table that TensorBoard shows as text
+SAMPLE_COLUMNS = ["prompt", "expected", "before", "after", "right"]
 
 
 def drop_if_missing(report_to: list[str]) -> list[str]:
@@ -58,6 +72,35 @@ def finish() -> None:
     """Ends the run, if there is one: what is recorded is complete when this returns."""
     if installed("wandb") and wandb.run is not None:
         wandb.finish()
+    trackio = sys.modules.get("trackio")
+    if trackio is not None and trackio.context_vars.current_run.get() is not None:
+        trackio.finish()
+
+
+class GroupedWandbCallback(WandbCallback):
+    """
+    The Trainer's callback, which puts all that it logs under `train/`, with sections that can be found: `grades/...`
+    keeps its own name, and the scores of the test rows, one number each, go into the run's summary alone.
+    """
+
+    @classmethod
+    def put_into(cls, trainer: Any) -> None:
+        """Takes the place of the Trainer's own callback, if it has that."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks[:] = [cls() if type(callback) is WandbCallback else callback for callback in callbacks]
+
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+        grades = {key: value for key, value in logs.items() if key.startswith("grades/")}
+        scores = {key: value for key, value in logs.items() if key.startswith("test_")}
+        others = {key: value for key, value in logs.items() if key not in grades and key not in scores}
+        super().on_log(args, state, control, model=model, logs=others, **kwargs)
+        if wandb.run is None or not state.is_world_process_zero:
+            return
+        wandb.run.summary.update({key.replace("test_", "test/", 1): value for key, value in scores.items()})
+        # Held-out scores are logged when they are measured, not when the next line is due.
+        shown = {key: value for key, value in grades.items() if not key.startswith("grades/heldout_")}
+        if shown:
+            wandb.run.log({**shown, "train/global_step": state.global_step})
 
 
 def log_comparison(scores: dict[str, dict[str, float]], report_to: Sequence[str]) -> None:
@@ -79,74 +122,271 @@ def log_comparison(scores: dict[str, dict[str, float]], report_to: Sequence[str]
 
 class Tracker:
     """
-    The W&B run of a trainer. Every method does nothing if the trainer does not report to W&B.
+    The loggers of a trainer. Every method does nothing where the trainer reports to none of them.
 
-    The Trainer's own callback makes the run when training begins, and logs the scalars under `train/`. Here no
-    `step=` is ever given: W&B would drop rows that are logged beside that callback.
+    The Trainer's own callbacks make the runs when training begins, and log the scalars. Here no `step=` is ever given
+    to W&B: it would drop rows that are logged beside that callback.
 
     Args:
-        report_to (`Sequence[str]`): as in the training arguments.
+        *loggers: those that the trainer reports to.
     """
 
-    def __init__(self, report_to: Sequence[str]):
-        self._enabled = "wandb" in report_to
+    def __init__(self, *loggers: Any):
+        self._loggers = loggers
 
-    @property
-    def _run(self) -> Any:
-        return wandb.run if self._enabled else None
+    @classmethod
+    def of(cls, trainer: Any) -> Tracker:
+        """The loggers that a trainer reports to, of those known here.
+
+        Args:
+            trainer: with `args` and `callback_handler`, as a `transformers.Trainer` has them.
+        """
+        report_to, loggers = trainer.args.report_to, list[Any]()
+        if "wandb" in report_to:
+            loggers.append(_Wandb())
+        boards = [c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
+        if "tensorboard" in report_to and boards:
+            loggers.append(_TensorBoard(boards[0]))
+        if "trackio" in report_to:
+            loggers.append(_Trackio(trainer.args.project, trainer.args.run_name))
+        return cls(*loggers)
 
     @property
     def is_on(self) -> bool:
         """Whether there is a run to write to."""
-        return self._run is not None
+        return any(logger.is_on for logger in self._loggers)
 
-    def log_settings(self, settings: dict[str, Any]) -> None:
-        """The settings of GradES, under `grades` in the run's config."""
-        if self._run is not None:
-            self._run.config.update({"grades": settings}, allow_val_change=True)
-
-    def log_figure(self, png: bytes, step: int) -> None:
-        """A figure, under `grades/timeline`.
+    def log_config(self, config: dict[str, Any]) -> None:
+        """Adds to the config of the run.
 
         Args:
+            config (`dict[str, Any]`): name of a group -> its settings.
+        """
+        self._each("config", jsonable(config))
+
+    def log_image(self, key: str, png: bytes, step: int) -> None:
+        """A figure.
+
+        Args:
+            key (`str`): its name, e.g. `"grades/timeline"`.
             png (`bytes`): the figure as PNG.
             step (`int`): optimizer step that it shows.
         """
-        self._log_image("grades/timeline", png, step)
+        self._each("image", key, png, step)
 
-    def log_gain(self, png: bytes, step: int) -> None:
-        """The heatmap of the gain, under `grades/gain_heatmap`. Arguments as in `log_figure`."""
-        self._log_image("grades/gain_heatmap", png, step)
+    def log_table(self, key: str, columns: list[str], rows: list[list], step: int) -> None:
+        """A table; an image in it is given as bytes, in the last column."""
+        self._each("table", key, columns, rows, step)
 
-    def _log_image(self, key: str, png: bytes, step: int) -> None:
-        if self._run is not None:
-            image = wandb.Image(PIL.Image.open(io.BytesIO(png)))
-            self._run.log({key: image, "train/global_step": step})
+    def log_samples(self, samples: list[Sample], step: int) -> None:
+        """Answers before and after training, under `grades/samples`, with the images where there are any."""
+        if not samples:
+            return
+        columns = [*SAMPLE_COLUMNS, *(["image"] if samples[0].image is not None else [])]
+        rows = [
+            [s.prompt, s.expected, s.before, s.after, s.is_right, *([s.image] if "image" in columns else [])]
+            for s in samples
+        ]
+        self.log_table("grades/samples", columns, rows, step)
 
-    def log_table(self, columns: list[str], rows: list[list]) -> None:
-        """One row per matrix, under `grades/matrices`."""
-        if self._run is not None:
-            self._run.log({"grades/matrices": wandb.Table(columns=columns, data=rows)})
+    def log_heldout(self, metric: str, score: float, step: int) -> None:
+        """One held-out measurement, as `grades/heldout_<metric>`, in the step in which it was made."""
+        self._each("heldout", f"grades/heldout_{metric}", score, step)
 
     def log_summary(self, summary: dict[str, Any]) -> None:
         """The entries of `summary.json`, each under `grades/` in the run's summary: none may be called like a table or
-        a figure."""
-        if self._run is not None:
-            self._run.summary.update({f"grades/{key}": value for key, value in summary.items()})
+        a figure. W&B only: the others have no such place."""
+        self._each("summary", {f"grades/{key}": value for key, value in summary.items()})
+
+    def log_result(self, result: dict[str, Any], scores: dict[str, float], step: int) -> None:
+        """What runs are sorted by, under `result/`, and the final scores under their own names.
+
+        Args:
+            result (`dict[str, Any]`): numbers and short texts, see [`result_fields`].
+            scores (`dict[str, float]`): e.g. `{"final/test_loss": 1.5}`.
+            step (`int`): the last optimizer step.
+        """
+        named = {f"result/{key}": value for key, value in result.items() if value is not None}
+        self._each("result", named | scores, step)
 
     def log_report(self, directory: Path) -> None:
-        """The folder of the report, as an artifact; once more when something was added to it."""
-        if self._run is not None:
-            report = wandb.Artifact(f"grades-{self._run.id}", type="grades-report")
-            report.add_dir(str(directory))
-            self._run.log_artifact(report)
+        """The folder of the report, as an artifact of W&B; once more when something was added to it."""
+        self._each("report", directory)
 
-    def log_scores(self, scores: dict[str, float]) -> None:
-        """The final scores, in the run's summary under their own names."""
-        if self._run is not None:
-            self._run.summary.update(scores)
+    def _each(self, what: str, *arguments: Any) -> None:
+        for logger in self._loggers:
+            if logger.is_on:
+                getattr(logger, what)(*arguments)
 
-    def log_samples(self, path: Path) -> None:
-        """An image with prompts and answers, under `samples`."""
-        if self._run is not None:
-            self._run.log({"samples": wandb.Image(str(path))})
+
+class _Wandb:
+    @property
+    def is_on(self) -> bool:
+        return wandb.run is not None
+
+    @property
+    def _run(self) -> Any:
+        return wandb.run
+
+    def config(self, config: dict[str, Any]) -> None:
+        self._run.config.update(config, allow_val_change=True)
+
+    def image(self, key: str, png: bytes, step: int) -> None:
+        self._run.log({key: wandb.Image(PIL.Image.open(io.BytesIO(png))), "train/global_step": step})
+
+    def table(self, key: str, columns: list[str], rows: list[list], step: int) -> None:
+        rows = [[_pillow(cell, wandb.Image) for cell in row] for row in rows]
+        self._run.log({key: wandb.Table(columns=columns, data=rows)})
+
+    def heldout(self, key: str, score: float, step: int) -> None:
+        self._run.log({key: score, "train/global_step": step})
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        self._run.summary.update(summary)
+
+    def result(self, result: dict[str, Any], step: int) -> None:
+        self._run.summary.update(result)
+
+    def report(self, directory: Path) -> None:
+        artifact = wandb.Artifact(f"grades-{self._run.id}", type="grades-report")
+        artifact.add_dir(str(directory))
+        self._run.log_artifact(artifact)
+
+
+class _TensorBoard:
+    """Images, texts and scalars; it has no config, no summary and no artifacts."""
+
+    def __init__(self, callback: TensorBoardCallback):
+        self._callback, self._own = callback, None
+
+    @property
+    def is_on(self) -> bool:
+        return self._callback.logging_dir is not None  # since training began
+
+    @property
+    def _writer(self) -> Any:
+        # The callback closes its own at the end of training, before scores and report are there.
+        if self._callback.tb_writer is not None:
+            return self._callback.tb_writer
+        if self._own is None:
+            self._own = self._callback._SummaryWriter(log_dir=self._callback.logging_dir)
+        return self._own
+
+    def config(self, config: dict[str, Any]) -> None:
+        rows = [[group, name, value] for group, of in config.items() for name, value in _entries(of)]
+        self.table("arguments", ["group", "argument", "value"], rows, 0)
+
+    def image(self, key: str, png: bytes, step: int) -> None:
+        self._writer.add_image(key, np.asarray(_pillow(png).convert("RGB")), step, dataformats="HWC")
+        self._writer.flush()
+
+    def table(self, key: str, columns: list[str], rows: list[list], step: int) -> None:
+        for number, row in enumerate(rows):
+            for cell in row:
+                if isinstance(cell, bytes):
+                    self.image(f"{key}/{number}", cell, step)
+        shown = [["see images" if isinstance(cell, bytes) else cell for cell in row] for row in rows[:MAX_TEXT_ROWS]]
+        self._writer.add_text(key, markdown(columns, shown), step)
+        self._writer.flush()
+
+    def heldout(self, key: str, score: float, step: int) -> None:
+        """It comes with `trainer.log`."""
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        """There is no place for it."""
+
+    def result(self, result: dict[str, Any], step: int) -> None:
+        for key, value in result.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(key, value, step)
+        self.table("result", ["field", "value"], [list(item) for item in result.items()], step)
+
+    def report(self, directory: Path) -> None:
+        """There are no artifacts; the folder is beside the run."""
+
+
+class _Trackio:
+    """Config, scalars, images and tables. Its callback ends the run with training; what comes later resumes it."""
+
+    def __init__(self, project: str, name: str | None):
+        self._project, self._name = project, name
+
+    @property
+    def is_on(self) -> bool:
+        return "trackio" in sys.modules  # its callback has imported it
+
+    def _run(self) -> Any:
+        trackio = sys.modules["trackio"]
+        run = trackio.context_vars.current_run.get()
+        if run is None:
+            trackio.init(project=self._project, name=self._name, resume="allow")
+        else:
+            self._name = run.name
+        return trackio
+
+    def config(self, config: dict[str, Any]) -> None:
+        self._run().config.update(config, allow_val_change=True)
+
+    def image(self, key: str, png: bytes, step: int) -> None:
+        trackio = self._run()
+        trackio.log({key: trackio.Image(_pillow(png)), "train/global_step": step})
+
+    def table(self, key: str, columns: list[str], rows: list[list], step: int) -> None:
+        trackio = self._run()
+        rows = [[_pillow(cell, trackio.Image) for cell in row] for row in rows]
+        trackio.log({key: trackio.Table(columns=columns, data=rows)})
+
+    def heldout(self, key: str, score: float, step: int) -> None:
+        """It comes with `trainer.log`."""
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        """There is no place for it."""
+
+    def result(self, result: dict[str, Any], step: int) -> None:
+        self._run().log({**result, "train/global_step": step})
+
+    def report(self, directory: Path) -> None:
+        """The folder is beside the run."""
+
+
+def _pillow(cell: Any, wrap: Any = lambda image: image) -> Any:
+    """An image in bytes as Pillow knows it, in what a logger wraps it in; everything else as it is."""
+    return wrap(PIL.Image.open(io.BytesIO(cell))) if isinstance(cell, bytes) else cell
+
+
+def _entries(settings: Any) -> list[tuple[str, Any]]:
+    return list(settings.items()) if isinstance(settings, dict) else [("", settings)]
+
+
+def markdown(columns: list[str], rows: list[list]) -> str:
+    """A table in Markdown, each row on its line."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
+
+
+def result_fields(result: Any) -> dict[str, Any]:
+    """The numbers that runs are compared by, the same for runs with GradES and without.
+
+    Args:
+        result (`RunResult`): of a finished run.
+
+    Returns:
+        `dict[str, Any]`: `test_loss`, `validation_loss`, `exact_match`, `steps`, `fraction_of_schedule`, `seconds`,
+            `flops` (fraction of a baseline over the whole schedule), `frozen_fraction`, `peak_memory_mib` and
+            `stop_reason`; `None` where a run has no such number.
+    """
+    scores, tracked = result.results, len(result.tracked)
+    return {
+        "test_loss": scores.get("final/test_loss"),
+        "validation_loss": scores.get("final/validation_loss"),
+        "exact_match": scores.get("final/exact_match", scores.get("final/exact_match_test")),
+        "steps": result.steps,
+        "fraction_of_schedule": result.steps / result.total_steps,
+        "seconds": result.seconds.total,
+        "flops": result.flops,
+        "frozen_fraction": result.frozen / tracked if tracked else 0.0,
+        "peak_memory_mib": result.peak_memory_mib,
+        "stop_reason": result.stop_reason,
+    }

@@ -26,7 +26,7 @@ from grades_trl.report.environment import Environment
 from grades_trl.report.run_report import RunReport
 from grades_trl.report.summary import CacheSummary, Outcome, RunSummary, format_ending, stop_reason
 from grades_trl.report.timing import RunClock
-from grades_trl.report.tracking import Tracker
+from grades_trl.report.tracking import GroupedWandbCallback, Tracker
 from grades_trl.stopping.heldout import name_of, plan
 
 from .binding import is_sft_trainer, on_sft_trainer, refuse_stale_base
@@ -125,6 +125,7 @@ class GradESMixin(_Trainer):
         self._clock = clocks[0] if clocks else RunClock()
         if not clocks:
             self.add_callback(self._clock)
+        GroupedWandbCallback.put_into(self)
         self.add_callback(_GradESCallback(self))
 
     # ---- the run ----
@@ -271,7 +272,7 @@ class GradESMixin(_Trainer):
             clock=self._clock,
             checkpointing=self.args.gradient_checkpointing,
             resume_step=self.state.global_step,
-            tracker=Tracker(self.args.report_to),
+            tracker=Tracker.of(self),
         )
         self.grades.criterion.costs = self._step_costs
         if self._resumed is not None:
@@ -420,6 +421,8 @@ class GradESMixin(_Trainer):
         if self.grades is not None and "loss" in logs:
             logs.update(self.report.logs())
         super().log(logs, start_time)
+        if self.grades is not None:
+            self.report.record_metrics(self.state.global_step, logs)
 
     def _write_report(self) -> None:
         """The run is over and its model safe: whatever fails here is said, and costs no more than the report."""
