@@ -8,8 +8,8 @@ Without arguments: a tiny Qwen3 learns to write dates as ISO 8601, in about a mi
   python recipes/sft_text.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name my_chats.jsonl --use_peft
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is used, must be imported before all else
 
@@ -37,7 +37,7 @@ from grades_trl.report.timing import RunClock
 from grades_trl.trainers.heldout import HeldoutAnswers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-DATASETS: dict[str, Any] = {"dates": builtin.dates, "docstrings": builtin.docstrings}
+DATASETS: dict[str, Callable] = {"dates": builtin.dates, "docstrings": builtin.docstrings}
 
 
 def main() -> None:

@@ -231,7 +231,9 @@ class _Layers:
             moved = torch.empty_like(hidden, dtype=known.dtype).requires_grad_(known.requires_grad)
             return (moved, *known.output[1:]) if isinstance(known.output, tuple) else moved
         alone = self._alone(layer, forward, args, kwargs)
-        before = set(self._storages)
+        # Masks and positions are the same tensors in all layers.
+        before = {x.untyped_storage()._cdata for x in tree_leaves((args[1:], kwargs)) if isinstance(x, Tensor)}
+        before = (before - {hidden.untyped_storage()._cdata}) | self._storages.keys()
         output = forward(*args, **kwargs)
         own = [storage.nbytes() for key, storage in self._storages.items() if key not in before]
         self._kinds[kind] = _Kind(1, sum(own), *alone, output)

@@ -387,7 +387,7 @@ def smaller_runs(training: SFTConfig, model_args: ModelConfig) -> Iterator[tuple
     def changed(owner: Any, **settings: Any) -> tuple[str, SFTConfig, ModelConfig]:
         for name, value in settings.items():
             setattr(owner, name, value)
-            flags[name] = str(value).lower() if isinstance(value, bool) else str(value)
+            flags[name] = str(value).lower() if isinstance(value, bool) else str(getattr(value, "value", value))
         return " ".join(f"--{name} {value}" for name, value in flags.items()), training, model_args
 
     if not training.gradient_checkpointing:
