@@ -23,7 +23,7 @@ from grades_trl.freezing.batch_content import images_of
 from grades_trl.freezing.cache_use import CacheUse
 from grades_trl.freezing.encoder_cache import EncoderCache
 from grades_trl.model.structure import base_path, find_heads, find_layers
-from grades_trl.model.towers import find_towers, towers_of_modules
+from grades_trl.model.towers import find_encoders, towers_of_modules
 
 
 class FrozenPrefix:
@@ -172,7 +172,7 @@ class FrozenPrefix:
 
     def _skipped_encoder(self) -> tuple[nn.Module, list[str]]:
         """The first encoder whose layers are all skipped, and their paths."""
-        towers = find_towers(self._model)
+        towers = find_encoders(self._model)
         for tower in towers:
             inside = [path for path in self._layers if f"{base_path(path)}.".startswith(f"{tower}.")]
             if inside and self._skipped.issuperset(inside):

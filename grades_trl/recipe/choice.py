@@ -17,7 +17,15 @@ from torch import nn
 
 from grades_trl.model import TOWERS, WeightMatrix, find_layers, find_matrices, towers_of_modules, towers_of_parameters
 from grades_trl.model.flops import TokenCounter, experts_per_token, step_flops
-from grades_trl.model.structure import base_path, embeddings_train, find_heads, is_linear, locate
+from grades_trl.model.structure import (
+    base_path,
+    embeddings_train,
+    find_heads,
+    find_routers,
+    is_linear,
+    locate,
+    stacked_weights,
+)
 
 INDICES = re.compile(r"(\d+)(?:-(\d+))?")
 FRACTIONS = re.compile(r"(\d*\.?\d+|\d+\.)-(\d*\.?\d+|\d+\.)")
@@ -239,19 +247,19 @@ def _tracked(model: nn.Module) -> list[WeightMatrix]:
 def _untracked(model: nn.Module, tracked: Collection[str]) -> list[WeightMatrix]:
     """The weights inside of layers that do not train, each as the matrix that it would be in full fine-tuning."""
     layers, tower_of = find_layers(model), towers_of_modules(model)
+    routers = find_routers(model, layers)
     found: dict[str, WeightMatrix] = {}
     for path, module in model.named_modules():
         layer = locate(f"{path}.", layers)
-        if not layer or ".lora_" in path:
+        if not layer or ".lora_" in path or path in routers:
             continue
         shapes: dict[str, tuple[int, ...]] = {}
         if is_linear(module):  # a packed weight of 4 bits has no shape of its own
             module_: Any = module
             has_features = hasattr(module, "out_features") and hasattr(module, "in_features")
             shapes[path] = (module_.out_features, module_.in_features) if has_features else tuple(module_.weight.shape)
-        elif not isinstance(module, nn.modules.conv._ConvNd):
-            own = module.named_parameters(recurse=False)
-            shapes = {f"{path}.{name}": tuple(p.shape) for name, p in own if p.ndim == 3}
+        else:
+            shapes = {f"{path}.{name}": shape for name, shape in stacked_weights(module).items()}
         for name, shape in shapes.items():
             name = base_path(name)
             if name in tracked or name in found:  # the layer inside of an adapter has the name of the adapter
