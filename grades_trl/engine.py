@@ -345,7 +345,7 @@ class GradES:
                 self._freezer.freeze(self._model.get_submodule(path).parameters())
             first = self.matrices[names[0]]
             if first.layer == 0 and (self.config.freeze_embeddings or (whole_layers and first.tower != "language")):
-                for module in self.prefix.modules_before(path):
+                for module in self.prefix.embeddings_before(path, norms=freeze_norms):
                     self._freezer.freeze(module.parameters(recurse=False))
         projector = [name for name, matrix in self.matrices.items() if matrix.tower == "projector"]
         if freeze_norms and projector and all(name in self.frozen for name in projector):

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from trl import ModelConfig
 
 from grades_trl.model.matrices import find_matrices
@@ -191,7 +192,9 @@ def test_one_target_module_is_a_name_and_no_pattern(monkeypatch, folder, given):
     passed = {}
     fast = SimpleNamespace(
         from_pretrained=lambda *_, **__: (qwen3(), "tokenizer"),
-        get_peft_model=lambda model, **arguments: passed.update(arguments) or model,
+        get_peft_model=lambda model, **arguments: passed.update(arguments) or get_peft_model(
+            model, LoraConfig(target_modules=arguments.get("target_modules", "all-linear"))
+        ),
     )
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastVisionModel=fast, FastLanguageModel=fast))
     args = ModelConfig(model_name_or_path=folder, use_peft=True, lora_target_modules=given)

@@ -7,7 +7,7 @@ of experts, each token passes through the active ones only.
 
 A layer whose outputs are read from a cache costs nothing, see [`TokenCounter.add_read`].
 
-Not counted: attention scores, norms, embeddings, routers that are no linear layer, the output head, the optimizer,
+Not counted: attention scores, norms, embeddings, routers, the output head, the optimizer,
 and layers that the user froze before training. Two details are left out: torch's non-reentrant checkpointing does not
 recompute the last product of a layer, and without checkpointing the layers that read frozen embeddings compute no
 gradient of their input.
