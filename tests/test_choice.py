@@ -249,8 +249,6 @@ def test_flops_of_full_fine_tuning_by_hand(layers, products, checkpointing):
     recomputed = {None: 4, "0-3": 4, "2-3": 2, "0-1": 4, "1": 3, "0,3": 4}[layers] if checkpointing else 0
     found = flops_of(model, checkpointing)
     assert found.step == pytest.approx((products + recomputed) / (16 if checkpointing else 12))
-    tracked = len(find_matrices(model)) * (4 if checkpointing else 3)
-    assert found.tracked == pytest.approx(tracked / (16 if checkpointing else 12))
 
 
 def test_embeddings_that_train_keep_the_backward_pass_going_down():

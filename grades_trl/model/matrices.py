@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from grades_trl.model.structure import (
@@ -118,6 +120,32 @@ def find_matrices(model: nn.Module, projector: bool = False) -> dict[str, Weight
             "weights before the trainer is built."
         )
     return matrices
+
+
+def untracked_matrices(model: nn.Module, tracked: Iterable[WeightMatrix]) -> list[WeightMatrix]:
+    """The weights inside of layers that do not train, each as the matrix that it would be in full fine-tuning: frozen
+    before training, or without an adapter. A step multiplies by them all the same."""
+    layers, towers = find_layers(model), find_towers(model)
+    routers, names = find_routers(model, layers), {matrix.name for matrix in tracked}
+    found: dict[str, WeightMatrix] = {}
+    for path, module in model.named_modules():
+        layer = locate(f"{path}.", layers)
+        if not layer or ".lora_" in path or path in routers:
+            continue
+        shapes = {f"{path}.{name}": shape for name, shape in stacked_weights(module).items()}
+        if is_linear(module):  # a packed weight of 4 bits has no shape of its own
+            module_: Any = module
+            has_features = hasattr(module, "out_features") and hasattr(module, "in_features")
+            shapes = {path: (module_.out_features, module_.in_features) if has_features else tuple(module_.weight.shape)}
+        for name, shape in shapes.items():
+            name = base_path(name)
+            if name in names or name in found:  # the layer inside of an adapter has the name of the adapter
+                continue
+            stack, index = layers[layer]
+            role = ".".join(part for part in name.removeprefix(base_path(layer)).split(".") if part and not part.isdigit())
+            weight = nn.Parameter(torch.empty(shape, device="meta"))
+            found[name] = WeightMatrix(name, index, role, tower_of(name, towers), base_path(stack), shape, (weight,))
+    return list(found.values())
 
 
 def matrices_by_layer(model: nn.Module, matrices: dict[str, WeightMatrix]) -> dict[str, list[str]]:

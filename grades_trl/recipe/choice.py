@@ -15,16 +15,21 @@ import bitsandbytes
 import torch
 from torch import nn
 
-from grades_trl.model import TOWERS, WeightMatrix, find_layers, find_matrices, towers_of_modules, towers_of_parameters
+from grades_trl.model import (
+    TOWERS,
+    WeightMatrix,
+    find_layers,
+    find_matrices,
+    towers_of_modules,
+    towers_of_parameters,
+    untracked_matrices,
+)
 from grades_trl.model.flops import TokenCounter, experts_per_token, step_flops
 from grades_trl.model.structure import (
     base_path,
     embeddings_train,
     find_heads,
-    find_routers,
-    is_linear,
     locate,
-    stacked_weights,
 )
 
 INDICES = re.compile(r"(\d+)(?:-(\d+))?")
@@ -189,16 +194,9 @@ class ChoiceFlops:
 
     Attributes:
         step (`float`): a step of this choice.
-        tracked (`float`): the part of it in the matrices that train.
     """
 
     step: float = 1.0
-    tracked: float = 1.0
-
-    @property
-    def rest(self) -> float:
-        """The part of it in what does not train."""
-        return self.step - self.tracked
 
 
 def choice_flops(trainer: Any) -> ChoiceFlops:
@@ -227,7 +225,7 @@ def flops_of(model: nn.Module, checkpointing: bool = False, tokens: dict[str, fl
     if adapters:
         *experts, rows, columns = adapters[0].shape
         rank = max(1, round(adapters[0].params / ((rows + columns) * (experts[0] if experts else 1))))
-    untracked = _untracked(model, {matrix.name for matrix in tracked})
+    untracked = untracked_matrices(model, tracked)
     settings: Any = {
         "tokens": tokens,
         "checkpointing": checkpointing,
@@ -236,39 +234,12 @@ def flops_of(model: nn.Module, checkpointing: bool = False, tokens: dict[str, fl
     everything = step_flops([*tracked, *(_with_adapter(matrix, rank) for matrix in untracked)], **settings)
     frozen = {matrix.name for matrix in untracked}
     of_choice = step_flops([*tracked, *untracked], frozen=frozen, skipped_layers=_skipped_layers(model), **settings)
-    return ChoiceFlops(of_choice / everything, step_flops(tracked, **settings) / everything)
+    return ChoiceFlops(of_choice / everything)
 
 
 def _tracked(model: nn.Module) -> list[WeightMatrix]:
     """The matrices inside of layers that train; none where only a projector does."""
     return [matrix for matrix in find_matrices(model, projector=True).values() if matrix.stack]
-
-
-def _untracked(model: nn.Module, tracked: Collection[str]) -> list[WeightMatrix]:
-    """The weights inside of layers that do not train, each as the matrix that it would be in full fine-tuning."""
-    layers, tower_of = find_layers(model), towers_of_modules(model)
-    routers = find_routers(model, layers)
-    found: dict[str, WeightMatrix] = {}
-    for path, module in model.named_modules():
-        layer = locate(f"{path}.", layers)
-        if not layer or ".lora_" in path or path in routers:
-            continue
-        shapes: dict[str, tuple[int, ...]] = {}
-        if is_linear(module):  # a packed weight of 4 bits has no shape of its own
-            module_: Any = module
-            has_features = hasattr(module, "out_features") and hasattr(module, "in_features")
-            shapes[path] = (module_.out_features, module_.in_features) if has_features else tuple(module_.weight.shape)
-        else:
-            shapes = {f"{path}.{name}": shape for name, shape in stacked_weights(module).items()}
-        for name, shape in shapes.items():
-            name = base_path(name)
-            if name in tracked or name in found:  # the layer inside of an adapter has the name of the adapter
-                continue
-            stack, index = layers[layer]
-            role = ".".join(part for part in name.removeprefix(base_path(layer)).split(".") if not part.isdigit())
-            weight = nn.Parameter(torch.empty(shape, device="meta"))
-            found[name] = WeightMatrix(name, index, role, tower_of[layer], base_path(stack), shape, (weight,))
-    return list(found.values())
 
 
 def _with_adapter(matrix: WeightMatrix, rank: int | None) -> WeightMatrix:

@@ -155,3 +155,40 @@ def build(name: str, vision: bool = False) -> nn.Module:
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     return getattr(T, model_class)(config)
+
+
+def inputs_of(model: nn.Module, vision: bool) -> dict[str, Any]:
+    """Two rows of text, with an image where the model has to have one."""
+    ids = torch.randint(3, 80, (2, 16), generator=torch.Generator().manual_seed(0))
+    inputs: dict[str, Any] = {"input_ids": ids, "labels": ids}
+    name = model.config.model_type
+    if name in NEEDS:
+        inputs = NEEDS[name](inputs)
+    return inputs
+
+
+def _pixels(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def _with_query_tokens(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Four placeholders for the four outputs of a Q-Former, for each image."""
+    ids = inputs["input_ids"].clone()
+    ids[:, 1:5] = IMAGE
+    return {"input_ids": ids, "labels": ids, "pixel_values": _pixels(2, 3, 32, 32)}
+
+
+def _with_sound(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {"input_features": _pixels(2, 80, 64), "labels": inputs["labels"]}
+
+
+# Architectures that take no rows of text alone.
+NEEDS: dict[str, Any] = {
+    "blip-2": _with_query_tokens,
+    "instructblip": lambda i: _with_query_tokens(i) | {"qformer_input_ids": i["input_ids"]},
+    "blip": lambda i: i | {"pixel_values": _pixels(2, 3, 32, 32)},
+    "kosmos-2": lambda i: i | {"image_embeds": _pixels(2, 4, 32), "image_embeds_position_mask": torch.arange(16).repeat(2, 1) < 4},
+    "idefics": lambda i: i | {"pixel_values": _pixels(2, 1, 3, 32, 32), "image_attention_mask": torch.ones(2, 16, 1)},
+    "git": lambda i: i | {"pixel_values": _pixels(2, 3, 32, 32)},
+    "whisper": _with_sound,
+}
