@@ -188,7 +188,10 @@ def test_unsloth_gets_its_own_arguments(monkeypatch, towers, layers, passed):
     given = {}
     fast = SimpleNamespace(
         from_pretrained=lambda *_, **__: (llava(), "processor"),
-        get_peft_model=lambda model, **arguments: given.update(arguments) or model,
+        get_peft_model=lambda model, **arguments: (
+            given.update(arguments)
+            or get_peft_model(model, LoraConfig(target_modules=arguments.get("target_modules", "all-linear")))
+        ),
     )
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastVisionModel=fast, FastLanguageModel=fast))
     args = ModelConfig(model_name_or_path="some/model", use_peft=True)

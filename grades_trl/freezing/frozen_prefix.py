@@ -235,7 +235,9 @@ class FrozenPrefix:
         before = dict.fromkeys(order[: order.index(path)] if order else ())
         tower = self._towers[path]
         units = [unit for unit in before if self._towers[unit] == tower and unit not in self._layers]
-        first_linear = next((unit for unit in units if is_linear(self._units[unit])), "") if tower != "language" else ""
+        first_linear = (
+            next((unit for unit in units if is_linear(self._units[unit])), "") if tower != "language" else ""
+        )
         reads_patches = bool(first_linear) and not any(_is_convolution(self._units[unit]) for unit in units)
         return [
             self._units[unit]

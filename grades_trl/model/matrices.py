@@ -90,7 +90,9 @@ def find_matrices(model: nn.Module, projector: bool = False) -> dict[str, Weight
     found: list[tuple[str, str, int, str, tuple[nn.Parameter, ...], tuple[int, ...]]] = []
     taken: set[int] = set()
     for path, name, parameters, shape in _trainable_weights(model):
-        if path in heads or path in routers or id(parameters[0]) in taken:  # PEFT's `modules_to_save` wraps a layer and shows its weight
+        if (
+            path in heads or path in routers or id(parameters[0]) in taken
+        ):  # PEFT's `modules_to_save` wraps a layer and shows its weight
             continue
         taken.add(id(parameters[0]))
         layer = locate(path, layers)
@@ -113,11 +115,12 @@ def find_matrices(model: nn.Module, projector: bool = False) -> dict[str, Weight
         for name, stack, index, inner, parameters, shape in found
     }
     if not matrices:
+        lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         raise ValueError(
             f"GradES found no weight matrix to track in {type(model).__name__}: expected linear layers that require a "
             f"gradient inside a ModuleList of layers; found {len(layers)} such layers and "
-            f"{sum(p.requires_grad for p in model.parameters())} trainable tensors. Add LoRA adapters or unfreeze "
-            "weights before the trainer is built."
+            f"{sum(p.requires_grad for p in model.parameters())} trainable tensors. Looked at the lists "
+            f"{', '.join(lists[:10]) or 'none'}. Add LoRA adapters or unfreeze weights before the trainer is built."
         )
     return matrices
 
@@ -136,13 +139,17 @@ def untracked_matrices(model: nn.Module, tracked: Iterable[WeightMatrix]) -> lis
         if is_linear(module):  # a packed weight of 4 bits has no shape of its own
             module_: Any = module
             has_features = hasattr(module, "out_features") and hasattr(module, "in_features")
-            shapes = {path: (module_.out_features, module_.in_features) if has_features else tuple(module_.weight.shape)}
+            shapes = {
+                path: (module_.out_features, module_.in_features) if has_features else tuple(module_.weight.shape)
+            }
         for name, shape in shapes.items():
             name = base_path(name)
             if name in names or name in found:  # the layer inside of an adapter has the name of the adapter
                 continue
             stack, index = layers[layer]
-            role = ".".join(part for part in name.removeprefix(base_path(layer)).split(".") if part and not part.isdigit())
+            role = ".".join(
+                part for part in name.removeprefix(base_path(layer)).split(".") if part and not part.isdigit()
+            )
             weight = nn.Parameter(torch.empty(shape, device="meta"))
             found[name] = WeightMatrix(name, index, role, tower_of(name, towers), base_path(stack), shape, (weight,))
     return list(found.values())

@@ -30,7 +30,7 @@ def find_layers(model: nn.Module) -> dict[str, tuple[str, int]]:
     """
     layers: dict[str, tuple[str, int]] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(path.startswith(layer + ".") for layer in layers):
+        if not isinstance(module, nn.ModuleList) or any(f"{path}.".startswith(f"{layer}.") for layer in layers):
             continue
         if is_connector(path.rpartition(".")[2]) or _is_list_of_stages(module) or not _holds_layers(module):
             continue

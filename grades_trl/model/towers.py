@@ -13,7 +13,15 @@ from typing import Any
 
 from torch import nn
 
-from grades_trl.model.structure import base_path, find_heads, find_layers, find_routers, is_connector, is_linear, locate
+from grades_trl.model.structure import (
+    base_path,
+    find_heads,
+    find_layers,
+    find_routers,
+    is_connector,
+    is_linear,
+    locate,
+)
 
 TOWERS = ("language", "vision", "audio", "projector")
 NAMES = {"vision": "vision", "visual": "vision", "image": "vision", "audio": "audio", "speech": "audio"}

@@ -280,15 +280,20 @@ def format_choice(model: nn.Module, flops: ChoiceFlops) -> str:
     """The choice as a table, a line for each tower, and what it can save, in 80 columns."""
     matrices, layers, tower_of = _tracked(model), find_layers(model), towers_of_parameters(model)
     tower_of_module = towers_of_modules(model)
+    unmeasured: list[str] = []
     lines = [f"{'tower':<10} {'layers':>7} {'matrices tracked':>17} {'parameters':>16} {'trainable':>16}"]
     for tower in (tower for tower in TOWERS if tower in tower_of.values()):
         parameters = [p for name, p in model.named_parameters() if tower_of[name] == tower]
         count = sum(tower_of_module[path] == tower for path in layers)
         tracked = sum(matrix.tower == tower for matrix in matrices)
         trainable = sum(_elements(p) for p in parameters if p.requires_grad)
+        if trainable and not tracked and tower != "projector":
+            unmeasured.append(tower)
         lines.append(
             f"{tower:<10} {count or '-':>7} {tracked:>17} {sum(map(_elements, parameters)):>16,} {trainable:>16,}"
         )
+    if unmeasured:
+        lines.append(f"nothing is measured in: {', '.join(unmeasured)} (no linear layer in a list of layers trains)")
     lines.append(f"limit of the step time by this choice: {1 / flops.step:.2f}x shorter than training everything")
     return "\n".join(lines)
 

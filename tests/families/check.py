@@ -11,7 +11,6 @@ from transformers import BitsAndBytesConfig
 from trl import ModelConfig
 
 from grades_trl import GradES, GradESConfig
-from grades_trl.freezing.frozen_prefix import FrozenPrefix
 from grades_trl.model import find_layers, find_matrices, towers_of_modules
 from grades_trl.model.structure import find_heads, find_routers, is_linear, locate
 from grades_trl.recipe.models import make_trainable
@@ -80,7 +79,9 @@ def _check_matrices(model: nn.Module) -> str:
             assert (id(module.weight) in ids) != (path in not_expected), path
         if not is_linear(module):
             words = ("norm", "router", "time_mix", "A_log", "embed")
-            assert not [n for n, p in module.named_parameters(recurse=False) if id(p) in ids and any(w in n for w in words)]
+            assert not [
+                n for n, p in module.named_parameters(recurse=False) if id(p) in ids and any(w in n for w in words)
+            ]
     towers = towers_of_modules(model)
     assert all(matrix.tower == towers[path] for path, matrix in matrices.items() if path in towers)
     counts: dict[str, int] = {}
@@ -149,7 +150,12 @@ def _run(model: nn.Module, reentrant: bool | None, vision: bool, prefix: bool):
         lengths[matrix.stack] = max(lengths.get(matrix.stack, 0), matrix.layer + 1)
     lower = {m.name: FREEZE_AT for m in matrices.values() if m.layer < max(1, lengths[m.stack] // 2)}
     config = GradESConfig(
-        metric="schedule", schedule=lower, stopping="end_of_schedule", keep="last", freeze_norms=True, freeze_embeddings=True
+        metric="schedule",
+        schedule=lower,
+        stopping="end_of_schedule",
+        keep="last",
+        freeze_norms=True,
+        freeze_embeddings=True,
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
     grades = GradES(model, config, STEPS + 1, optimizer)
@@ -190,7 +196,9 @@ def _check_saved(model: nn.Module, adapted: nn.Module, row: Row, vision: bool) -
                 assert torch.equal(there[name], weight), f"{name} of the saved adapter"
         try:
             four_bits = BitsAndBytesConfig(load_in_4bit=True)
-            small = type(model).from_pretrained(f"{folder}/model", quantization_config=four_bits, attn_implementation="eager")
+            small = type(model).from_pretrained(
+                f"{folder}/model", quantization_config=four_bits, attn_implementation="eager"
+            )
             small = make_trainable(small, ModelConfig(use_peft=True, lora_r=2, lora_dropout=0.0))
             small.train()
             small(**inputs_of(small, vision)).loss.backward()

@@ -14,6 +14,9 @@ from transformers.models.auto import modeling_auto
 
 IMAGE, VIDEO, AUDIO, VOCABULARY = 90, 91, 92, 96
 
+TEXT = ["afmoe", "apertus", "arcee", "aria_text", "axk1", "bamba", "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2", "cohere2_moe", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "doge", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon", "falcon_h1", "falcon_mamba", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "jais2", "jamba", "jetmoe", "kimi_linear", "laguna", "lfm2", "lfm2_moe", "llama", "llama4_text", "longcat_flash", "mamba", "mamba2", "mellum", "mimo_v2_flash", "minicpm3", "minimax", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "recurrent_gemma", "rwkv", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu", "zaya", "bart", "mbart", "pegasus", "t5", "t5gemma"]
+WITH_IMAGES_OR_SOUND = ["aria", "aya_vision", "blip-2", "cohere2_vision", "cosmos3_omni", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "florence2", "fun_asr_nano", "fuyu", "gemma3", "git", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmasr", "got_ocr2", "granite_speech", "granite_speech_plus", "idefics", "idefics2", "idefics3", "instructblip", "internvl", "janus", "kimi_k25", "kosmos-2", "kosmos-2.5", "lfm2_vl", "lighton_ocr", "llama4", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "mllama", "ovis2", "paddleocr_vl", "paligemma", "phi4_multimodal", "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_asr", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "shieldgemma2", "smolvlm", "video_llama_3", "video_llava", "vipllava", "voxtral", "whisper"]
+
 SIZES = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim", "embedding_size"), 32),
     **dict.fromkeys(("out_hidden_size", "projection_dim", "model_dim", "hidden_dim"), 32),
@@ -78,8 +81,20 @@ CHANGES: dict[str, dict[str, Any]] = {
     "falcon_h1": MAMBA | {"mamba_d_ssm": 64},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "mamba_d_state": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
-    "zamba2": {"mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8, "attention_hidden_size": 64, "attention_head_dim": 16},
-    "dbrx": {"ffn_config.hidden_size": 32, "ffn_config.moe_top_k": 2, "attn_config.kv_n_heads": 2, "attn_config.rope_theta": 1e4},
+    "zamba2": {
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "dbrx": {
+        "ffn_config.hidden_size": 32,
+        "ffn_config.moe_top_k": 2,
+        "attn_config.kv_n_heads": 2,
+        "attn_config.rope_theta": 1e4,
+        "attn_config.clip_qkv": 8.0,
+    },
     **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 8}),
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), GEMMA4),
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
@@ -90,19 +105,52 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "gemma3n_text": GEMMA3N,
     "recurrent_gemma": {"lru_width": 32},
+    **dict.fromkeys(("blip-2", "instructblip"), {"qformer_config.encoder_hidden_size": 32}),
+    "t5": {"decoder_start_token_id": 1},
+    "t5gemma": {"decoder.cross_attention_hidden_size": 32},
+    "whisper": {"max_source_positions": 32, "max_target_positions": 64},
     # With images or sounds
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl"), MROPE_TEXT),
     **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga"), MROPE_TEXT),
-    **dict.fromkeys(("gemma4", "diffusion_gemma", "gemma4_unified"), {f"text_config.{k}": v for k, v in GEMMA4.items()}),
+    **dict.fromkeys(
+        ("gemma4", "diffusion_gemma", "gemma4_unified"), {f"text_config.{k}": v for k, v in GEMMA4.items()}
+    ),
     "mistral4": {"text_config.num_key_value_heads": 4},
     "kimi_k25": {"text_config.num_key_value_heads": 4},
     "glm5_next": {"text_config.num_key_value_heads": 4},
-    "florence2": {"vision_config.depths": [1, 2], "vision_config.patch_size": [7, 3], "vision_config.patch_stride": [4, 2],
-      "vision_config.patch_padding": [3, 1], "vision_config.patch_prenorm": [False, True], "vision_config.embed_dim": [16, 32],
-      "vision_config.num_heads": [2, 4], "vision_config.num_groups": [2, 4], "vision_config.window_size": 4, "vision_config.projection_dim": 32},
-    **dict.fromkeys(("granite_speech", "granite_speech_plus"), {"encoder_config.output_dim": 12, "encoder_config.context_size": 8,
-      "projector_config.encoder_hidden_size": 32, "encoder_config.dim_head": 8, "encoder_config.hidden_dim": 32, "encoder_config.input_dim": 16, "window_size": 3, "downsample_rate": 3}),
-    "janus": {"vq_config.base_channels": 32, "vq_config.latent_channels": 32, "vq_config.num_embeddings": 16, "vq_config.embed_dim": 8,"vq_config.channel_multiplier": [1, 1], "vq_config.image_token_embed_dim": 32},
+    "florence2": {
+        "vision_config.depths": [1, 2],
+        "vision_config.patch_size": [7, 3],
+        "vision_config.patch_stride": [4, 2],
+        "vision_config.patch_padding": [3, 1],
+        "vision_config.patch_prenorm": [False, True],
+        "vision_config.embed_dim": [16, 32],
+        "vision_config.num_heads": [2, 4],
+        "vision_config.num_groups": [2, 4],
+        "vision_config.window_size": 4,
+        "vision_config.projection_dim": 32,
+    },
+    **dict.fromkeys(
+        ("granite_speech", "granite_speech_plus"),
+        {
+            "encoder_config.output_dim": 12,
+            "encoder_config.context_size": 8,
+            "projector_config.encoder_hidden_size": 32,
+            "encoder_config.dim_head": 8,
+            "encoder_config.hidden_dim": 32,
+            "encoder_config.input_dim": 16,
+            "window_size": 3,
+            "downsample_rate": 3,
+        },
+    ),
+    "janus": {
+        "vq_config.base_channels": 32,
+        "vq_config.latent_channels": 32,
+        "vq_config.num_embeddings": 16,
+        "vq_config.embed_dim": 8,
+        "vq_config.channel_multiplier": [1, 1],
+        "vq_config.image_token_embed_dim": 32,
+    },
     **dict.fromkeys(("deepseek_vl_hybrid",), {"high_res_vision_config.output_channels": 32}),
     "minimax_m3_vl": {"projector_hidden_size": 32},
     "step3p7": {"text_config.sliding_window": 8},
@@ -148,7 +196,11 @@ def build(name: str, vision: bool = False) -> nn.Module:
         name (`str`): `model_type` of its config.
         vision (`bool`, *optional*, defaults to `False`): the model with images or sounds, if there is one of text too.
     """
-    lists = ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ") if vision else ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+    lists = (
+        ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ")
+        if vision
+        else ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+    )
     names = [getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES") for kind in lists]
     model_class = next(known[name] for known in names if name in known)
     config = shrink(T.CONFIG_MAPPING[name](), CHANGES.get(name, {}))
@@ -187,7 +239,9 @@ NEEDS: dict[str, Any] = {
     "blip-2": _with_query_tokens,
     "instructblip": lambda i: _with_query_tokens(i) | {"qformer_input_ids": i["input_ids"]},
     "blip": lambda i: i | {"pixel_values": _pixels(2, 3, 32, 32)},
-    "kosmos-2": lambda i: i | {"image_embeds": _pixels(2, 4, 32), "image_embeds_position_mask": torch.arange(16).repeat(2, 1) < 4},
+    "kosmos-2": lambda i: (
+        i | {"image_embeds": _pixels(2, 4, 32), "image_embeds_position_mask": torch.arange(16).repeat(2, 1) < 4}
+    ),
     "idefics": lambda i: i | {"pixel_values": _pixels(2, 1, 3, 32, 32), "image_attention_mask": torch.ones(2, 16, 1)},
     "git": lambda i: i | {"pixel_values": _pixels(2, 3, 32, 32)},
     "whisper": _with_sound,
