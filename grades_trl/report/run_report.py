@@ -42,7 +42,7 @@ class RunReport:
         directory (`str` or `Path`): where the files go; made if missing.
         matrices (`dict[str, WeightMatrix]`): the tracked matrices by name.
         total_steps (`int`): optimizer steps in the full schedule.
-        others (`Collection[WeightMatrix]`, *optional*): the weights of the layers that do not train: their FLOPs count.
+        others (`Collection[WeightMatrix]`, *optional*): the weights of the layers that do not train.
         metric (`str`): what is measured of the matrices.
         settings (`dict[str, Any]`): of GradES; for the summary and W&B.
         grace_steps (`int`): optimizer steps during which nothing may freeze.

@@ -104,9 +104,10 @@ def _check_run(model: nn.Module, kind: str, row: Row, vision: bool) -> tuple[str
             own, own_weights, did_skip = _run(copy.deepcopy(model), reentrant, vision, prefix=True)
         except AssertionError:
             raise
-        except Exception:
+        except Exception as error:
             _fails_without_grades(model, reentrant, vision)
-            row.notes.append(f"{kind} {how} fails without GradES, too")
+            not_supported = "does not support gradient checkpointing" in str(error)
+            row.notes.append("no checkpointing" if not_supported else f"{kind} {how} fails without GradES, too")
             continue
         skipped.append(did_skip)
         wrong = _different(own, gradients)

@@ -14,8 +14,25 @@ from transformers.models.auto import modeling_auto
 
 IMAGE, VIDEO, AUDIO, VOCABULARY = 90, 91, 92, 96
 
-TEXT = ["afmoe", "apertus", "arcee", "aria_text", "axk1", "bamba", "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2", "cohere2_moe", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "doge", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon", "falcon_h1", "falcon_mamba", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "jais2", "jamba", "jetmoe", "kimi_linear", "laguna", "lfm2", "lfm2_moe", "llama", "llama4_text", "longcat_flash", "mamba", "mamba2", "mellum", "mimo_v2_flash", "minicpm3", "minimax", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "recurrent_gemma", "rwkv", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu", "zaya", "bart", "mbart", "pegasus", "t5", "t5gemma"]
-WITH_IMAGES_OR_SOUND = ["aria", "aya_vision", "blip-2", "cohere2_vision", "cosmos3_omni", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "florence2", "fun_asr_nano", "fuyu", "gemma3", "git", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmasr", "got_ocr2", "granite_speech", "granite_speech_plus", "idefics", "idefics2", "idefics3", "instructblip", "internvl", "janus", "kimi_k25", "kosmos-2", "kosmos-2.5", "lfm2_vl", "lighton_ocr", "llama4", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "mllama", "ovis2", "paddleocr_vl", "paligemma", "phi4_multimodal", "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_asr", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "shieldgemma2", "smolvlm", "video_llama_3", "video_llava", "vipllava", "voxtral", "whisper"]
+TEXT = """
+afmoe apertus arcee aria_text axk1 bamba biogpt bitnet bloom codegen cohere cohere2 cohere2_moe cwm dbrx
+deepseek_v2 deepseek_v3 diffllama doge ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba
+flex_olmo gemma gemma2 gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode
+gpt_neo gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense
+hunyuan_v1_moe hy_v3 jais2 jamba jetmoe kimi_linear laguna lfm2 lfm2_moe llama llama4_text longcat_flash mamba
+mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder mpt
+nanochat nemotron nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
+qwen3_5_text qwen3_5_moe_text qwen3_moe qwen3_next recurrent_gemma rwkv seed_oss smollm3 solar_open stablelm
+starcoder2 vaultgemma xglm youtu zaya bart mbart pegasus t5 t5gemma
+""".split()  # noqa: SIM905
+WITH_IMAGES_OR_SOUND = """
+aria aya_vision blip-2 cohere2_vision cosmos3_omni deepseek_vl deepseek_vl_hybrid exaone4_5 florence2 fun_asr_nano
+fuyu gemma3 git glm46v glm4v glm4v_moe glm_ocr glmasr got_ocr2 granite_speech granite_speech_plus idefics idefics2
+idefics3 instructblip internvl janus kimi_k25 kosmos-2 kosmos-2.5 lfm2_vl lighton_ocr llama4 llava llava_next
+llava_next_video llava_onevision mistral3 mllama ovis2 paddleocr_vl paligemma phi4_multimodal qianfan_ocr
+qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe qwen3_asr qwen3_omni_moe_thinker qwen3_vl
+qwen3_vl_moe shieldgemma2 smolvlm video_llama_3 video_llava vipllava voxtral whisper
+""".split()  # noqa: SIM905
 
 SIZES = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim", "embedding_size"), 32),
@@ -95,26 +112,29 @@ CHANGES: dict[str, dict[str, Any]] = {
         "attn_config.rope_theta": 1e4,
         "attn_config.clip_qkv": 8.0,
     },
-    **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 8}),
+    **{key: {"rotary_dim": 8} for key in ("codegen", "gptj")},
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), GEMMA4),
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1},
-    **dict.fromkeys(("hunyuan_v1_dense", "ministral"), {"head_dim": 8, "num_key_value_heads": 2}),
+    **{key: {"head_dim": 8, "num_key_value_heads": 2} for key in ("hunyuan_v1_dense", "ministral")},
     "hunyuan_v1_moe": {"head_dim": 8, "num_key_value_heads": 2, "num_experts": 4, "moe_topk": 2},
     "hrm_text": {"num_layers_per_stack": 4, "num_hidden_layers": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "gemma3n_text": GEMMA3N,
     "recurrent_gemma": {"lru_width": 32},
-    **dict.fromkeys(("blip-2", "instructblip"), {"qformer_config.encoder_hidden_size": 32}),
+    **{key: {"qformer_config.encoder_hidden_size": 32} for key in ("blip-2", "instructblip")},
     "t5": {"decoder_start_token_id": 1},
     "t5gemma": {"decoder.cross_attention_hidden_size": 32},
+    "zaya": {"num_experts_per_tok": 1},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 8},
     "whisper": {"max_source_positions": 32, "max_target_positions": 64},
     # With images or sounds
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl"), MROPE_TEXT),
     **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga"), MROPE_TEXT),
-    **dict.fromkeys(
-        ("gemma4", "diffusion_gemma", "gemma4_unified"), {f"text_config.{k}": v for k, v in GEMMA4.items()}
-    ),
+    **{
+        key: {f"text_config.{k}": v for k, v in GEMMA4.items()}
+        for key in ("gemma4", "diffusion_gemma", "gemma4_unified")
+    },
     "mistral4": {"text_config.num_key_value_heads": 4},
     "kimi_k25": {"text_config.num_key_value_heads": 4},
     "glm5_next": {"text_config.num_key_value_heads": 4},
@@ -130,9 +150,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vision_config.window_size": 4,
         "vision_config.projection_dim": 32,
     },
-    **dict.fromkeys(
-        ("granite_speech", "granite_speech_plus"),
-        {
+    **{
+        key: {
             "encoder_config.output_dim": 12,
             "encoder_config.context_size": 8,
             "projector_config.encoder_hidden_size": 32,
@@ -141,8 +160,9 @@ CHANGES: dict[str, dict[str, Any]] = {
             "encoder_config.input_dim": 16,
             "window_size": 3,
             "downsample_rate": 3,
-        },
-    ),
+        }
+        for key in ("granite_speech", "granite_speech_plus")
+    },
     "janus": {
         "vq_config.base_channels": 32,
         "vq_config.latent_channels": 32,
@@ -151,7 +171,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vq_config.channel_multiplier": [1, 1],
         "vq_config.image_token_embed_dim": 32,
     },
-    **dict.fromkeys(("deepseek_vl_hybrid",), {"high_res_vision_config.output_channels": 32}),
+    "deepseek_vl_hybrid": {"high_res_vision_config.output_channels": 32},
     "minimax_m3_vl": {"projector_hidden_size": 32},
     "step3p7": {"text_config.sliding_window": 8},
     "hunyuan_vl": {"text_config.head_dim": 8, "text_config.num_key_value_heads": 2},
