@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format gpu venv clean
+.PHONY: help demo test families lint format docs gpu venv clean
 
 help:  ## List the commands
 	@echo "make COMMAND [PYTHON=python3.12 VENV=.venv312]"
@@ -20,6 +20,9 @@ demo: $(VENV)/.ready  ## Train a vision-language model to read handwritten numbe
 
 test: lint $(VENV)/.ready-for-tests  ## Run lint, then all tests in two processes (what CI runs)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+families: $(VENV)/.ready-for-tests  ## Train every known architecture, tiny, and write docs/models.md (half an hour)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/families/table.py
 
 lint: $(VENV)/.ready-for-tests  ## Check style, formatting, types and the import rules
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from grades_trl.freezing.freeze import Freezer
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
 from grades_trl.freezing.unsloth_lora import skip_frozen_pairs
 from grades_trl.model.flops import StepCosts
-from grades_trl.model.matrices import WeightMatrix, find_matrices, matrices_by_layer
+from grades_trl.model.matrices import WeightMatrix, find_matrices, matrices_by_layer, untracked_matrices
 from grades_trl.model.structure import embeddings_train
 from grades_trl.model.towers import towers_of_parameters
 from grades_trl.stopping import STOPPING_RULES, HeldoutScore, StoppingRule, TrainAccuracy
@@ -61,6 +61,7 @@ class GradES:
 
     Attributes:
         matrices (`dict[str, WeightMatrix]`): all that is tracked.
+        others (`list[WeightMatrix]`): the weights of the layers that do not train, whose FLOPs count.
         frozen (`dict[str, int]`): matrix -> step.
         stop_reason (`str`): why nothing is left to train; empty while the run goes on.
         gain (`GainMeter`): how fast each layer could bring the loss down; measured in every run.
@@ -99,6 +100,7 @@ class GradES:
         self.config = config
         self.optimizer = optimizer
         self.matrices = find_matrices(model, projector=config.track_projector)
+        self.others = untracked_matrices(model, self.matrices.values())
         self.criterion = CRITERIA[config.metric](self.matrices, total_steps, **config.criterion_settings())
         self.criterion.costs = self.step_costs
         self.criterion.gain_meter = self.gain = GainMeter(self.matrices, total_steps)
@@ -139,6 +141,7 @@ class GradES:
         )
         cache = self.prefix.encoder_cache
         return StepCosts(
+            others=tuple(self.others),
             language_prefix_can_be_skipped=not embeddings_train(self._model) and not projector,
             encoder_is_cached=cache is not None and not cache.off and self._last_step < self._last_epoch,
         )
@@ -345,7 +348,7 @@ class GradES:
                 self._freezer.freeze(self._model.get_submodule(path).parameters())
             first = self.matrices[names[0]]
             if first.layer == 0 and (self.config.freeze_embeddings or (whole_layers and first.tower != "language")):
-                for module in self.prefix.modules_before(path):
+                for module in self.prefix.embeddings_before(path, norms=freeze_norms):
                     self._freezer.freeze(module.parameters(recurse=False))
         projector = [name for name, matrix in self.matrices.items() if matrix.tower == "projector"]
         if freeze_norms and projector and all(name in self.frozen for name in projector):

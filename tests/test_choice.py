@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 from trl import ModelConfig
@@ -188,7 +189,10 @@ def test_unsloth_gets_its_own_arguments(monkeypatch, towers, layers, passed):
     given = {}
     fast = SimpleNamespace(
         from_pretrained=lambda *_, **__: (llava(), "processor"),
-        get_peft_model=lambda model, **arguments: given.update(arguments) or model,
+        get_peft_model=lambda model, **arguments: (
+            given.update(arguments)
+            or get_peft_model(model, LoraConfig(target_modules=arguments.get("target_modules", "all-linear")))
+        ),
     )
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastVisionModel=fast, FastLanguageModel=fast))
     args = ModelConfig(model_name_or_path="some/model", use_peft=True)
@@ -249,8 +253,6 @@ def test_flops_of_full_fine_tuning_by_hand(layers, products, checkpointing):
     recomputed = {None: 4, "0-3": 4, "2-3": 2, "0-1": 4, "1": 3, "0,3": 4}[layers] if checkpointing else 0
     found = flops_of(model, checkpointing)
     assert found.step == pytest.approx((products + recomputed) / (16 if checkpointing else 12))
-    tracked = len(find_matrices(model)) * (4 if checkpointing else 3)
-    assert found.tracked == pytest.approx(tracked / (16 if checkpointing else 12))
 
 
 def test_embeddings_that_train_keep_the_backward_pass_going_down():

@@ -51,7 +51,7 @@ def run_of(
     seconds=100.0,
     flops=1.0,
     history=(),
-    choice=(1.0, 1.0),
+    choice=1.0,
     **x,
 ):
     return {
@@ -60,7 +60,7 @@ def run_of(
         "steps": steps,
         "total_steps": total_steps,
         "flops": flops,
-        "choice": dict(zip(("step", "tracked"), choice, strict=True)),
+        "choice": {"step": choice},
         "seconds": {"total": seconds, "training": seconds - 30, "validation": 20.0, "saving": 6.0, "grades": 4.0},
         "validation": [{"step": i, "seconds": 9.0 * i, "eval_loss": loss} for i, loss in enumerate(history)],
         "results": {"final/test_loss": test, "final/validation_loss": validation, **x},
@@ -130,13 +130,13 @@ def test_a_comparison_without_baseline_or_validation():
 
 
 def test_flops_of_a_choice_count_what_does_not_train_too():
-    """A step costs 0.8 of one in which everything trains, 0.6 in what trains and 0.2 in what only runs forward."""
-    half = run_of("baseline", 0, steps=50, flops=0.25, choice=(0.8, 0.6))
-    assert flops_of_run(half) == pytest.approx(0.6 * 0.25 + 0.2 * 0.5)
-    vision_frozen = run_of("vision_frozen", 0, choice=(0.75, 0.6))
+    """A step costs 0.8 of one in which everything trains, and the run a quarter of its schedule."""
+    half = run_of("baseline", 0, steps=50, flops=0.25, choice=0.8)
+    assert flops_of_run(half) == pytest.approx(0.8 * 0.25)
+    vision_frozen = run_of("vision_frozen", 0, choice=0.75)
     summary = summarize([run_of("baseline", 0), vision_frozen])
     assert summary["variants"]["vision_frozen"]["flops"]["mean"] == pytest.approx(0.75)
-    of_choice = [run_of("baseline", 0, choice=(0.8, 0.6)), run_of("vision_frozen", 0, choice=(0.6, 0.5))]
+    of_choice = [run_of("baseline", 0, choice=0.8), run_of("vision_frozen", 0, choice=0.6)]
     assert summarize(of_choice)["variants"]["vision_frozen"]["flops"]["mean"] == pytest.approx(0.75)
     assert summarize(of_choice)["variants"]["baseline"]["flops"]["mean"] == pytest.approx(1.0)
 
@@ -146,14 +146,14 @@ def test_flops_of_a_choice_count_what_does_not_train_too():
     [
         (run_of("grades", 0, steps=60, flops=0.3), 30),
         (run_of("grades", 0, steps=100, flops=1.02), 102),  # nothing froze, and measuring was not free
-        (run_of("grades", 0, steps=60, flops=0.3, choice=(0.8, 0.6)), round(100 * (0.6 * 0.3 + 0.2 * 0.6) / 0.8)),
+        (run_of("grades", 0, steps=60, flops=0.3, choice=0.8), round(100 * 0.3)),
         (run_of("grades", 0, steps=1, flops=0.001), 1),
     ],
 )
 def test_a_baseline_with_the_flops_of_a_grades_run(grades, steps):
     assert matched_steps(grades) == steps
-    matched = run_of("baseline_matched_flops", 0, steps=steps, total_steps=steps, choice=(0.8, 0.8))
-    whole = run_of("baseline", 0, choice=(0.8, 0.8))
+    matched = run_of("baseline_matched_flops", 0, steps=steps, total_steps=steps, choice=0.8)
+    whole = run_of("baseline", 0, choice=0.8)
     assert summarize([whole, matched])["variants"]["baseline_matched_flops"]["flops"]["mean"] == pytest.approx(
         steps / 100
     )
@@ -470,7 +470,7 @@ def test_a_real_comparison_that_is_resumed(tmp_path):
         assert {"final/test_loss", "final/validation_loss", "final/exact_match_test"} <= set(result["results"])
         assert result["results"]["final/test_loss"] != result["results"]["final/validation_loss"]
     assert (baseline["steps"], baseline["stop_reason"], baseline["flops"]) == (8, "schedule finished", 1.0)
-    assert baseline["choice"] == grades["choice"] == {"step": 1.0, "tracked": 1.0}
+    assert baseline["choice"] == grades["choice"] == {"step": 1.0}
     assert [entry["step"] for entry in baseline["validation"]] == [3, 6, 8]
     assert baseline["validation"][-1]["eval_loss"] == pytest.approx(baseline["results"]["final/validation_loss"])
     assert baseline["seconds"]["grades"] == 0

@@ -284,3 +284,102 @@ def test_names_are_the_modules_full_paths():
     for name, matrix in find_matrices(model).items():
         assert model.get_submodule(name).weight is matrix.parameters[0]
         assert torch.equal(model.get_parameter(f"{name}.weight"), matrix.parameters[0])
+
+
+# ---- what is no matrix, and towers without words ----
+
+
+class Experts(nn.Module):
+    def __init__(self, **tensors):
+        super().__init__()
+        self.num_experts = 4
+        for name, shape in tensors.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_experts, self.weight = 4, nn.Parameter(torch.zeros(4, 6))
+
+
+def one_layer(**parts):
+    return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(parts)])})
+
+
+def test_routers_and_gates_of_experts_are_no_matrices():
+    mixture = {"experts": Experts(up_proj=(4, 5, 6)), "gate": Router(), "shared_expert": nn.Linear(6, 8)}
+    mixture |= {
+        "router": nn.Linear(6, 4),
+        "shared_expert_gate": nn.Linear(6, 1),
+        "nested": nn.Sequential(nn.Linear(6, 4)),
+    }
+    attention = nn.ModuleDict({"q_proj": nn.Linear(6, 4), "k_proj": nn.Linear(6, 4)})
+    model = one_layer(mlp=nn.ModuleDict(mixture), attention=attention)
+    linear = {f"layers.0.{name}" for name in ("mlp.shared_expert", "attention.q_proj", "attention.k_proj")}
+    assert set(find_matrices(model)) == linear | {"layers.0.mlp.experts.up_proj"}
+    assert set(linear_layers(model)) == linear
+
+
+def test_a_list_of_experts_has_a_router_too():
+    experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(6, 5)}) for _ in range(3))
+    model = one_layer(mlp=nn.ModuleDict({"experts": experts, "gate": nn.Linear(6, 3)}))
+    assert [m.role for m in find_matrices(model).values()] == ["up"] * 3
+
+
+@pytest.mark.parametrize("name", ["A_log", "seg_embed", "bias", "time_mix"])
+def test_tensors_of_three_dimensions_that_are_no_matrices(name):
+    shape = (1, 1, 6) if name == "time_mix" else (4, 5, 6)
+    model = one_layer(mixer=Experts(**{name: shape}), q_proj=nn.Linear(6, 6))
+    assert [m.role for m in find_matrices(model).values()] == ["q_proj"]
+
+
+def test_dbrx_keeps_its_experts_in_two_dimensions():
+    model = one_layer(glu=Experts(w1=(4 * 5, 6), v1=(4 * 5, 6), w2=(4 * 5, 6)), q_proj=nn.Linear(6, 6))
+    assert {m.role: m.shape for m in find_matrices(model).values()} == {
+        **dict.fromkeys(("w1", "v1", "w2"), (4, 5, 6)),
+        "q_proj": (6, 6),
+    }
+
+
+def test_what_torchs_attention_reads_is_a_matrix_that_lora_does_not_adapt():
+    model = one_layer(attention=nn.MultiheadAttention(6, 2), mlp=nn.Linear(6, 6))
+    assert {m.role for m in find_matrices(model).values()} == {"in_proj_weight", "out_proj", "mlp"}
+    assert linear_layers(model) == ["layers.0.mlp"]
+
+
+def test_an_inner_list_of_different_modules_is_one_layer():
+    """As in the resampler of Idefics; and stages with one list of equal layers each, as in Swin."""
+    block = [nn.Sequential(nn.Linear(2, 2)), nn.ModuleDict({"mlp": nn.Linear(2, 2)})]
+    assert set(find_layers(nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleList(block)])}))) == {"blocks.0"}
+    stages = nn.ModuleList(
+        nn.ModuleDict({"blocks": nn.ModuleList([nn.Sequential(nn.Linear(2, 2))])}) for _ in range(2)
+    )
+    assert set(find_layers(nn.ModuleDict({"stages": stages}))) == {"stages.0.blocks.0", "stages.1.blocks.0"}
+
+
+def test_a_q_former_is_a_projector_with_layers():
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = T.Blip2Config(
+        vision_config=vision | {"image_size": 32, "patch_size": 8},
+        qformer_config=vision | {"encoder_hidden_size": 32, "vocab_size": 64, "cross_attention_frequency": 1},
+        text_config={"model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "vocab_size": 64}
+        | {"num_attention_heads": 4, "word_embed_proj_dim": 32},
+    )
+    model = T.Blip2ForConditionalGeneration(config)
+    towers = {m.stack: m.tower for m in find_matrices(model).values()}
+    assert towers == {
+        "vision_model.encoder.layers": "vision",
+        "qformer.encoder.layer": "projector",
+        "language_model.model.decoder.layers": "language",
+    }
+    assert towers_of_parameters(model)["language_projection.weight"] == "projector"
+    assert towers_of_parameters(model)["language_model.model.decoder.embed_tokens.weight"] == "language"
+
+
+def test_an_encoder_that_takes_sound_is_audio_whatever_its_name():
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 64, "pad_token_id": 0}
+    model = T.WhisperForConditionalGeneration(T.WhisperConfig(**sizes, bos_token_id=1, eos_token_id=2))
+    towers = {m.stack: m.tower for m in find_matrices(model).values()}
+    assert towers == {"model.encoder.layers": "audio", "model.decoder.layers": "language"}

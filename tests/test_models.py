@@ -5,13 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers as T
+from peft import LoraConfig, PeftModel, get_peft_model
 from trl import ModelConfig
 
 from grades_trl.model.matrices import find_matrices
 from grades_trl.recipe.builtin import dates
 from grades_trl.recipe.generation import answers
 from grades_trl.recipe.models import find_gguf, load_model, make_trainable
-from helpers import SMALL, llava, qwen3, write_gguf
+from helpers import SMALL, llava, qwen3, qwen3_moe, write_gguf
 from vlm import builtin as vlm_builtin
 
 
@@ -149,7 +151,10 @@ def test_one_target_module_is_a_name_and_no_pattern(monkeypatch, folder, given):
     passed = {}
     fast = SimpleNamespace(
         from_pretrained=lambda *_, **__: (qwen3(), "tokenizer"),
-        get_peft_model=lambda model, **arguments: passed.update(arguments) or model,
+        get_peft_model=lambda model, **arguments: (
+            passed.update(arguments)
+            or get_peft_model(model, LoraConfig(target_modules=arguments.get("target_modules", "all-linear")))
+        ),
     )
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastVisionModel=fast, FastLanguageModel=fast))
     args = ModelConfig(model_name_or_path=folder, use_peft=True, lora_target_modules=given)
@@ -157,3 +162,85 @@ def test_one_target_module_is_a_name_and_no_pattern(monkeypatch, folder, given):
     assert passed.get("target_modules") == given
     if given:
         assert set(load_model(args, "transformers")[0].peft_config["default"].target_modules) == set(given)
+
+
+# ---- what LoRA adapts ----
+
+
+def deepseek(**changes):
+    torch.manual_seed(0)
+    sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    moe = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+    config = T.DeepseekV3Config(
+        **(
+            SMALL
+            | sizes
+            | moe
+            | {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_shared_experts": 1}
+            | changes
+        )
+    )
+    return T.DeepseekV3ForCausalLM(config)
+
+
+DENSE = {f"model.layers.{name}_proj" for name in ("0.mlp.gate", "0.mlp.up", "0.mlp.down")} | {
+    f"model.layers.1.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")
+}
+
+
+def test_the_default_lora_run_of_a_mixture_of_experts_leaves_experts_and_routers_out(caplog):
+    """With TRL's default dropout, which adapters on parameters do not know."""
+    model = make_trainable(qwen3_moe(), ModelConfig(use_peft=True, lora_r=2))
+    assert {m.role for m in find_matrices(model).values()} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert "LoRA leaves out experts.gate_up_proj (2), experts.down_proj (2)" in caplog.text
+
+
+def test_dense_layers_and_shared_experts_are_adapted_where_peft_takes_their_names_for_those_of_experts(
+    tmp_path, caplog
+):
+    with_dropout = make_trainable(deepseek(), ModelConfig(use_peft=True, lora_r=2))
+    assert DENSE.isdisjoint(find_matrices(with_dropout))
+    assert "--lora_dropout 0, without 4 or 8 bits, adapts them" in caplog.text
+    caplog.clear()
+    model = make_trainable(deepseek(), ModelConfig(use_peft=True, lora_r=2, lora_dropout=0.0))
+    matrices = find_matrices(model)
+    assert matrices.keys() >= DENSE
+    assert matrices["model.layers.0.mlp.gate_proj"].shape == (48, 32)
+    assert "gate_proj" not in caplog.text.replace("gate_up_proj", "")
+
+    for parameter in model.parameters():  # LoRA's B is zero
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(deepseek(), tmp_path)
+    ids = torch.arange(3, 19).view(1, 16)
+    assert torch.allclose(loaded.eval()(ids).logits, model.eval()(ids).logits, atol=1e-6)
+
+
+def test_what_peft_refuses_to_adapt_in_mamba_is_left_out_and_said(caplog):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    model = make_trainable(T.MambaForCausalLM(T.MambaConfig(**sizes)), ModelConfig(use_peft=True, lora_r=2))
+    assert {m.role for m in find_matrices(model).values()} == {"in_proj", "x_proj", "dt_proj"}
+    assert "LoRA leaves out mixer.out_proj (2)" in caplog.text
+
+
+def test_targets_without_an_adapter_are_an_error():
+    with pytest.raises(
+        ValueError, match=r"name nothing_proj, and PEFT has put no adapter there.*down_proj, gate_proj"
+    ):
+        make_trainable(qwen3(), ModelConfig(use_peft=True, lora_target_modules=["q_proj", "nothing_proj"]))
+
+
+def test_dropout_on_experts_is_an_error_that_says_what_to_do():
+    experts = ModelConfig(use_peft=True, lora_target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    with pytest.raises(ValueError, match=r"knows no dropout: lora_dropout is 0\.05; set --lora_dropout 0"):
+        make_trainable(qwen3_moe(), experts)
+
+
+def test_adapters_that_peft_puts_elsewhere_are_said(caplog):
+    names = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    args = ModelConfig(use_peft=True, lora_r=2, lora_target_modules=names, lora_dropout=0.0)
+    model = make_trainable(qwen3_moe(), args)
+    assert {m.role for m in find_matrices(model).values()} == {"q_proj", "gate_up_proj", "down_proj"}
+    assert "LoRA adapts parameters, which have the names that were asked for" in caplog.text

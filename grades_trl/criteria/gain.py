@@ -137,8 +137,8 @@ class Gain(Criterion):
             stacks = {m.stack: m.layer for m in self.matrices.values() if m.tower in ENCODERS}  # to their last layer
             cached = {stack for stack, last in stacks.items() if skipped.get(stack, 0) > last}
         return step_flops(
-            [matrix for matrix in self.matrices.values() if matrix.stack not in cached],
-            frozen=frozen,
+            [matrix for matrix in (*self.matrices.values(), *costs.others) if matrix.stack not in cached],
+            frozen=frozen.union(matrix.name for matrix in costs.others),
             skipped_layers=skipped,
             tokens=costs.tokens,
             checkpointing=costs.checkpointing,

@@ -22,8 +22,8 @@ from grades_trl.freezing.activation_cache import ActivationCache
 from grades_trl.freezing.batch_content import images_of
 from grades_trl.freezing.cache_use import CacheUse
 from grades_trl.freezing.encoder_cache import EncoderCache
-from grades_trl.model.structure import base_path, find_heads, find_layers
-from grades_trl.model.towers import find_towers, towers_of_modules
+from grades_trl.model.structure import base_path, find_heads, find_layers, is_linear, stacked_weights
+from grades_trl.model.towers import TOWERS, find_encoders, towers_of_modules
 
 
 class FrozenPrefix:
@@ -140,12 +140,12 @@ class FrozenPrefix:
         """The layers that were called before any module that trains, with all their calls, in every pass so far.
 
         Everything that was called before a language layer counts as upstream of it. For a layer of an encoder, the
-        modules of its own tower do.
+        modules of its own tower do; for one of a projector (Q-Former, resampler), those of the encoders too.
         """
         before: set[str] = set()
         after: set[str] = set()
         for tower in {self._towers[path] for path in self._layers}:
-            relevant = {path for path in self._units if tower in ("language", self._towers[path])}
+            relevant = {path for path in self._units if self._towers[path] in _upstream_of(tower)}
             if any(self._may_be_upstream(path, unreached) for path in relevant - self._called):
                 continue
             for order in self._orders:
@@ -172,7 +172,7 @@ class FrozenPrefix:
 
     def _skipped_encoder(self) -> tuple[nn.Module, list[str]]:
         """The first encoder whose layers are all skipped, and their paths."""
-        towers = find_towers(self._model)
+        towers = find_encoders(self._model)
         for tower in towers:
             inside = [path for path in self._layers if f"{base_path(path)}.".startswith(f"{tower}.")]
             if inside and self._skipped.issuperset(inside):
@@ -222,13 +222,30 @@ class FrozenPrefix:
         trained = [[p for p in self._parameters(path) if p.requires_grad] for path in called]
         return [p for group in trained if all(id(p) in nowhere for p in group) for p in group]
 
-    def modules_before(self, path: str) -> list[nn.Module]:
-        """What feeds the layer `path` within its tower, other layers left out: embeddings of tokens, patches,
-        positions. Empty if the layer was never called."""
+    def embeddings_before(self, path: str, norms: bool) -> list[nn.Module]:
+        """What feeds the layer `path` within its tower: embeddings of tokens, patches and positions, of an encoder
+        also the linear layer that reads the patches. Projections are not among them. Empty if the layer was never
+        called.
+
+        Args:
+            path (`str`): of a layer.
+            norms (`bool`): with the norms there.
+        """
         order = next((order for order in self._orders if path in order), ())
         before = dict.fromkeys(order[: order.index(path)] if order else ())
-        same_tower = (unit for unit in before if self._towers[unit] == self._towers[path])
-        return [self._units[unit] for unit in same_tower if unit not in self._layers]
+        tower = self._towers[path]
+        units = [unit for unit in before if self._towers[unit] == tower and unit not in self._layers]
+        first_linear = (
+            next((unit for unit in units if is_linear(self._units[unit])), "") if tower != "language" else ""
+        )
+        reads_patches = bool(first_linear) and not any(_is_convolution(self._units[unit]) for unit in units)
+        return [
+            self._units[unit]
+            for unit in units
+            if (reads_patches and unit == first_linear)
+            or not (is_linear(self._units[unit]) or stacked_weights(self._units[unit]))
+            if norms or not _is_norm(self._units[unit])
+        ]
 
     def close(self) -> None:
         """Leaves the model as it was found. Calling it again does nothing."""
@@ -323,9 +340,7 @@ class FrozenPrefix:
         cache = self.cache if self._in_pass and self._last_cached else None
         if cache is not None and cache.hit:
             return cache.read(path, args, kwargs, last=path == self._last_cached), True
-        trained = (
-            self._trained_towers if self._towers[path] == "language" else {self._towers[path]} & self._trained_towers
-        )
+        trained = self._trained_towers.intersection(_upstream_of(self._towers[path]))
         if trained or self.paused or not self._in_pass:
             return forward(*args, **kwargs), False
         if self.encoder_cache is not None and self.encoder_cache.handles(path):
@@ -387,6 +402,13 @@ def _forward_without_backward(
     return output
 
 
+def _upstream_of(tower: str) -> tuple[str, ...]:
+    """The towers that a layer of `tower` may read, its own included."""
+    if tower == "language":
+        return TOWERS
+    return ("vision", "audio", "projector") if tower == "projector" else (tower,)
+
+
 def _checkpoints_reentrantly(layer: nn.Module) -> bool:
     """Reentrant checkpointing of the next layer gives no gradients at all unless its input requires one.
 
@@ -398,6 +420,16 @@ def _checkpoints_reentrantly(layer: nn.Module) -> bool:
         return False
     is_torch_s = getattr(function, "func", function).__module__ == "torch.utils.checkpoint"
     return not is_torch_s or getattr(function, "keywords", {}).get("use_reentrant", True)
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A module without parts that has vectors only."""
+    is_leaf = next(module.children(), None) is None and not _is_convolution(module)
+    return is_leaf and all(parameter.ndim == 1 for parameter in _own_parameters(module))
 
 
 def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:

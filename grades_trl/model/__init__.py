@@ -6,6 +6,7 @@ from grades_trl.model.matrices import (
     find_matrices,
     layers_in_order,
     matrices_by_layer,
+    untracked_matrices,
     untracked_parameters,
 )
 from grades_trl.model.structure import find_layers
@@ -22,5 +23,6 @@ __all__ = [
     "matrices_by_layer",
     "towers_of_modules",
     "towers_of_parameters",
+    "untracked_matrices",
     "untracked_parameters",
 ]

@@ -1,16 +1,15 @@
-"""FLOPs of the tracked layers, predicted from their shapes and from the tokens of the batches.
+"""FLOPs of the layers, predicted from their shapes and from the tokens of the batches.
 
-Counted are the matrix products of the tracked matrices: a layer of N = out x in weights costs 2N per token for each
-of: its forward pass, the recomputation of it under gradient checkpointing, the gradient of its input, and the
-gradient of its weight. LoRA factors of P elements add 2P to the first three, and the fourth is 2P alone. Of a stack
-of experts, each token passes through the active ones only.
+Counted are the matrix products of the layers, those without an adapter included: a layer of N = out x in weights
+costs 2N per token for each of: its forward pass, the recomputation of it under gradient checkpointing, the gradient of
+its input, and the gradient of its weight. LoRA factors of P elements add 2P to the first three, and the fourth is 2P
+alone. A weight that does not train has no fourth. Of a stack of experts, each token passes through the active ones only.
 
 A layer whose outputs are read from a cache costs nothing, see [`TokenCounter.add_read`].
 
-Not counted: attention scores, norms, embeddings, routers that are no linear layer, the output head, the optimizer,
-and layers that the user froze before training. Two details are left out: torch's non-reentrant checkpointing does not
-recompute the last product of a layer, and without checkpointing the layers that read frozen embeddings compute no
-gradient of their input.
+Not counted: attention scores, norms, embeddings, routers, the output head and the optimizer. Two details are left
+out: torch's non-reentrant checkpointing does not recompute the last product of a layer, and without checkpointing the
+layers that read frozen embeddings compute no gradient of their input.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ class StepCosts:
         tokens (`dict[str, float]` or `None`): tower -> tokens per step; `None` for as many in each.
         checkpointing (`bool`): the forward pass is run again in backward.
         experts_per_token (`float` or `None`): experts that a token passes through; `None` for all.
+        others (`tuple[WeightMatrix, ...]`): the weights of the layers that do not train, from `untracked_matrices`.
         language_prefix_can_be_skipped (`bool`): nothing trains in front of the language layers but what is tracked.
         encoder_is_cached (`bool`): later epochs read the outputs of a frozen encoder from memory.
     """
@@ -48,6 +48,7 @@ class StepCosts:
     tokens: dict[str, float] | None = None
     checkpointing: bool = False
     experts_per_token: float | None = None
+    others: tuple[WeightMatrix, ...] = ()
     language_prefix_can_be_skipped: bool = False
     encoder_is_cached: bool = False
 

@@ -10,20 +10,23 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from grades_trl.model.structure import (
     base_path,
     find_heads,
     find_layers,
+    find_routers,
     is_adapter,
-    is_connector,
     is_linear,
     is_lora,
     locate,
+    stacked_weights,
 )
 from grades_trl.model.towers import find_towers, tower_of
 
@@ -83,17 +86,20 @@ def find_matrices(model: nn.Module, projector: bool = False) -> dict[str, Weight
     """
     layers, towers, heads = find_layers(model), find_towers(model), find_heads(model)
     _refuse_other_adapters(model, layers)
+    routers = find_routers(model, layers)
     found: list[tuple[str, str, int, str, tuple[nn.Parameter, ...], tuple[int, ...]]] = []
     taken: set[int] = set()
     for path, name, parameters, shape in _trainable_weights(model):
-        if path in heads or id(parameters[0]) in taken:  # PEFT's `modules_to_save` wraps a layer and shows its weight
+        if (
+            path in heads or path in routers or id(parameters[0]) in taken
+        ):  # PEFT's `modules_to_save` wraps a layer and shows its weight
             continue
         taken.add(id(parameters[0]))
         layer = locate(path, layers)
         if layer:
             stack, index = layers[layer]
             found.append((name, base_path(stack), index, name.removeprefix(base_path(layer) + "."), parameters, shape))
-        elif projector and is_connector(path):
+        elif projector and tower_of(base_path(path), towers) == "projector":
             found.append((name, "", -1, name, parameters, shape))
     roles = _roles({(stack, inner) for _, stack, _, inner, _, _ in found})
     matrices = {
@@ -101,7 +107,7 @@ def find_matrices(model: nn.Module, projector: bool = False) -> dict[str, Weight
             name=name,
             layer=index,
             role=roles[stack, inner],
-            tower=tower_of(name, towers) if stack else "projector",
+            tower=tower_of(name, towers),
             stack=stack,
             shape=shape,
             parameters=parameters,
@@ -109,13 +115,44 @@ def find_matrices(model: nn.Module, projector: bool = False) -> dict[str, Weight
         for name, stack, index, inner, parameters, shape in found
     }
     if not matrices:
+        lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         raise ValueError(
             f"GradES found no weight matrix to track in {type(model).__name__}: expected linear layers that require a "
             f"gradient inside a ModuleList of layers; found {len(layers)} such layers and "
-            f"{sum(p.requires_grad for p in model.parameters())} trainable tensors. Add LoRA adapters or unfreeze "
-            "weights before the trainer is built."
+            f"{sum(p.requires_grad for p in model.parameters())} trainable tensors. Looked at the lists "
+            f"{', '.join(lists[:10]) or 'none'}. Add LoRA adapters or unfreeze weights before the trainer is built."
         )
     return matrices
+
+
+def untracked_matrices(model: nn.Module, tracked: Iterable[WeightMatrix]) -> list[WeightMatrix]:
+    """The weights inside of layers that do not train, each as the matrix that it would be in full fine-tuning: frozen
+    before training, or without an adapter. A step multiplies by them all the same."""
+    layers, towers = find_layers(model), find_towers(model)
+    routers, names = find_routers(model, layers), {matrix.name for matrix in tracked}
+    found: dict[str, WeightMatrix] = {}
+    for path, module in model.named_modules():
+        layer = locate(f"{path}.", layers)
+        if not layer or ".lora_" in path or path in routers:
+            continue
+        shapes = {f"{path}.{name}": shape for name, shape in stacked_weights(module).items()}
+        if is_linear(module):  # a packed weight of 4 bits has no shape of its own
+            module_: Any = module
+            has_features = hasattr(module, "out_features") and hasattr(module, "in_features")
+            shapes = {
+                path: (module_.out_features, module_.in_features) if has_features else tuple(module_.weight.shape)
+            }
+        for name, shape in shapes.items():
+            name = base_path(name)
+            if name in names or name in found:  # the layer inside of an adapter has the name of the adapter
+                continue
+            stack, index = layers[layer]
+            role = ".".join(
+                part for part in name.removeprefix(base_path(layer)).split(".") if part and not part.isdigit()
+            )
+            weight = nn.Parameter(torch.empty(shape, device="meta"))
+            found[name] = WeightMatrix(name, index, role, tower_of(name, towers), base_path(stack), shape, (weight,))
+    return list(found.values())
 
 
 def matrices_by_layer(model: nn.Module, matrices: dict[str, WeightMatrix]) -> dict[str, list[str]]:
@@ -207,8 +244,12 @@ def _trainable_weights(model: nn.Module) -> Iterator[tuple[str, str, tuple[nn.Pa
             parameters = _adapter_parameters(module)
             if not parameters or len(module.lora_A) == 0:  # frozen, or around an embedding
                 continue
-            if isinstance(module, ParamWrapper):  # around a 3-D expert weight (`target_parameters`)
-                yield path, f"{base_path(path)}.{module.parameter_name}", parameters, tuple(module.get_param().shape)
+            if isinstance(module, ParamWrapper):  # `target_parameters`: experts in one tensor, or any other weight
+                name, shape = base_path(path), tuple(module.get_param().shape)
+                if not is_linear(module.get_base_layer()):
+                    shape = stacked_weights(module.get_base_layer()).get(module.parameter_name, shape)
+                    name = f"{name}.{module.parameter_name}"
+                yield path, name, parameters, shape
             else:
                 yield path, base_path(path), parameters, (module.out_features, module.in_features)
         elif is_linear(module) and not is_adapter(module) and module.weight.requires_grad:
@@ -216,11 +257,11 @@ def _trainable_weights(model: nn.Module) -> Iterator[tuple[str, str, tuple[nn.Pa
             if type(module).__name__ == "Conv1D":  # GPT-2 keeps its weights as (in, out)
                 rows, columns = columns, rows
             yield path, base_path(path), (module.weight,), (rows, columns)
-        elif not isinstance(module, nn.modules.conv._ConvNd):
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 3 and parameter.requires_grad:
-                    full = f"{path}.{name}"
-                    yield full, base_path(full), (parameter,), tuple(parameter.shape)
+        else:
+            for name, shape in stacked_weights(module).items():
+                parameter, full = getattr(module, name), f"{path}.{name}"
+                if parameter.requires_grad:
+                    yield full, base_path(full), (parameter,), shape
 
 
 def _roles(inner_paths: set[tuple[str, str]]) -> dict[tuple[str, str], str]:

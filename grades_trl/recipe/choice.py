@@ -14,9 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from grades_trl.model import TOWERS, WeightMatrix, find_layers, find_matrices, towers_of_modules, towers_of_parameters
+from grades_trl.model import (
+    TOWERS,
+    WeightMatrix,
+    find_layers,
+    find_matrices,
+    towers_of_modules,
+    towers_of_parameters,
+    untracked_matrices,
+)
 from grades_trl.model.flops import TokenCounter, experts_per_token, step_flops
-from grades_trl.model.structure import base_path, embeddings_train, find_heads, is_linear, locate
+from grades_trl.model.structure import (
+    base_path,
+    embeddings_train,
+    find_heads,
+    locate,
+)
 
 INDICES = re.compile(r"(\d+)(?:-(\d+))?")
 FRACTIONS = re.compile(r"(\d*\.?\d+|\d+\.)-(\d*\.?\d+|\d+\.)")
@@ -180,16 +193,9 @@ class ChoiceFlops:
 
     Attributes:
         step (`float`): a step of this choice.
-        tracked (`float`): the part of it in the matrices that train.
     """
 
     step: float = 1.0
-    tracked: float = 1.0
-
-    @property
-    def rest(self) -> float:
-        """The part of it in what does not train."""
-        return self.step - self.tracked
 
 
 def choice_flops(trainer: Any) -> ChoiceFlops:
@@ -212,22 +218,21 @@ def flops_of(model: nn.Module, checkpointing: bool = False, tokens: dict[str, fl
         checkpointing (`bool`, *optional*, defaults to `False`): of gradients.
         tokens (`dict[str, float]`, *optional*): tower -> tokens per step; by default as many in each.
     """
-    of_choice, of_tracked, everything = absolute_flops(model, checkpointing, tokens)
-    return ChoiceFlops(of_choice / everything, of_tracked / everything)
+    of_choice, everything = absolute_flops(model, checkpointing, tokens)
+    return ChoiceFlops(of_choice / everything)
 
 
 def absolute_flops(
     model: nn.Module, checkpointing: bool = False, tokens: dict[str, float] | None = None
-) -> tuple[float, float, float]:
-    """FLOPs of a step of the choice, of its tracked matrices alone, and of a step in which everything trains.
-    Arguments as in [`flops_of`]."""
+) -> tuple[float, float]:
+    """FLOPs of a step of the choice, and of a step in which everything trains. Arguments as in [`flops_of`]."""
     tracked = _tracked(model)
     adapters = [matrix for matrix in tracked if matrix.lora]
     rank = None
     if adapters:
         *experts, rows, columns = adapters[0].shape
         rank = max(1, round(adapters[0].params / ((rows + columns) * (experts[0] if experts else 1))))
-    untracked = _untracked(model, {matrix.name for matrix in tracked})
+    untracked = untracked_matrices(model, tracked)
     settings: Any = {
         "tokens": tokens,
         "checkpointing": checkpointing,
@@ -236,39 +241,12 @@ def absolute_flops(
     everything = step_flops([*tracked, *(_with_adapter(matrix, rank) for matrix in untracked)], **settings)
     frozen = {matrix.name for matrix in untracked}
     of_choice = step_flops([*tracked, *untracked], frozen=frozen, skipped_layers=_skipped_layers(model), **settings)
-    return of_choice, step_flops(tracked, **settings), everything
+    return of_choice, everything
 
 
 def _tracked(model: nn.Module) -> list[WeightMatrix]:
     """The matrices inside of layers that train; none where only a projector does."""
     return [matrix for matrix in find_matrices(model, projector=True).values() if matrix.stack]
-
-
-def _untracked(model: nn.Module, tracked: Collection[str]) -> list[WeightMatrix]:
-    """The weights inside of layers that do not train, each as the matrix that it would be in full fine-tuning."""
-    layers, tower_of = find_layers(model), towers_of_modules(model)
-    found: dict[str, WeightMatrix] = {}
-    for path, module in model.named_modules():
-        layer = locate(f"{path}.", layers)
-        if not layer or ".lora_" in path:
-            continue
-        shapes: dict[str, tuple[int, ...]] = {}
-        if is_linear(module):  # a packed weight of 4 bits has no shape of its own
-            module_: Any = module
-            has_features = hasattr(module, "out_features") and hasattr(module, "in_features")
-            shapes[path] = (module_.out_features, module_.in_features) if has_features else tuple(module_.weight.shape)
-        elif not isinstance(module, nn.modules.conv._ConvNd):
-            own = module.named_parameters(recurse=False)
-            shapes = {f"{path}.{name}": tuple(p.shape) for name, p in own if p.ndim == 3}
-        for name, shape in shapes.items():
-            name = base_path(name)
-            if name in tracked or name in found:  # the layer inside of an adapter has the name of the adapter
-                continue
-            stack, index = layers[layer]
-            role = ".".join(part for part in name.removeprefix(base_path(layer)).split(".") if not part.isdigit())
-            weight = nn.Parameter(torch.empty(shape, device="meta"))
-            found[name] = WeightMatrix(name, index, role, tower_of[layer], base_path(stack), shape, (weight,))
-    return list(found.values())
 
 
 def _with_adapter(matrix: WeightMatrix, rank: int | None) -> WeightMatrix:
@@ -309,15 +287,20 @@ def format_choice(model: nn.Module, flops: ChoiceFlops) -> str:
     """The choice as a table, a line for each tower, and what it can save, in 80 columns."""
     matrices, layers, tower_of = _tracked(model), find_layers(model), towers_of_parameters(model)
     tower_of_module = towers_of_modules(model)
+    unmeasured: list[str] = []
     lines = [f"{'tower':<10} {'layers':>7} {'matrices tracked':>17} {'parameters':>16} {'trainable':>16}"]
     for tower in (tower for tower in TOWERS if tower in tower_of.values()):
         parameters = [p for name, p in model.named_parameters() if tower_of[name] == tower]
         count = sum(tower_of_module[path] == tower for path in layers)
         tracked = sum(matrix.tower == tower for matrix in matrices)
         trainable = sum(_elements(p) for p in parameters if p.requires_grad)
+        if trainable and not tracked and tower != "projector":
+            unmeasured.append(tower)
         lines.append(
             f"{tower:<10} {count or '-':>7} {tracked:>17} {sum(map(_elements, parameters)):>16,} {trainable:>16,}"
         )
+    if unmeasured:
+        lines.append(f"nothing is measured in: {', '.join(unmeasured)} (no linear layer in a list of layers trains)")
     if flops.step < 1:
         lines.append(f"limit of this choice: {1 / flops.step:.2f}x less time for a step than training everything")
     return "\n".join(lines)

@@ -144,11 +144,9 @@ def _numbers(run: Run, of_seed: dict[str, Run]) -> dict[str, float | None]:
 def flops_of_run(run: Run) -> float:
     """FLOPs of a run, held-out measurements included, as a fraction of its whole schedule with everything training.
 
-    `run["flops"]` counts the tracked matrices alone; what was frozen before training takes its forward pass in every
-    step, also where a cache saves that.
+    `run["flops"]` is a fraction of the schedule with all training that was chosen to train.
     """
-    step, tracked = run["choice"]["step"], run["choice"]["tracked"]
-    return tracked * run["flops"] + (step - tracked) * run["steps"] / run["total_steps"]
+    return run["choice"]["step"] * run["flops"]
 
 
 def matched_steps(grades: Run) -> int:

@@ -16,6 +16,7 @@ from trl import ModelConfig, get_quantization_config
 from grades_trl.extras import installed, require
 from grades_trl.model import TOWERS, linear_layers
 from grades_trl.recipe.choice import chosen_modules, whole_language_layers
+from grades_trl.recipe.lora import compare_with_adapted, default_targets, refuse_dropout_on_parameters
 
 
 def load_model(
@@ -100,9 +101,9 @@ def make_trainable(
 ) -> nn.Module:
     """Lets LoRA adapters train if `args.use_peft`, else all weights; in the given towers and layers only.
 
-    Adapters go on `args.lora_target_modules`. If that is not given, they go on every linear layer inside the repeated
-    layers, which are the matrices that GradES tracks (the paper adapts all seven projections). Their initial weights
-    are drawn with `seed`, since the Trainer sets its own seed later.
+    Adapters go on `args.lora_target_modules`. If that is not given or `"all-linear"`, they go on every linear layer
+    inside the repeated layers and between the towers (the paper adapts all seven projections), see
+    [`lora.default_targets`]. Their initial weights are drawn with `seed`, since the Trainer sets its own seed later.
 
     Raises:
         ValueError: a choice that the model does not have, see [`choice.chosen_modules`], or without anything to adapt.
@@ -114,7 +115,10 @@ def make_trainable(
             for parameter in model.get_submodule(path).parameters(recurse=False):
                 parameter.requires_grad_(True)
         return model
-    targets, target_parameters = _targets(args) or linear_layers(model), args.lora_target_parameters
+    targets, target_parameters = _targets(args), args.lora_target_parameters
+    by_default = targets in (None, "all-linear")
+    if by_default:
+        targets = linear_layers(model)
     if towers is not None or layers is not None:
         targets = _targets_inside(model, chosen, _targets(args), args)
         target_parameters = _target_parameters_inside(model, chosen, args)
@@ -134,8 +138,13 @@ def make_trainable(
         use_dora=args.use_dora,
         task_type=args.lora_task_type,
     )
+    if by_default:
+        default_targets(model, config, targets or ())
+    refuse_dropout_on_parameters(model, config)
     set_seed(seed)
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    compare_with_adapted(adapted, None if by_default else _targets(args), args.lora_target_parameters)
+    return adapted
 
 
 def _targets_inside(
@@ -242,6 +251,7 @@ def _load_with_unsloth(
             **targets,
             **parts,
         )
+        compare_with_adapted(model, targets.get("target_modules"), target_parameters)
     elif vision or layers is not None:
         model = make_trainable(model, args, towers, layers, seed)
     if vision and max_length is None:

@@ -157,14 +157,14 @@ def plan_run(
         notes.append(f"rows of {step.length:,} tokens")
     if step.image_tokens:
         notes.append(f"one image per row, of {step.image_tokens:,} tokens")
-    of_choice, of_tracked, everything = absolute_flops(model, checkpointing, tokens)
+    of_choice, everything = absolute_flops(model, checkpointing, tokens)
     accumulation = training.gradient_accumulation_steps
     return Plan(
         device=device,
         step=step,
         host=host,
         peak=_peak(device, step, accumulation) + (_largest_16_bit(model, quantized)),
-        choice=format_choice(model, ChoiceFlops(of_choice / everything, of_tracked / everything)),
+        choice=format_choice(model, ChoiceFlops(of_choice / everything)),
         limits=freeze_limits(model, grades, checkpointing, tokens),
         step_flops=of_choice * accumulation,
         steps=steps,

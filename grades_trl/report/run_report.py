@@ -50,6 +50,7 @@ class RunReport:
         directory (`str` or `Path`): where the files go; made if missing.
         matrices (`dict[str, WeightMatrix]`): the tracked matrices by name.
         total_steps (`int`): optimizer steps in the full schedule.
+        others (`Collection[WeightMatrix]`, *optional*): the weights of the layers that do not train.
         metric (`str`): what is measured of the matrices.
         settings (`dict[str, Any]`): of GradES; for the summary and W&B.
         grace_steps (`int`): optimizer steps during which nothing may freeze.
@@ -67,6 +68,7 @@ class RunReport:
         matrices: dict[str, WeightMatrix],
         total_steps: int,
         *,
+        others: Collection[WeightMatrix] = (),
         metric: str,
         settings: dict[str, Any],
         grace_steps: int,
@@ -80,6 +82,7 @@ class RunReport:
         self.clock = clock
         self._history = RunHistory(directory, matrices, total_steps, metric, grace_steps, resume_step)
         self._matrices = matrices
+        self._others = list(others)
         self._settings = settings
         self._environment = environment
         self._checkpointing = checkpointing
@@ -117,7 +120,7 @@ class RunReport:
         Args:
             layers (`dict[str, int]`): path of a layer list -> number of its leading layers that were not computed.
         """
-        self._tokens.add_read(layers, {m.stack: m.tower for m in self._matrices.values()})
+        self._tokens.add_read(layers, {m.stack: m.tower for m in self._all_matrices})
 
     def tokens_per_batch(self) -> dict[str, float] | None:
         """Tower -> mean tokens of a training micro-batch so far; `None` if none could be counted."""
@@ -393,13 +396,22 @@ class RunReport:
         matrices: Collection[WeightMatrix] | None = None,
     ) -> float:
         return step_flops(
-            self._matrices.values() if matrices is None else matrices,
-            frozen=frozen,
-            skipped_layers=skipped_layers,
+            self._all_matrices if matrices is None else matrices,
+            frozen={*frozen, *(matrix.name for matrix in self._others)},
+            skipped_layers=self._skipped_by_choice if skipped_layers is None else skipped_layers,
             tokens=tokens,
             checkpointing=self._checkpointing,
             experts_per_token=self._tokens.experts_per_token,
         )
+
+    @property
+    def _all_matrices(self) -> list[WeightMatrix]:
+        return [*self._matrices.values(), *self._others]
+
+    @property
+    def _skipped_by_choice(self) -> dict[str, int]:
+        """Leading layers that backward skips although nothing has been frozen: they do not train in the baseline."""
+        return next((state["layers"] for state in self._states if not state["frozen"]), {})
 
     def _draw_gain(self) -> bytes:
         return figure.render(heatmap.draw(self._gain_table()))
@@ -436,11 +448,11 @@ class RunReport:
             run += cost * (state["step"] - start)
             start, cost = state["step"], self._flops(tokens, set(state["frozen"]), state["layers"])
         run += cost * (steps - start)
-        run -= read_flops(self._matrices.values(), self._tokens.read, experts_per_token=self._tokens.experts_per_token)
+        run -= read_flops(self._all_matrices, self._tokens.read, experts_per_token=self._tokens.experts_per_token)
         if per_batch is not None and self._heldout_passes:
             per_example = _times(per_batch, self._tokens.batches / self._tokens.examples)
             run += self._heldout_passes * forward_flops(
-                self._matrices.values(), tokens=per_example, experts_per_token=self._tokens.experts_per_token
+                self._all_matrices, tokens=per_example, experts_per_token=self._tokens.experts_per_token
             )
         full = baseline * schedule
         fraction = None if diverged or not full else run / full

@@ -265,6 +265,7 @@ class GradESMixin(_Trainer):
             Path(self.args.output_dir) / "grades",
             self.grades.matrices,
             self.state.max_steps,
+            others=self.grades.others,
             metric=self.grades_config.metric,
             settings=dataclasses.asdict(self.grades_config) | self.grades_config.criterion_settings(),
             grace_steps=self.grades.criterion.grace_steps,
