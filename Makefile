@@ -18,7 +18,7 @@ help:  ## List the commands
 demo: $(VENV)/.ready  ## Train a vision-language model to read handwritten numbers (a few minutes on a CPU, no download)
 	$(BIN)/python recipes/sft_vlm.py
 
-test: lint $(VENV)/.ready-for-tests  ## Run lint, then all tests in two processes (what CI runs)
+test: lint docs  ## Run lint, build the docs, then all tests in two processes (what CI runs)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 families: $(VENV)/.ready-for-tests  ## Train every known architecture, tiny, and write docs/models.md (half an hour)
@@ -33,6 +33,9 @@ lint: $(VENV)/.ready-for-tests  ## Check style, formatting, types and the import
 format: $(VENV)/.ready-for-tests  ## Format the code and apply ruff's safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.ready-for-tests  ## Build the documentation into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 gpu: $(VENV)/.ready-for-tests  ## Run what needs a CUDA device: the tests marked gpu, and the step times
 	$(BIN)/python -m pytest -m gpu
@@ -56,4 +59,4 @@ $(VENV)/.ready-for-tests: $(VENV)/.ready tests/requirements.txt
 	@touch $@
 
 clean:  ## Delete the virtual environment and all outputs
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) outputs site

@@ -3,7 +3,8 @@
 Counted are the matrix products of the layers, those without an adapter included: a layer of N = out x in weights
 costs 2N per token for each of: its forward pass, the recomputation of it under gradient checkpointing, the gradient of
 its input, and the gradient of its weight. LoRA factors of P elements add 2P to the first three, and the fourth is 2P
-alone. A weight that does not train has no fourth. Of a stack of experts, each token passes through the active ones only.
+alone. A weight that does not train has no fourth. Of a stack of experts, each token passes through the active ones
+only.
 
 A layer whose outputs are read from a cache costs nothing, see [`TokenCounter.add_read`].
 
