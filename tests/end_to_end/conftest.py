@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests"))
@@ -16,6 +17,8 @@ def run(tmp_path, monkeypatch, capsys):
     def run(recipe, *flags):
         for name in ("WANDB_DIR", "WANDB_NAME", "WANDB_RUN_GROUP"):  # that an earlier run has set
             monkeypatch.delenv(name, raising=False)
+        wandb.finish()
+        wandb.teardown()  # it reads the environment once
         monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / recipe), *(w for f in flags for w in str(f).split())])
         runpy.run_path(sys.argv[0], run_name="__main__")
         return "".join(capsys.readouterr())
