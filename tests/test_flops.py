@@ -350,7 +350,7 @@ def test_experts_per_token(config, expected):
 
 # ---- architectures, full and LoRA ----
 
-ARCHITECTURES = ["llama", "gemma2", "gpt2", "opt", "phi3", "falcon", "qwen3_moe", "mixtral"]
+ARCHITECTURES = ["llama", "gemma2", "gpt2", "gpt_neox", "phi3", "falcon", "qwen3_moe", "mixtral"]
 
 
 @pytest.mark.parametrize("targets", [None, "all", "one"], ids=["full", "lora", "lora on one of the linear layers"])
