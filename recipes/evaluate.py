@@ -84,10 +84,9 @@ def main() -> None:
     tests: dict[str, Dataset] = {}
     asked: dict[str, Dataset] = {}
     if recipe.dataset_name is not None or not tasks:  # tasks bring rows of their own
-        of_text: Any = {"dates": builtin.dates, "docstrings": builtin.docstrings}
-        of_images: Any = vlm.builtin.DATASETS
+        datasets = vlm.builtin.DATASETS if vision else builtin.DATASETS
         keep = [own.category_column] if own.category_column else []
-        tests = load_data(recipe, training, of_images if vision else of_text, vision=vision, test_only=True, keep=keep)
+        tests = load_data(recipe, training, datasets, vision=vision, test_only=True, keep=keep)
         test = tests["test"]
         groups = rows_by_category(test, own.category_column)
         if recipe.num_eval_generations and "prompt" in test.column_names:
@@ -175,6 +174,7 @@ def losses(trainer: SFTTrainer, groups: dict[str, list[int]]) -> dict[str, float
     rows: Any = trainer.eval_dataset
     if groups and len(rows) != sum(map(len, groups.values())):
         raise SystemExit("--category_column scores rows one by one, and they are packed: add --packing false.")
+    trainer.args.dataloader_persistent_workers = False  # as in `results.final_eval`
     found = trainer.evaluate()
     scores = {"test_loss": found["eval_loss"], "perplexity": math.exp(found["eval_loss"])}
     scores["token_accuracy"] = found["eval_mean_token_accuracy"]

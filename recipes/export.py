@@ -13,7 +13,6 @@ The same at the end of a run: --export merged.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is used, must be imported before all else
 
@@ -64,9 +63,8 @@ def main() -> None:
     # Prompts to compare answers to: those that the recipe shows at the end of a run.
     rows = None
     if recipe.dataset_name is not None or vision:
-        of_text: Any = {"dates": builtin.dates, "docstrings": builtin.docstrings}
-        of_images: Any = vlm.builtin.DATASETS
-        test = load_data(recipe, training, of_images if vision else of_text, vision=vision, test_only=True)["test"]
+        datasets = vlm.builtin.DATASETS if vision else builtin.DATASETS
+        test = load_data(recipe, training, datasets, vision=vision, test_only=True)["test"]
         if "prompt" in test.column_names:
             rows = test.select(range(min(max(1, recipe.num_samples), len(test))))
 

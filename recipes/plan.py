@@ -28,7 +28,7 @@ def main() -> None:
     if vision:
         print_plan(*run, images.DATASETS, images.tiny_llava, vision=True)
     else:
-        print_plan(*run, {"dates": text.dates, "docstrings": text.docstrings}, text.tiny_qwen3)
+        print_plan(*run, text.DATASETS, text.tiny_qwen3)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Without arguments: a tiny Qwen3 learns to write dates as ISO 8601, in about a mi
   python recipes/sft_text.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name my_chats.jsonl --use_peft
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is used, must be imported before all else
@@ -37,7 +36,6 @@ from grades_trl.report.timing import RunClock
 from grades_trl.trainers.heldout import HeldoutAnswers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-DATASETS: dict[str, Callable] = {"dates": builtin.dates, "docstrings": builtin.docstrings}
 
 
 def main() -> None:
@@ -50,7 +48,7 @@ def main() -> None:
             "a text model, choose layers with --train_layers."
         )
     if recipe.plan:
-        print_plan(recipe, training, model_args, grades, DATASETS, builtin.tiny_qwen3)
+        print_plan(recipe, training, model_args, grades, builtin.DATASETS, builtin.tiny_qwen3)
         return
     set_up_resume(recipe, training, model_args, grades)
     callbacks = [*configure_early_stopping(recipe, training), *configure_bema(recipe, training)]
@@ -59,7 +57,7 @@ def main() -> None:
 
     # 1. Data: prompts and replies; only the reply is learned. One half of the held-out rows is used for decisions
     #    during training (validation), the other only for the scores at the end (test).
-    dataset = load_data(recipe, training, DATASETS)
+    dataset = load_data(recipe, training, builtin.DATASETS)
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
 
     # 2. Model: from the hub, a folder or a GGUF file; without a name, the tiny one that is built here.
@@ -100,7 +98,6 @@ def main() -> None:
         callbacks=[clock, *callbacks],
     )
     show_progress(trainer)
-    record_arguments(trainer, recipe, model_args)
     choice = choice_flops(trainer)
     rows = {"train on": len(train), "validate on": len(validation), "test on": len(test)}
     print(format_start(environment, rows, training.output_dir))
@@ -109,6 +106,7 @@ def main() -> None:
     show_example(trainer, {"train": train, "validation": validation}, whole=recipe.preview)
     if recipe.preview:
         return
+    record_arguments(trainer, recipe, model_args)
 
     # 3. Train, with a few answers and their exact match before and after. The model is saved as soon as it is trained.
     shown = test.select(range(min(recipe.num_samples, len(test)))) if has_prompts and recipe.num_samples else None
@@ -136,7 +134,7 @@ def main() -> None:
     # 5. Save and show the results.
     save_results(trainer, clock, environment, results, recipe, model_args, choice, samples)
     print(format_run(trainer, results))
-    write_card(trainer, clock, results, recipe, model_args, dataset)
+    write_card(trainer, clock, environment, results, recipe, model_args, dataset)
     tracking.finish()
     exit_if_diverged(trainer, results)
     export_run(trainer, recipe, model_args, test, BACKEND)

@@ -98,7 +98,6 @@ def main() -> None:
         callbacks=[clock, *callbacks],
     )
     show_progress(trainer)
-    record_arguments(trainer, recipe, model_args)
     choice = choice_flops(trainer)
     rows = {"train on": len(train), "validate on": len(validation), "test on": len(test)}
     print(format_start(environment, rows, training.output_dir))
@@ -106,6 +105,7 @@ def main() -> None:
     show_example(trainer, {"train": train, "validation": validation}, whole=recipe.preview)
     if recipe.preview:
         return
+    record_arguments(trainer, recipe, model_args)
 
     # 3. Train, with a few answers before and after. The model is saved as soon as it is trained.
     shown = test.select(range(min(recipe.num_samples, len(test))))
@@ -135,7 +135,7 @@ def main() -> None:
     # 5. Save and show the results.
     save_results(trainer, clock, environment, results, recipe, model_args, choice, samples)
     print(format_run(trainer, results))
-    write_card(trainer, clock, results, recipe, model_args, dataset)
+    write_card(trainer, clock, environment, results, recipe, model_args, dataset)
     tracking.finish()
     exit_if_diverged(trainer, results)
     export_run(trainer, recipe, model_args, test, BACKEND)

@@ -361,3 +361,7 @@ def docstrings(seed: int = 0, test: int = 300) -> DatasetDict:
         return _prompt_completion([(question.format(source), summary) for source, summary in pairs])
 
     return DatasetDict({"train": ask(rest), "test": ask(held_out[:test])})
+
+
+# The built-in datasets by name
+DATASETS: dict[str, Callable[..., DatasetDict]] = {"dates": dates, "docstrings": docstrings}

@@ -17,6 +17,8 @@ from trl import ModelConfig
 from grades_trl.recipe.arguments import BUILTIN_DATASETS, RecipeArguments
 from grades_trl.recipe.record import command_line
 from grades_trl.recipe.results import format_score
+from grades_trl.report.environment import Environment
+from grades_trl.report.summary import before_and_after
 from grades_trl.report.timing import RunClock
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ NOT_UPLOADED = ["checkpoint-*", "wandb/*", "runs/*", "samples.png", "training_ar
 def write_card(
     trainer: Any,
     clock: RunClock,
+    environment: Environment,
     results: Mapping[str, float],
     recipe: RecipeArguments,
     model_args: ModelConfig,
@@ -42,6 +45,7 @@ def write_card(
     Args:
         trainer: after `train()`.
         clock (`RunClock`): was among its callbacks.
+        environment (`Environment`): gathered before training.
         results (`Mapping[str, float]`): the final scores.
         recipe (`RecipeArguments`), model_args (`ModelConfig`): as [`arguments.parse`] gave them.
         dataset (`Mapping[str, Dataset]`): split -> its rows.
@@ -55,7 +59,7 @@ def write_card(
         trainer.create_model_card(model_name=name, dataset_name=recipe.dataset_name if on_hub else None)
         text = (folder / "README.md").read_text("utf-8")
         sections = [
-            _what_ran(trainer, clock, model_args),
+            _what_ran(trainer, clock, environment, model_args),
             _what_froze(trainer, folder),
             _data(recipe, trainer.args.seed, dataset),
             _scores(results),
@@ -130,7 +134,7 @@ print(generator({called}, max_new_tokens=64, return_full_text=False)[0]["generat
 ```"""
 
 
-def _what_ran(trainer: Any, clock: RunClock, model_args: ModelConfig) -> str:
+def _what_ran(trainer: Any, clock: RunClock, environment: Environment, model_args: ModelConfig) -> str:
     summary, state, args = trainer.grades_summary, trainer.state, trainer.args
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     method = "all weights"
@@ -139,14 +143,13 @@ def _what_ran(trainer: Any, clock: RunClock, model_args: ModelConfig) -> str:
         method = f"LoRA, r {model_args.lora_r}{bits.get(True, '')}"
     seconds = clock.seconds if summary is None else summary.seconds
     memory = clock.peak_memory_mib if summary is None else summary.peak_memory_mib
-    device = device_of(trainer)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = {
         "trained": f"{method}, {trained:,} parameters",
         "steps": f"{state.global_step:,} of {state.max_steps:,}, {batch} examples each",
         "ended by": summary.stop_reason if summary is not None else "the schedule, or early stopping",
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type}",
-        "time": f"{seconds.total:,.1f} s on {device}",
+        "time": f"{seconds.total:,.1f} s on {environment.device}",
         "peak memory": "not measured" if memory is None else f"{memory:,.0f} MiB",
     }
     if summary is not None:
@@ -156,12 +159,6 @@ def _what_ran(trainer: Any, clock: RunClock, model_args: ModelConfig) -> str:
         rows["weights"] = summary.weights
     lines = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows.items()]
     return "\n".join(["### What ran", "", "| | |", "|---|---|", *lines])
-
-
-def device_of(trainer: Any) -> str:
-    """The device of the run, as its report names it."""
-    result = json.loads((Path(trainer.args.output_dir) / "result.json").read_text("utf-8"))
-    return result["environment"]["device"]
 
 
 def _what_froze(trainer: Any, folder: Path) -> str:
@@ -199,10 +196,8 @@ def _data(recipe: RecipeArguments, seed: int, dataset: Mapping[str, Dataset]) ->
 
 
 def _scores(results: Mapping[str, float]) -> str:
-    names = dict.fromkeys(key.partition("/")[2] for key in results)
     lines = ["### Scores", "", "| | before training | after |", "|---|---|---|"]
-    for name in names:
-        both = (results.get(f"{when}/{name}") for when in ("before", "final"))
+    for name, *both in before_and_after(results):
         cells = " | ".join("-" if number is None else format_score(name, number) for number in both)
         lines.append(f"| {name.removeprefix('eval_')} | {cells} |")
     return "\n".join(lines)

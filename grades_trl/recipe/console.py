@@ -11,8 +11,6 @@ import transformers
 from tqdm import tqdm
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-WIDTH = 80
-
 
 def set_up_console() -> None:
     """Shows what `grades_trl` and `vlm` log, from INFO on, on stderr. Where that is no terminal there are no bars.

@@ -22,7 +22,7 @@ from trl import ModelConfig
 from trl.data_utils import prepare_multimodal_messages
 
 from grades_trl.recipe.arguments import RecipeArguments
-from grades_trl.recipe.generation import prompt_text
+from grades_trl.recipe.generation import GREEDY, prompt_text
 from grades_trl.recipe.modelfile import modelfile
 from grades_trl.recipe.models import load_gguf
 from grades_trl.recipe.trained import base_of, load_trained, release
@@ -340,11 +340,7 @@ def answer_all(model: Any, prompts: Sequence[Any], max_new_tokens: int) -> list[
         output = model.generate(
             **(tensors | images),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,  # with top_p and top_k: silences warnings about sampling defaults
-            top_p=None,
-            top_k=None,
-            use_cache=True,
+            **GREEDY,
             return_dict_in_generate=True,
             output_logits=True,
         )

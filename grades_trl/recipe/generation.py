@@ -11,6 +11,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+# Without temperature, top_p and top_k there are no warnings about sampling defaults.
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
+
 
 def generate_greedily(
     model: PreTrainedModel,
@@ -32,11 +35,7 @@ def generate_greedily(
             output = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,  # with top_p and top_k: silences warnings about sampling defaults
-                top_p=None,
-                top_k=None,
-                use_cache=True,
+                **GREEDY,
                 pad_token_id=getattr(processor, "tokenizer", processor).pad_token_id,
             )
             texts += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -25,7 +25,7 @@ from grades_trl.recipe.record import command_line, public_argv, resolved_argumen
 from grades_trl.report.environment import Environment
 from grades_trl.report.recipe_facts import RecipeFacts, Sample, write_samples
 from grades_trl.report.strict_json import write_json
-from grades_trl.report.summary import format_summary, run_result
+from grades_trl.report.summary import before_and_after, format_summary, run_result
 from grades_trl.report.timing import RunClock
 from grades_trl.report.tracking import Tracker, result_fields
 
@@ -142,8 +142,8 @@ def save_results(
         diverged_at=trainer.diverged_at,
     )
     result.id = os.environ.get(RUN_ID, result.id)
-    write_json(Path(trainer.args.output_dir) / "result.json", result.to_json() | {"choice": asdict(choice)})
     output_dir = Path(trainer.args.output_dir)
+    write_json(output_dir / "result.json", result.to_json() | {"choice": asdict(choice)})
     if samples:
         write_samples(output_dir / "samples", list(samples))
     tracker, step = Tracker.of(trainer), trainer.state.global_step
@@ -172,12 +172,12 @@ def format_run(trainer: Any, results: dict[str, float]) -> str:
 
 def format_results(results: dict[str, float]) -> str:
     """The scores of a run as a table, a line each: before training, where that was measured, and after."""
-    names = sorted({key.partition("/")[2] for key in results})
-    whens = [when for when in ("before", "final") if any(key.startswith(f"{when}/") for key in results)]
-    lines = [f"{'':<28}" + "".join(f"{'after' if when == 'final' else when:>12}" for when in whens)]
-    for name in names:
-        values = [results.get(f"{when}/{name}") for when in whens]
-        lines.append(f"{name:<28}" + "".join(f"{'' if value is None else f'{value:.4g}':>12}" for value in values))
+    rows = sorted(before_and_after(results))
+    first = 0 if any(before is not None for _, before, _ in rows) else 1
+    lines = [f"{'':<28}" + "".join(f"{when:>12}" for when in ("before", "after")[first:])]
+    for name, *values in rows:
+        cells = ("" if value is None else f"{value:.4g}" for value in values[first:])
+        lines.append(f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -73,6 +73,8 @@ def set_up_resume(recipe: RecipeArguments, training: SFTConfig, model_args: Mode
                 f"--model_name_or_path {wanted}."
             )
     recipe.resume, training.resume_from_checkpoint = None, None if checkpoint is None else str(checkpoint)
+    if recipe.preview:  # it is no run, and what it is asked with would pass for the settings of one
+        return
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / SETTINGS, settings)
 

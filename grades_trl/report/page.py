@@ -34,7 +34,7 @@ from grades_trl.report.elements import (
 )
 from grades_trl.report.history import RunHistory
 from grades_trl.report.recipe_facts import RecipeFacts, Sample
-from grades_trl.report.summary import FINISHED, Flops, GainShare, GainSummary, Heldout, RunSummary
+from grades_trl.report.summary import FINISHED, Flops, GainShare, GainSummary, Heldout, RunSummary, before_and_after
 from grades_trl.report.timing import Evaluation
 
 MAX_EVENTS = 2000  # rows of a table; the rest is in the files
@@ -217,13 +217,7 @@ def _cards(summary: RunSummary) -> list[tuple[str, str]]:
 
 
 def _score_rows(summary: RunSummary) -> list[tuple[str, float | None, float | None]]:
-    """Name, before training, after it. `before/x` and `final/x` are the same score."""
-    names = dict.fromkeys(key.removeprefix("before/").removeprefix("final/") for key in summary.results)
-    found = summary.results
-    return [
-        (name.replace("_", " "), found.get(f"before/{name}"), found.get(f"final/{name}", found.get(name)))
-        for name in names
-    ]
+    return [(name.replace("_", " "), before, after) for name, before, after in before_and_after(summary.results)]
 
 
 def _scores(summary: RunSummary, samples: Sequence[Sample]) -> str:

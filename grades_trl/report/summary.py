@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -366,6 +366,12 @@ def stop_reason(clock: RunClock, steps: int, total_steps: int, grades: str | Non
     if steps >= total_steps:
         return FINISHED
     return DATA_ENDED if clock.data_ended else EARLY_STOPPING
+
+
+def before_and_after(results: Mapping[str, float]) -> list[tuple[str, float | None, float | None]]:
+    """Scores by their names, each before training (`before/x`) and after it (`final/x`, or `x` alone)."""
+    names = dict.fromkeys(key.removeprefix("before/").removeprefix("final/") for key in results)
+    return [(name, results.get(f"before/{name}"), results.get(f"final/{name}", results.get(name))) for name in names]
 
 
 def format_summary(summary: RunSummary) -> str:

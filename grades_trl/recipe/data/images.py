@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,15 +152,7 @@ def take_inline_images(dataset: Dataset, column: str) -> Dataset:
         return {"images": [images or taken for images, taken in pairs]}
 
     both = concatenate_datasets([rest.select_columns(["images"]), dataset.select_columns([column])], axis=1)
-    merged = both.with_format("arrow").map(
-        merge,
-        batched=True,
-        batch_size=100,
-        remove_columns=[column],
-        features=Features({"images": List(RGB)}),
-        desc="Listing images",
-    )
-    return concatenate_datasets([rest.remove_columns("images"), merged.with_format(None)], axis=1)
+    return concatenate_datasets([rest.remove_columns("images"), _to_images(both, merge)], axis=1)
 
 
 def images_in_lists(dataset: Dataset) -> Dataset:
@@ -172,16 +165,21 @@ def images_in_lists(dataset: Dataset) -> Dataset:
         values = table[column].to_pylist()
         return {"images": [value or [] if column == "images" else [value] if value else [] for value in values]}
 
-    images = dataset.select_columns([column]).with_format("arrow")
-    images = images.map(
-        wrap,
+    images = _to_images(dataset.select_columns([column]), wrap)
+    return concatenate_datasets([dataset.remove_columns(column), images], axis=1)
+
+
+def _to_images(dataset: Dataset, listed: Callable[[pa.Table], dict[str, list]]) -> Dataset:
+    """The one column `images` that a function makes of all columns, as they are stored."""
+    rows = dataset.with_format("arrow").map(
+        listed,
         batched=True,
         batch_size=100,
-        remove_columns=[column],
+        remove_columns=dataset.column_names,
         features=Features({"images": List(RGB)}),
         desc="Listing images",
     )
-    return concatenate_datasets([dataset.remove_columns(column), images.with_format(None)], axis=1)
+    return rows.with_format(None)
 
 
 def count_images(dataset: Dataset, column: str) -> list[int]:
