@@ -50,7 +50,7 @@ def check(name: str, vision: bool = False) -> Row:
     row.full, prefix = _check_run(model, "full", row, vision)
     adapted = _adapted(name, vision)
     left_out = len(find_matrices(model)) - len(find_matrices(adapted))
-    if left_out:
+    if left_out > 0:
         row.notes.append(f"LoRA leaves out {left_out} of {len(find_matrices(model))} matrices")
     row.lora, prefix_of_lora = _check_run(adapted, "LoRA", row, vision)
     row.prefix = prefix if prefix == prefix_of_lora else f"full {prefix}, LoRA {prefix_of_lora}"
