@@ -53,7 +53,7 @@ def check(name: str, vision: bool = False) -> Row:
     if left_out > 0:
         row.notes.append(f"LoRA leaves out {left_out} of {len(find_matrices(model))} matrices")
     row.lora, prefix_of_lora = _check_run(adapted, "LoRA", row, vision)
-    row.prefix = prefix if prefix == prefix_of_lora else f"full {prefix}, LoRA {prefix_of_lora}"
+    row.prefix = prefix if prefix_of_lora in ("", prefix) else f"full {prefix}, LoRA {prefix_of_lora}"
     row.qlora = _check_saved(model, adapted, row, vision)
     return row
 

@@ -19,7 +19,7 @@ afmoe apertus arcee aria_text axk1 bamba biogpt bitnet bloom codegen cohere cohe
 deepseek_v2 deepseek_v3 diffllama doge ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba
 flex_olmo gemma gemma2 gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode
 gpt_neo gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense
-hunyuan_v1_moe hy_v3 jais2 jamba jetmoe kimi_linear laguna lfm2 lfm2_moe llama llama4_text longcat_flash mamba
+hunyuan_v1_moe hy_v3 jais2 jamba jetmoe laguna lfm2 lfm2_moe llama llama4_text longcat_flash mamba
 mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder mpt
 nanochat nemotron nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
 qwen3_5_text qwen3_5_moe_text qwen3_moe qwen3_next recurrent_gemma rwkv seed_oss smollm3 solar_open stablelm
