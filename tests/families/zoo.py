@@ -19,7 +19,7 @@ afmoe apertus arcee aria_text axk1 bamba biogpt bitnet bloom codegen cohere cohe
 deepseek_v2 deepseek_v3 diffllama doge ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba
 flex_olmo gemma gemma2 gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode
 gpt_neo gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense
-hunyuan_v1_moe hy_v3 jais2 jamba jetmoe kimi_linear laguna lfm2 lfm2_moe llama llama4_text longcat_flash mamba
+hunyuan_v1_moe hy_v3 jais2 jamba jetmoe laguna lfm2 lfm2_moe llama llama4_text longcat_flash mamba
 mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder mpt
 nanochat nemotron nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
 qwen3_5_text qwen3_5_moe_text qwen3_moe qwen3_next recurrent_gemma rwkv seed_oss smollm3 solar_open stablelm
@@ -31,7 +31,7 @@ fuyu gemma3 git glm46v glm4v glm4v_moe glm_ocr glmasr got_ocr2 granite_speech gr
 idefics3 instructblip internvl janus kimi_k25 kosmos-2 kosmos-2.5 lfm2_vl lighton_ocr llama4 llava llava_next
 llava_next_video llava_onevision mistral3 mllama ovis2 paddleocr_vl paligemma phi4_multimodal qianfan_ocr
 qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe qwen3_asr qwen3_omni_moe_thinker qwen3_vl
-qwen3_vl_moe shieldgemma2 smolvlm video_llama_3 video_llava vipllava voxtral whisper
+qwen3_vl_moe smolvlm video_llama_3 video_llava vipllava voxtral whisper
 """.split()  # noqa: SIM905
 
 SIZES = {
@@ -87,6 +87,12 @@ GEMMA3N = {
     "laurel_rank": 4,
 }
 
+Q_FORMER = {
+    "qformer_config.encoder_hidden_size": 32,
+    "text_config.word_embed_proj_dim": 32,
+    "image_token_index": IMAGE,
+}
+
 # Architecture -> what its config needs beside `SIZES`; a key with a dot belongs to a sub-config.
 CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "hy_v4", "kimi_k25"), LATENT),
@@ -122,7 +128,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "gemma3n_text": GEMMA3N,
     "recurrent_gemma": {"lru_width": 32},
-    **{key: {"qformer_config.encoder_hidden_size": 32} for key in ("blip-2", "instructblip")},
+    **dict.fromkeys(("blip-2", "instructblip"), Q_FORMER),
+    "opt": {"word_embed_proj_dim": 32},
     "t5": {"decoder_start_token_id": 1},
     "t5gemma": {"decoder.cross_attention_hidden_size": 32},
     "zaya": {"num_experts_per_tok": 1},
@@ -179,6 +186,12 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+# What a config has to be made with, since it says something of each layer.
+FROM_THE_START: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"num_hidden_layers": 4, "layer_types": GEMMA4["layer_types"]},
+}
+
+
 def sub_configs(config: Any) -> Iterator[Any]:
     """A config and all configs inside."""
     yield config
@@ -223,7 +236,7 @@ def build(name: str, vision: bool = False) -> nn.Module:
     )
     names = [getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES") for kind in lists]
     model_class = next(known[name] for known in names if name in known)
-    config = shrink(T.CONFIG_MAPPING[name](), CHANGES.get(name, {}))
+    config = shrink(T.CONFIG_MAPPING[name](**FROM_THE_START.get(name, {})), CHANGES.get(name, {}))
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     return getattr(T, model_class)(config)
@@ -247,7 +260,7 @@ def _with_query_tokens(inputs: dict[str, Any]) -> dict[str, Any]:
     """Four placeholders for the four outputs of a Q-Former, for each image."""
     ids = inputs["input_ids"].clone()
     ids[:, 1:5] = IMAGE
-    return {"input_ids": ids, "labels": ids, "pixel_values": _pixels(2, 3, 32, 32)}
+    return {"input_ids": ids, "labels": ids.masked_fill(ids == IMAGE, -100), "pixel_values": _pixels(2, 3, 32, 32)}
 
 
 def _with_sound(inputs: dict[str, Any]) -> dict[str, Any]:
