@@ -11,6 +11,8 @@ import transformers
 from tqdm import tqdm
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from grades_trl.recipe.bad_input import printable
+
 WIDTH = 80
 
 
@@ -35,7 +37,7 @@ class _TqdmHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname}: "
-        tqdm.write(level + self.format(record), file=sys.stderr)
+        tqdm.write(level + printable(self.format(record)), file=sys.stderr)
 
 
 def show_progress(trainer: Any) -> None:
@@ -123,10 +125,12 @@ def format_start(environment: Any, splits: dict[str, int], output_dir: str) -> s
         output_dir (`str`): where results go.
     """
     rows = ", ".join(f"{count:,} to {purpose}" for purpose, count in splits.items())
-    return "\n".join(
-        [
-            f"model      {environment.model}, on {environment.device}",
-            f"examples   {rows}",
-            f"results    {output_dir}",
-        ]
+    return printable(
+        "\n".join(
+            [
+                f"model      {environment.model}, on {environment.device}",
+                f"examples   {rows}",
+                f"results    {output_dir}",
+            ]
+        )
     )

@@ -11,6 +11,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from grades_trl.recipe.bad_input import printable
+
 
 def generate_greedily(
     model: PreTrainedModel,
@@ -188,4 +190,4 @@ def format_samples(dataset: Dataset, answers: dict[str, list[str]]) -> str:
 
 
 def _one_line(text: str) -> str:
-    return textwrap.shorten(text, 100, placeholder=" ...")
+    return textwrap.shorten(printable(text), 100, placeholder=" ...")
