@@ -219,10 +219,8 @@ def test_debug_shows_the_traceback(monkeypatch, capsys):
         checked()
 
     said = ended(lambda: run(main), monkeypatch, capsys, "--seed", "1")
-    assert (
-        said
-        == "Error: --columns wrong value \\x1b[31m: expected NAME=COLUMN OF THE FILE, as in prompt=question\n--debug shows where it was found.\n"
-    )
+    assert said.startswith("Error: --columns wrong value \\x1b[31m: expected NAME=COLUMN OF THE FILE")
+    assert said.endswith("\n--debug shows where it was found.\n") and said.count("\n") == 2
     said = ended(lambda: run(main), monkeypatch, capsys, "--debug", "--seed", "1")
     assert "Traceback" in said and "in checked" in said and "\x1b" not in said
     said = ended(lambda: run(main), monkeypatch, capsys, "--debug", "underflow_overflow")

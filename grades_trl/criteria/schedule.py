@@ -66,9 +66,10 @@ def read_events(path: Path) -> dict[str, int]:
     for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
         try:
             event: Any = json.loads(line)
-            if event.get("unfrozen") or type(event["step"]) is not int or event["step"] < 1:
+            name, step = event["matrix"], event["step"]
+            if event.get("unfrozen") or type(step) is not int or step < 1:
                 raise ValueError("a schedule freezes only, at whole steps from 1 on")
-            steps[event["matrix"]] = event["step"]
+            steps[name] = step
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f'{path}, line {number}: expected a freeze event, {{"matrix": ..., "step": ...}}, found {line[:80]!r}.'
