@@ -5,11 +5,12 @@ import importlib.util
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from grades_trl import GradESConfig, GradESTrainer
 from grades_trl.recipe import builtin
-from helpers import LORA, arguments, bottom_up, model_for, same, trajectory, weights
+from helpers import arguments, bottom_up, model_for, same, trajectory, weights
 from vlm import GradESVLMTrainer
 from vlm import builtin as vlm_builtin
 
@@ -75,6 +76,11 @@ liger = pytest.param("liger", marks=[pytest.mark.gpu, ON_A_GPU])
 WORK = ["packing", "padding-free", "assistant-only loss", "chat template", "streaming", liger]
 
 
+def lora_config():
+    """A new one for every model: PEFT writes the names that it finds in the first one into it."""
+    return LoraConfig(r=4, target_modules="all-linear")
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", WORK)
 def test_a_run_in_which_layers_freeze(name, lora, text, tmp_path, monkeypatch):
@@ -91,7 +97,7 @@ def test_a_run_in_which_layers_freeze(name, lora, text, tmp_path, monkeypatch):
 
     def run(prefix, trainer_class):
         model = model_for(given["processing_class"], num_hidden_layers=3)
-        of_lora = {"peft_config": LORA} if lora else {}
+        of_lora = {"peft_config": lora_config()} if lora else {}
         return trajectory(trainer_class, monkeypatch, prefix, model=model, grades=SCHEDULE, **given, **of_lora)
 
     trainer, losses, ended = run(True, Observed)
@@ -118,7 +124,7 @@ def _start(given, lora):
     from peft import get_peft_model
 
     model = model_for(given["processing_class"], num_hidden_layers=3)
-    return weights(get_peft_model(model, LORA) if lora else model)
+    return weights(get_peft_model(model, lora_config()) if lora else model)
 
 
 def test_rows_that_share_a_sequence_do_not_see_each_other(text, tmp_path):

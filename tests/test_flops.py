@@ -1,5 +1,8 @@
 """FLOPs and tokens: closed forms, torch's own counter, and hooks on real models."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as T
@@ -7,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from grades_trl.model import linear_layers, untracked_matrices
 from grades_trl.model.flops import TokenCounter, experts_per_token, forward_flops, step_flops
 from grades_trl.model.matrices import WeightMatrix, find_matrices
 from helpers import SMALL, llava, qwen3, qwen3_moe
@@ -342,3 +346,40 @@ def test_a_resumed_counter_goes_on():
 )
 def test_experts_per_token(config, expected):
     assert experts_per_token(config) == expected
+
+
+# ---- architectures, full and LoRA ----
+
+ARCHITECTURES = ["llama", "gemma2", "gpt2", "gpt_neox", "phi3", "falcon", "qwen3_moe", "mixtral"]
+
+
+@pytest.mark.parametrize("targets", [None, "all", "one"], ids=["full", "lora", "lora on one of the linear layers"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_flops_of_architectures(monkeypatch, name, targets):
+    """All products of two matrices in the layers; those of attention are of three dimensions."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "families"))
+    model = importlib.import_module("zoo").build(name)
+    config = model.config
+    config._experts_implementation = "eager"
+    if targets is not None:
+        paths = linear_layers(model)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=paths if targets == "all" else paths[::5]))
+        model.enable_input_require_grads()
+    tracked, inputs = find_matrices(model), text(vocab=96)
+    others = untracked_matrices(model, tracked.values())
+    assert bool(others) == (targets == "one" or (targets == "all" and name in ("qwen3_moe", "mixtral")))
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs).loss.backward()
+    counts = counter.get_flop_counts()["Global"]
+    linear = sum(flops for op, flops in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    products = 3 if targets is None else 2
+    linear -= products * 2 * BATCH * LENGTH * config.vocab_size * config.hidden_size  # the head
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", 0)
+    linear -= products * 2 * BATCH * LENGTH * experts * config.hidden_size * config.num_hidden_layers  # the routers
+    found = step_flops(
+        [*tracked.values(), *others],
+        frozen={matrix.name for matrix in others},
+        tokens={"language": BATCH * LENGTH},
+        experts_per_token=experts_per_token(config),
+    )
+    assert found == pytest.approx(linear, rel=0.02)

@@ -143,7 +143,7 @@ def test_the_vision_trainer_and_a_comparison_of_an_installed_package(environment
     flags = f"--config demo_vlm --dataset_name images.parquet --eval_steps 3 {QUICK}"
     command = "compare --recipe sft_vlm --variants grades --seeds 0"
     printed = succeeded(run(environment, tmp_path, "grades-trl", command, flags))
-    assert "There is no figure, which needs matplotlib" in printed
+    assert "It has no figure, which needs matplotlib" in printed
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert [(of["variant"], of["steps"]) for of in found["runs"]] == [("grades", 3)]
     assert found["commit"] is None

@@ -59,12 +59,14 @@ def test_what_to_run_next(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["recipes/sft_text.py", "--seed", "3"])
     monkeypatch.chdir(tmp_path)
     first = next_commands(tmp_path.joinpath("run").relative_to(tmp_path), with_grades=True)
-    assert first[0].endswith("  python recipes/compare.py --recipe sft_text")
-    assert first[1].endswith("python recipes/evaluate.py run")
+    assert [command for _, command in first] == [
+        "python recipes/compare.py --recipe sft_text",
+        "python recipes/evaluate.py run",
+    ]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result.json").touch()
-    (then,) = next_commands(tmp_path.joinpath("run_baseline").relative_to(tmp_path), with_grades=False)
-    assert then.endswith("python recipes/evaluate.py run run_baseline")
+    ((_, then),) = next_commands(tmp_path.joinpath("run_baseline").relative_to(tmp_path), with_grades=False)
+    assert then == "python recipes/evaluate.py run run_baseline"
 
 
 def test_the_test_rows_are_scored_whatever_the_workers_do(tmp_path):

@@ -31,7 +31,7 @@ class Environment:
     What a run was made on.
 
     Attributes:
-        model (`str`): hub id or folder of the model, or the name of its class.
+        model (`str`): hub id of the model, the last two parts of its folder, or the name of its class.
         device (`str`): the accelerator, or the processor with the number of threads that torch uses.
         versions (`dict[str, str]`): Python and the installed ones of `LIBRARIES` -> version.
     """
@@ -49,6 +49,8 @@ class Environment:
         """
         config = getattr(model, "config", None)  # a plain module has none
         name = config.name_or_path if isinstance(config, PreTrainedConfig) else ""
+        if Path(name).is_absolute():  # where it lies is nobody else's business
+            name = "/".join(Path(name).parts[-2:])
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         return cls(name or type(model).__name__, device_name(device), versions())
 

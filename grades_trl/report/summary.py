@@ -386,7 +386,12 @@ def format_summary(summary: RunSummary) -> str:
     else:
         flops = summary.flops.fraction
         rows += [
-            ("speed-up", f"{_times(speedup.against_full_schedule)} over the whole schedule, by"),
+            (
+                "speed-up",
+                "not measurable as a whole: steps before the first freeze are too few, or vary"
+                if speedup.against_full_schedule is None
+                else f"{speedup.against_full_schedule:.2f}x over the whole schedule, by",
+            ),
             ("", f"{_times(speedup.cheaper_steps.ratio)}{_saved(speedup.cheaper_steps)} cheaper steps"),
             ("", f"{_times(speedup.steps_not_run.ratio)}{_saved(speedup.steps_not_run)} steps not run"),
         ]

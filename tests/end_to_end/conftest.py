@@ -1,9 +1,9 @@
-import os
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import wandb
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests"))
@@ -15,8 +15,10 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(recipe, *flags):
-        for name in [name for name in os.environ if name.startswith("WANDB_")]:  # that an earlier run has set
-            monkeypatch.delenv(name)
+        for name in ("WANDB_DIR", "WANDB_NAME", "WANDB_RUN_GROUP"):  # that an earlier run has set
+            monkeypatch.delenv(name, raising=False)
+        wandb.finish()
+        wandb.teardown()  # it reads the environment once
         monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / recipe), *(w for f in flags for w in str(f).split())])
         runpy.run_path(sys.argv[0], run_name="__main__")
         return "".join(capsys.readouterr())
