@@ -259,33 +259,18 @@ class GradESConfig:
                 'matrix, pattern or tower to step, as in {"vision": 1}.'
             )
 
-        def check(
-            name: str,
-            expected: str,
-            lowest: float,
-            highest: float = math.inf,
-            above: bool = False,
-            whole: bool = False,
-        ) -> None:
-            value = getattr(self, name)
-            if value is not None:
-                is_of_kind = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-                number = is_of_kind and math.isfinite(value)
-                inside = number and lowest <= value <= highest and not (above and value == lowest)
-                _expect(bool(inside), name, value, expected)
-
-        check("auto_ratio", "a number above 0", 0, above=True)
-        check("alpha", "a fraction of the training steps from 0 to 1", 0, 1)
-        check("patience", "a whole number of consecutive measurements, 1 or more", 1, whole=True)
-        check("measure_every", "a whole number of steps, 1 or more", 1, whole=True)
-        check("sample_fraction", "a fraction of a matrix above 0 and at most 1", 0, 1, above=True)
-        check("margin", "a number above 0", 0, above=True)
-        check("heldout_every", "a whole number of steps, 1 or more", 1, whole=True)
-        check("heldout_patience", "a whole number of measurements, 1 or more", 1, whole=True)
-        check("heldout_grace", "a fraction of the training steps from 0 to 1", 0, 1)
-        check("heldout_cost", "a fraction of the training FLOPs above 0 and at most 1", 0, 1, above=True)
-        check("heldout_samples", "a whole number of rows, 1 or more", 1, whole=True)
-        check("activation_cache_mib", "a whole number of MiB, or 0 for none", 0, whole=True)
+        expect_number(self, "auto_ratio", "a number above 0", 0, above=True)
+        expect_number(self, "alpha", "a fraction of the training steps from 0 to 1", 0, 1)
+        expect_number(self, "patience", "a whole number of consecutive measurements, 1 or more", 1, whole=True)
+        expect_number(self, "measure_every", "a whole number of steps, 1 or more", 1, whole=True)
+        expect_number(self, "sample_fraction", "a fraction of a matrix above 0 and at most 1", 0, 1, above=True)
+        expect_number(self, "margin", "a number above 0", 0, above=True)
+        expect_number(self, "heldout_every", "a whole number of steps, 1 or more", 1, whole=True)
+        expect_number(self, "heldout_patience", "a whole number of measurements, 1 or more", 1, whole=True)
+        expect_number(self, "heldout_grace", "a fraction of the training steps from 0 to 1", 0, 1)
+        expect_number(self, "heldout_cost", "a fraction of the training FLOPs above 0 and at most 1", 0, 1, above=True)
+        expect_number(self, "heldout_samples", "a whole number of rows, 1 or more", 1, whole=True)
+        expect_number(self, "activation_cache_mib", "a whole number of MiB, or 0 for none", 0, whole=True)
         if self.encoder_cache_dir is not None and self.activation_cache_mib == 0:
             raise ValueError(
                 f"encoder_cache_dir is {self.encoder_cache_dir!r}, but activation_cache_mib is 0, which turns the "
@@ -319,6 +304,36 @@ class GradESConfig:
     def _with_defaults(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: getattr(self, name) for name in defaults}
         return {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+
+
+def expect_number(
+    settings: Any,
+    name: str,
+    expected: str,
+    lowest: float,
+    highest: float = math.inf,
+    above: bool = False,
+    whole: bool = False,
+) -> None:
+    """Checks a number of a dataclass; `None` stands for a default of its own.
+
+    Args:
+        settings: the dataclass.
+        name (`str`): of the field.
+        expected (`str`): what the message says of the values that it takes.
+        lowest (`float`), highest (`float`, *optional*, defaults to infinity): the range, both included.
+        above (`bool`, *optional*, defaults to `False`): leave `lowest` out.
+        whole (`bool`, *optional*, defaults to `False`): whole numbers only.
+
+    Raises:
+        ValueError: it is no number, not finite, or out of range.
+    """
+    value = getattr(settings, name)
+    if value is not None:
+        is_of_kind = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        number = is_of_kind and math.isfinite(value)
+        inside = number and lowest <= value <= highest and not (above and value == lowest)
+        _expect(bool(inside), name, value, expected)
 
 
 def _expect(condition: bool, name: str, value: Any, expected: str) -> None:

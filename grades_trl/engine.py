@@ -431,5 +431,6 @@ class GradES:
 def tracked_in(model: nn.Module, config: GradESConfig) -> dict[str, WeightMatrix]:
     """What `GradES` would track in a model; raises its errors for a model or a configuration that do not fit."""
     matrices = find_matrices(model, projector=config.track_projector)
-    CRITERIA[config.metric](matrices, total_steps=1, **config.criterion_settings())
+    # More steps than any schedule has: how many there are is not known yet.
+    CRITERIA[config.metric](matrices, total_steps=10**9, **config.criterion_settings())
     return matrices

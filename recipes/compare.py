@@ -28,6 +28,7 @@ import yaml
 from grades_trl.config import CRITERION_SETTINGS, HELDOUT_SETTINGS
 from grades_trl.extras import how_to_install, installed
 from grades_trl.recipe import comparison_page
+from grades_trl.recipe.bad_input import printable, run
 from grades_trl.recipe.comparison import (
     RUN_ID,
     VARIANTS,
@@ -140,6 +141,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         "of your own; by default it is half of each matrix's level in the grace period",
     )
     args, recipe_flags = parser.parse_known_args()
+    if args.jobs < 1 or min(args.seeds) < 0:
+        parser.error("--jobs is at least 1, and --seeds are at least 0")
     needing = [variant for variant in FROM_GRADES if variant in args.variants]
     if needing and "grades" not in args.variants:
         parser.error(f"{', '.join(needing)} need the GradES run of the same seed: add grades to --variants")
@@ -154,6 +157,7 @@ def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str,
 
     Raises:
         SystemExit: the run failed; with the last lines of its log.
+        ValueError: the folder holds something else.
     """
     folder = Path(args.output_dir) / f"{variant}-seed{seed}"
     config = yaml.safe_load(find_config(args.config).read_text("utf-8")) if args.config else {}
@@ -184,7 +188,7 @@ def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str,
 
     record, result = folder / "run.json", folder / "result.json"
     if folder.exists() and any(folder.iterdir()) and not record.exists():
-        raise SystemExit(f"{folder} is there, but was not made by a comparison: choose another --output_dir.")
+        raise ValueError(f"{folder} is there, but was not made by a comparison: choose another --output_dir.")
     before = read_json(record)
     if before is not None and {key: before.get(key) for key in made_of} == made_of:
         run = finished_run(result, before["id"], variant, seed)
@@ -204,7 +208,7 @@ def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str,
     run = finished_run(result, run_id, variant, seed)
     if run is None or (exit_code != 0 and "skipped" not in run):
         last = "\n".join((folder / "log.txt").read_text("utf-8", errors="replace").splitlines()[-LAST_LINES:])
-        raise SystemExit(f"{variant}, seed {seed} failed. The end of {folder / 'log.txt'}:\n\n{last}")
+        raise SystemExit(f"{variant}, seed {seed} failed. The end of {folder / 'log.txt'}:\n\n{printable(last)}")
     print(describe(run), flush=True)
     return run
 
@@ -301,4 +305,4 @@ def commit() -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

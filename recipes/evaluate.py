@@ -26,6 +26,7 @@ import vlm.builtin
 import vlm.generation
 from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import parse_scoring, scored_with
+from grades_trl.recipe.bad_input import printable, run
 from grades_trl.recipe.console import set_up_console
 from grades_trl.recipe.data import load_data, whole_conversations_problem
 from grades_trl.recipe.generation import answers, character_error_rate, exact_match, format_samples
@@ -71,7 +72,7 @@ def main() -> None:
         print(f"Scored before and after: {models[0]} is what the adapter was trained on")
     seeing = [name for name in models if has_vision(bases[name], training.trust_remote_code)]
     if seeing and seeing != models:
-        raise SystemExit(f"Some of these models see and some do not: score them apart. Vision: {', '.join(seeing)}")
+        raise ValueError(f"Some of these models see and some do not: score them apart. Vision: {', '.join(seeing)}")
     vision = bool(seeing)
     if tasks:
         check_harness(bases, model_args, vision)
@@ -98,7 +99,7 @@ def main() -> None:
     ask: Any = vlm.generation.answers if vision else answers
     records, assistant_only_loss = {}, training.assistant_only_loss
     for name in models:
-        print(f"\n{name}", flush=True)
+        print(f"\n{printable(name)}", flush=True)
         found = scores[name]
         if tests:
             model, processor = load_trained(
@@ -173,7 +174,7 @@ def losses(trainer: SFTTrainer, groups: dict[str, list[int]]) -> dict[str, float
     """Loss, perplexity and token accuracy on the trainer's held-out rows, and the losses of each category."""
     rows: Any = trainer.eval_dataset
     if groups and len(rows) != sum(map(len, groups.values())):
-        raise SystemExit("--category_column scores rows one by one, and they are packed: add --packing false.")
+        raise ValueError("--category_column scores rows one by one, and they are packed: add --packing false.")
     trainer.args.dataloader_persistent_workers = False  # as in `results.final_eval`
     found = trainer.evaluate()
     scores = {"test_loss": found["eval_loss"], "perplexity": math.exp(found["eval_loss"])}
@@ -196,4 +197,4 @@ def by_category(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,6 +19,7 @@ from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is 
 import vlm.builtin
 from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import parse_scoring
+from grades_trl.recipe.bad_input import run
 from grades_trl.recipe.console import set_up_console
 from grades_trl.recipe.data import load_data
 from grades_trl.recipe.export import check_request, export
@@ -47,7 +48,7 @@ def main() -> None:
     set_up_console()
     models, recipe, training, model_args, own = parse_scoring(__doc__, None, [ExportArguments], SHOWN.split())
     if len(models) != 1:
-        raise SystemExit(f"One model at a time; there are {len(models)}: {' '.join(models)}")
+        raise ValueError(f"One model at a time; there are {len(models)}: {' '.join(models)}")
     name, exports = models[0], recipe.export or ["merged"]
     base = base_of(name)
     check_request(
@@ -87,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,8 +11,10 @@ from grades_trl.recipe.backend import BACKEND  # noqa: F401  isort: skip  as in 
 
 from grades_trl.recipe import builtin as text
 from grades_trl.recipe.arguments import parse
+from grades_trl.recipe.bad_input import run
 from grades_trl.recipe.console import set_up_console
-from grades_trl.recipe.plan import print_plan, read_config
+from grades_trl.recipe.models import read_config
+from grades_trl.recipe.plan import print_plan
 from vlm import builtin as images
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -32,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,6 +18,7 @@ from datasets import Dataset
 from grades_trl import GradESTrainer
 from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import configure_bema, configure_early_stopping, parse
+from grades_trl.recipe.bad_input import run
 from grades_trl.recipe.card import push, write_card
 from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
@@ -25,7 +26,7 @@ from grades_trl.recipe.console import format_start, set_up_console, show_progres
 from grades_trl.recipe.data import load_data, show_example, training_rows, warn_truncated_examples
 from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import answers, exact_match, format_samples
-from grades_trl.recipe.models import load_model, make_trainable
+from grades_trl.recipe.models import check_model, load_model, make_trainable
 from grades_trl.recipe.plan import print_plan
 from grades_trl.recipe.record import record_arguments, samples_of
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
@@ -50,15 +51,19 @@ def main() -> None:
     if recipe.plan:
         print_plan(recipe, training, model_args, grades, builtin.DATASETS, builtin.tiny_qwen3)
         return
-    set_up_resume(recipe, training, model_args, grades)
-    callbacks = [*configure_early_stopping(recipe, training), *configure_bema(recipe, training)]
-    if "wandb" in training.report_to:
-        training.run_name = tracking.start(training.output_dir, training.run_name)
+    early_stopping = configure_early_stopping(recipe, training)
+    check_model(model_args, vision=False, trust_remote_code=training.trust_remote_code)
 
     # 1. Data: prompts and replies; only the reply is learned. One half of the held-out rows is used for decisions
     #    during training (validation), the other only for the scores at the end (test).
     dataset = load_data(recipe, training, builtin.DATASETS)
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
+
+    # From here on, something is written.
+    set_up_resume(recipe, training, model_args, grades)
+    callbacks = [*early_stopping, *configure_bema(recipe, training)]
+    if "wandb" in training.report_to:
+        training.run_name = tracking.start(training.output_dir, training.run_name)
 
     # 2. Model: from the hub, a folder or a GGUF file; without a name, the tiny one that is built here.
     if model_args.model_name_or_path is None:
@@ -142,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -310,5 +310,5 @@ def test_examples_that_max_length_truncates_are_a_warning(tmp_path, caplog):
         "truncated."
     ]
     assert report(rows, 200) == report(rows, None) == []
-    with pytest.raises(SystemExit, match="train: of 2 examples, 2 have no reply left within --max_length 40"):
+    with pytest.raises(ValueError, match="train: of 2 examples, 2 have no reply left within --max_length 40"):
         report(rows.select([0, 1]), 40)

@@ -355,7 +355,7 @@ def test_a_folder_of_something_else_is_left_alone(compare_py, recipe, tmp_path):
     folder.mkdir(parents=True)
     run_variant(compare_py, tmp_path)  # empty: an earlier comparison was killed here
     (folder / "run.json").unlink()
-    with pytest.raises(SystemExit, match="was not made by a comparison: choose another --output_dir"):
+    with pytest.raises(ValueError, match="was not made by a comparison: choose another --output_dir"):
         run_variant(compare_py, tmp_path)
 
 

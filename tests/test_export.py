@@ -167,7 +167,7 @@ def test_what_cannot_be_exported(llama, tmp_path, monkeypatch):
 
     def refused(exports, **changes):
         request = {"is_adapter": True, "base": "some/model", "backend": "transformers"} | changes
-        with pytest.raises(SystemExit) as error:
+        with pytest.raises(ValueError) as error:
             check_request(exports, **request)
         return str(error.value)
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_exported(llama, tmp_path, monkeypatch):
     path = converter(tmp_path / "llama.cpp")
     assert "--gguf_type q4_k_m" in refused(["gguf"], converter=path, gguf_type="q4_k_m")
     check_request(["gguf"], is_adapter=True, base="x", backend="unsloth", gguf_type="q4_k_m")
-    with pytest.raises(SystemExit, match="the built-in model is not on disk"):
+    with pytest.raises(ValueError, match="the built-in model is not on disk"):
         check_exports(RecipeArguments(export=["merged"]), ModelConfig(use_peft=True), "transformers")
     check_exports(RecipeArguments(), ModelConfig(use_peft=True), "transformers")
     check_exports(RecipeArguments(export=["merged"]), ModelConfig(), "transformers")

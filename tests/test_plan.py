@@ -20,7 +20,7 @@ from grades_trl.recipe import activation_memory, builtin
 from grades_trl.recipe.activation_memory import step_memory
 from grades_trl.recipe.arguments import parse
 from grades_trl.recipe.choice import absolute_flops
-from grades_trl.recipe.models import load_model, make_trainable
+from grades_trl.recipe.models import load_model, make_trainable, read_config
 from grades_trl.recipe.plan import (
     Data,
     flags_by_card,
@@ -29,7 +29,6 @@ from grades_trl.recipe.plan import (
     mean_tokens,
     optimizer_bytes,
     plan_run,
-    read_config,
 )
 from grades_trl.weight_average import WeightAverage
 from helpers import SMALL, llava, qwen3

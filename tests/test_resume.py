@@ -159,7 +159,7 @@ def test_a_checkpoint_is_named_by_either_flag_but_not_by_both(run):
         (["--dataset_name", "b.jsonl"], "dataset_name was 'a.jsonl' and is 'b.jsonl'"),
         (["--learning_rate", "1"], "learning_rate was 2e-05 and is 1.0"),
         (["--metric", "grad_norm", "--tau", "3"], "metric was 'gain' and is 'grad_norm', tau was None and is 3"),
-        (["--seed", "1", "--lora_r", "4"], "seed was 42 and is 1"),
+        (["--seed", "1", "--use_peft", "--lora_r", "4"], "seed was 42 and is 1"),
     ],
 )
 def test_a_folder_of_another_run_is_refused(run, flags, said):

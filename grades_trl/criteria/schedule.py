@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from grades_trl.model.matrices import WeightMatrix
 
 from .base import Converged, Criterion
+
+logger = logging.getLogger(__name__)
 
 
 class Schedule(Criterion):
@@ -41,6 +44,12 @@ class Schedule(Criterion):
                     f"model trains; it trains {len(matrices)}, {next(iter(matrices))} among them."
                 )
             self.steps |= dict.fromkeys(fitting, step)
+        late = [name for name, step in self.steps.items() if step > total_steps]
+        if late:
+            logger.warning(
+                f"{len(late)} of the {len(self.steps)} matrices of the schedule never freeze: their steps are after "
+                f"the last one, {total_steps}; that of {late[0]} is {self.steps[late[0]]}."
+            )
 
     def update(self, step: int, live: Collection[str], grad_scale: float) -> list[Converged]:
         # A step that was missed (a run that starts late) counts, too.
@@ -54,12 +63,13 @@ def read_events(path: Path) -> dict[str, int]:
         ValueError: a line is no freeze event; it is named.
     """
     steps: dict[str, int] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
         try:
             event: Any = json.loads(line)
-            steps[event["matrix"]] = int(event["step"])
-            if event.get("unfrozen"):
-                raise ValueError("a schedule freezes only")
+            name, step = event["matrix"], event["step"]
+            if event.get("unfrozen") or type(step) is not int or step < 1:
+                raise ValueError("a schedule freezes only, at whole steps from 1 on")
+            steps[name] = step
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f'{path}, line {number}: expected a freeze event, {{"matrix": ..., "step": ...}}, found {line[:80]!r}.'

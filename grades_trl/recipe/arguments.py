@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import logging
+import math
 import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -19,9 +20,10 @@ from transformers import EarlyStoppingCallback, HfArgumentParser
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from grades_trl.config import CRITERION_SETTINGS, GradESConfig
+from grades_trl.config import CRITERION_SETTINGS, GradESConfig, expect_number
 from grades_trl.criteria import CRITERIA
 from grades_trl.model import TOWERS
+from grades_trl.recipe.bad_input import blamed_on
 from grades_trl.recipe.bema import BEMA
 from grades_trl.recipe.places import find_config, this_command
 from grades_trl.report import tracking
@@ -131,7 +133,7 @@ class RecipeArguments:
             [`export.export`].
 
     Raises:
-        ValueError: `test_size` is neither a fraction nor a number of rows.
+        ValueError: a number out of range, `test_size` among them: a fraction, or a number of rows.
     """
 
     _argument_group_name = "recipe"
@@ -207,12 +209,22 @@ class RecipeArguments:
     def __post_init__(self) -> None:
         if self.train_layers is not None:
             self.train_layers = str(self.train_layers)  # one layer is a number to YAML
+        expect_number(self, "test_size", "a fraction below 1, or a number of rows", 0, above=True)
         if self.test_size >= 1 and self.test_size == int(self.test_size):
             self.test_size = int(self.test_size)
         elif not 0 < self.test_size < 1:
             raise ValueError(f"test_size is {self.test_size}; expected a fraction below 1, or a number of rows.")
+        if self.train_on not in ("all", "last"):  # argparse checks no choice of a YAML file
+            raise ValueError(f"train_on is {self.train_on!r}; expected all or last.")
+        for name in ("max_train_samples", "max_eval_samples"):
+            expect_number(self, name, "a whole number of rows, 1 or more", 1, whole=True)
+        for name in ("num_eval_generations", "num_samples"):
+            expect_number(self, name, "a whole number of prompts, or 0 for none", 0, whole=True)
+        expect_number(self, "max_new_tokens", "a whole number of tokens, 1 or more", 1, whole=True)
+        expect_number(self, "early_stopping_patience", "a whole number of evaluations, 1 or more", 1, whole=True)
 
 
+@blamed_on("", ValueError, TypeError, KeyError, ImportError, yaml.YAMLError)
 def parse(
     description: str, demo_config: Path, argv: list[str] | None = None
 ) -> tuple[RecipeArguments, SFTConfig, ModelConfig, GradESConfig]:
@@ -226,9 +238,9 @@ def parse(
     Raises:
         SystemExit: an unknown flag, or a value of the wrong type; also after `--help`.
         FileNotFoundError: `--config` is neither a file nor the name of a config.
-        ValueError: a key in the YAML file that is no argument or is nested, a value that GradESConfig does not take, a
-            setting in the YAML file that belongs to another metric than `--metric`, or a schedule that the run would
-            overwrite.
+        ValueError: a YAML file that is no mapping, a key in it that is no argument or is nested, a value out of range,
+            a setting in the YAML file that belongs to another metric than `--metric`, settings of LoRA without
+            `use_peft`, or a schedule that the run would overwrite.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = TrlParser(
@@ -262,7 +274,11 @@ def parse(
         place = argv.index("--config") + 1
         argv[place] = str(find_config(argv[place]))
         _check_config(Path(argv[place]), argv)
+    if argv and argv[-1] == "--config":
+        raise ValueError("--config has no value; expected a YAML file or the name of a config.")
     recipe, grades, model, training = parser.parse_args_and_config(argv)
+    _check_ranges(training, model)
+    _check_lora(model, flags)
     training.report_to = tracking.drop_if_missing(training.report_to)
     if isinstance(grades.schedule, str) and _is_within(Path(grades.schedule), Path(training.output_dir) / "grades"):
         raise ValueError(
@@ -279,7 +295,7 @@ def _check_config(path: Path, argv: list[str]) -> None:
     """Refuses what TrlParser would silently keep of a YAML file. (It finds unknown keys itself.)"""
     config = yaml.safe_load(path.read_text("utf-8"))
     if not isinstance(config, Mapping):
-        return
+        raise ValueError(f"{path} is a {type(config).__name__}; expected a mapping: a line `name: value` for each.")
     takes_mapping = {"env", "tau", "schedule"}  # `env`: environment variables, as in TRL
     takes_mapping |= {name for name, kind in get_type_hints(SFTConfig).items() if "dict" in str(kind)}
     for key, value in config.items():
@@ -297,6 +313,41 @@ def _check_config(path: Path, argv: list[str]) -> None:
             f"{path} sets {', '.join(kept)} for metric {of_config}, and --metric is {metric}: give them again for "
             f"{metric}, or remove them from the file."
         )
+
+
+def _check_ranges(training: SFTConfig, model: ModelConfig) -> None:
+    """What TRL and Transformers take, and fail on later or run with as if nothing were wrong."""
+    if training.max_steps != -1:
+        steps = "a whole number of steps, 1 or more, or -1 to train for num_train_epochs"
+        expect_number(training, "max_steps", steps, 1, whole=True)
+    expect_number(training, "num_train_epochs", "a number above 0", 0, above=True)
+    expect_number(training, "max_length", "a whole number of tokens, 1 or more; null cuts nothing off", 1, whole=True)
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        expect_number(training, name, "a whole number, 1 or more", 1, whole=True)
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+        expect_number(training, name, "a number of at least 0", 0)
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        expect_number(training, name, "a number of steps, or a fraction of all steps, above 0", 0, above=True)
+    for name in ("save_total_limit", "dataset_num_proc"):
+        expect_number(training, name, "a whole number, 1 or more", 1, whole=True)
+    expect_number(training, "seed", "a whole number from 0 to 4294967295", 0, 2**32 - 1, whole=True)
+    expect_number(model, "lora_r", "a whole number, 1 or more", 1, whole=True)
+    expect_number(model, "lora_alpha", "a number above 0", 0, above=True)
+    expect_number(model, "lora_dropout", "a fraction from 0 to below 1", 0, math.nextafter(1, 0))
+    if Path(training.output_dir).exists() and not Path(training.output_dir).is_dir():
+        raise ValueError(f"output_dir is {training.output_dir}, which is a file; expected a folder, or a new name.")
+
+
+def _check_lora(model: ModelConfig, flags: Collection[str]) -> None:
+    """Settings of LoRA without `use_peft` would be ignored, and all weights train."""
+    of_lora = [f for f in fields(ModelConfig) if f.name.startswith("lora_") or f.name in ("use_rslora", "use_dora")]
+    given = [f.name for f in of_lora if getattr(model, f.name) != f.default]
+    if model.use_peft or not given:
+        return
+    if "--use_peft" in flags:  # it was turned off on purpose, over a config file
+        logger.warning(f"use_peft is false: {', '.join(given)} are ignored, and all weights train.")
+        return
+    raise ValueError(f"{', '.join(given)} without use_peft, so all weights would train: add --use_peft, or remove it.")
 
 
 def _is_within(path: Path, folder: Path) -> bool:
@@ -349,6 +400,7 @@ def configure_bema(recipe: RecipeArguments, training: SFTConfig) -> list[BEMA]:
     return [BEMA()]
 
 
+@blamed_on("", ValueError, TypeError, KeyError, ImportError, yaml.YAMLError)
 def parse_scoring(
     description: str, argv: list[str] | None = None, own: Sequence[type] = (), shown: Collection[str] = ()
 ) -> tuple[Any, ...]:
@@ -370,7 +422,7 @@ def parse_scoring(
 
     Raises:
         SystemExit: no model, an unknown flag, or a value of the wrong type; also after `--help`.
-        ValueError: a value of the wrong type in the `result.json` of a run.
+        ValueError: a value out of range, or of the wrong type in the `result.json` of a run.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
@@ -406,6 +458,7 @@ def parse_scoring(
     if not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True, bf16=False, fp16=False)
     *of_script, recipe, model_args, training, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    _check_ranges(training, model_args)
     _take_text_field(recipe, training)
     for model, settings in runs.items():
         held_out = {"test_size": recipe.test_size, "seed": training.seed}

@@ -9,6 +9,7 @@ import itertools
 import logging
 import sys
 
+from grades_trl.recipe.bad_input import bad_input_ends_here, blamed_on
 from grades_trl.recipe.places import find_config
 
 # Whenever it is imported on a CPU, bitsandbytes offers a faster kernel that has to be downloaded.
@@ -26,8 +27,10 @@ def requested(argv: list[str]) -> str:
     if "--config" in values:
         import yaml
 
-        with open(find_config(values["--config"])) as config:
-            return (yaml.safe_load(config) or {}).get("backend", "auto")
+        with blamed_on(f"--config {values['--config']}", ValueError, yaml.YAMLError):
+            config = yaml.safe_load(find_config(values["--config"]).read_text("utf-8"))
+        # What is no mapping is refused where the arguments are read.
+        return config.get("backend", "auto") if isinstance(config, dict) else "auto"
     return "auto"
 
 
@@ -60,4 +63,5 @@ def choose(name: str) -> str:
     return name
 
 
-BACKEND = choose(requested(sys.argv[1:]))
+with bad_input_ends_here():
+    BACKEND = choose(requested(sys.argv[1:]))

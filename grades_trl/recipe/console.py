@@ -11,6 +11,8 @@ import transformers
 from tqdm import tqdm
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from grades_trl.recipe.bad_input import printable
+
 
 def set_up_console() -> None:
     """Shows what `grades_trl` and `vlm` log, from INFO on, on stderr. Where that is no terminal there are no bars.
@@ -33,7 +35,7 @@ class _TqdmHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname}: "
-        tqdm.write(level + self.format(record), file=sys.stderr)
+        tqdm.write(level + printable(self.format(record)), file=sys.stderr)
 
 
 def show_progress(trainer: Any) -> None:
@@ -121,10 +123,12 @@ def format_start(environment: Any, splits: dict[str, int], output_dir: str) -> s
         output_dir (`str`): where results go.
     """
     rows = ", ".join(f"{count:,} to {purpose}" for purpose, count in splits.items())
-    return "\n".join(
-        [
-            f"model      {environment.model}, on {environment.device}",
-            f"examples   {rows}",
-            f"results    {output_dir}",
-        ]
+    return printable(
+        "\n".join(
+            [
+                f"model      {environment.model}, on {environment.device}",
+                f"examples   {rows}",
+                f"results    {output_dir}",
+            ]
+        )
     )

@@ -72,19 +72,19 @@ def check_request(
         gguf_type (`str`, *optional*, defaults to `"q8_0"`), converter (`str`, *optional*): as in [`export`].
 
     Raises:
-        SystemExit: with what is missing.
+        ValueError: with what is missing.
     """
     if "adapter" in exports and not is_adapter:
-        raise SystemExit("--export adapter: all weights are trained, there is no adapter. Use --export merged.")
+        raise ValueError("--export adapter: all weights are trained, there is no adapter. Use --export merged.")
     if exports and is_adapter and base is None:
-        raise SystemExit(
+        raise ValueError(
             f"--export {' '.join(exports)}: the built-in model is not on disk, so that its adapter has nothing to be "
             "put on. Train all its weights, or give --model_name_or_path."
         )
     if "gguf" in exports and backend == "transformers":
         find_converter(converter)
         if gguf_type not in GGUF_TYPES:
-            raise SystemExit(
+            raise ValueError(
                 f"--gguf_type {gguf_type}: llama.cpp's converter writes {', '.join(GGUF_TYPES)}. For others, run its "
                 "llama-quantize on a file of one of these, or use --backend unsloth."
             )
@@ -97,13 +97,13 @@ def find_converter(given: str | None) -> Path:
         given (`str`, *optional*): its path, or the folder of llama.cpp; by default it is looked up on the PATH.
 
     Raises:
-        SystemExit: it is not there.
+        ValueError: it is not there.
     """
     if given is None:
         found = shutil.which(CONVERTER)
         if found is not None:
             return Path(found)
-        raise SystemExit(
+        raise ValueError(
             f"GGUF files are written by llama.cpp's {CONVERTER}, which is not on the PATH: git clone "
             "https://github.com/ggml-org/llama.cpp, install its requirements.txt, and give --gguf_converter llama.cpp "
             "to recipes/export.py, or add that folder to the PATH and make the script executable. --export merged "
@@ -111,7 +111,7 @@ def find_converter(given: str | None) -> Path:
         )
     path = Path(given) / CONVERTER if Path(given).is_dir() else Path(given)
     if not path.is_file():
-        raise SystemExit(f"--gguf_converter {given}: expected the path of llama.cpp's {CONVERTER}, or of its folder.")
+        raise ValueError(f"--gguf_converter {given}: expected the path of llama.cpp's {CONVERTER}, or of its folder.")
     return path
 
 
@@ -158,7 +158,8 @@ def export(
         `dict[str, Path]`: export -> its folder.
 
     Raises:
-        SystemExit: what cannot be exported, see [`check_request`], or what does not answer as the trained model does.
+        ValueError: what cannot be exported, see [`check_request`].
+        SystemExit: what does not answer as the trained model does.
     """
     base = base_of(source)
     check_request(

@@ -11,6 +11,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from grades_trl.recipe.bad_input import printable
+
 # Without temperature, top_p and top_k there are no warnings about sampling defaults.
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
 
@@ -187,4 +189,4 @@ def format_samples(dataset: Dataset, answers: dict[str, list[str]]) -> str:
 
 
 def _one_line(text: str) -> str:
-    return textwrap.shorten(text, 100, placeholder=" ...")
+    return textwrap.shorten(printable(text), 100, placeholder=" ...")

@@ -34,17 +34,17 @@ def check_harness(bases: dict[str, str], args: ModelConfig, vision: bool) -> Non
         vision (`bool`): vision-language models.
 
     Raises:
-        SystemExit: the harness is not installed, or cannot load one of the models; with what to do.
+        ValueError: the harness is not installed, or cannot load one of the models; with what to do.
     """
     module, package = ("lmms_eval", "lmms-eval") if vision else ("lm_eval", "lm-eval")
     if importlib.util.find_spec(module) is None:
-        raise SystemExit(f"--tasks are run by {package}, which is not installed: pip install {package}")
+        raise ValueError(f"--tasks are run by {package}, which is not installed: pip install {package}")
     # lm-eval (0.4.13) asks for 4 and 8 bits in a way that Transformers 5 does not know
     if vision or args.load_in_4bit or args.load_in_8bit:
         for name, base in bases.items():
             if name != base:
                 kind = "adapters" if vision else "adapters on a base in 4 or 8 bits"
-                raise SystemExit(
+                raise ValueError(
                     f"{package} loads no {kind}: run python recipes/export.py {name}, and score {name}/merged beside "
                     f"{base}."
                 )

@@ -9,14 +9,61 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    set_seed,
+)
 from trl import ModelConfig, get_quantization_config
 
 from grades_trl.extras import installed, require
 from grades_trl.model import TOWERS, linear_layers
+from grades_trl.recipe.bad_input import blamed_on
 from grades_trl.recipe.choice import chosen_modules, whole_language_layers
 from grades_trl.recipe.lora import compare_with_adapted, default_targets, refuse_dropout_on_parameters
+
+# What Transformers raises of a name or folder that is no model, or a damaged one
+NO_MODEL = (OSError, ValueError, KeyError, TypeError, SafetensorError)
+
+
+def check_model(args: ModelConfig, *, vision: bool, trust_remote_code: bool = False) -> None:
+    """Refuses, before data are read and anything is written, a model that is not there or cannot be quantized.
+
+    Args:
+        args (`ModelConfig`): without a name, or with `tiny_llava`, the built-in model.
+        vision (`bool`): of the recipe. Its built-in model without a name is a folder, which loads as any other.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the model's repository brings.
+
+    Raises:
+        ValueError: the model is not there, or its config is none; or quantization without adapters, or of the
+            built-in model.
+    """
+    name, quantized = args.model_name_or_path, args.load_in_4bit or args.load_in_8bit
+    if quantized and not args.use_peft:
+        raise ValueError("load_in_4bit and load_in_8bit train adapters only: add --use_peft.")
+    if quantized and (name == "tiny_llava" or (name is None and not vision)):
+        raise ValueError("The built-in model is not quantized: remove load_in_4bit and load_in_8bit.")
+    if name not in (None, "tiny_llava"):
+        read_config(args, trust_remote_code)
+
+
+def read_config(args: ModelConfig, trust_remote_code: bool = False) -> Any:
+    """The config of a model on the hub, in a folder or in a GGUF file.
+
+    Raises:
+        [`BadInput`]: there is none.
+    """
+    name = args.model_name_or_path
+    gguf = find_gguf(name)
+    with blamed_on(f"{name}: cannot be loaded", *NO_MODEL):
+        if gguf is not None:
+            return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        return AutoConfig.from_pretrained(name, revision=args.model_revision, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -60,7 +107,8 @@ def load_model(
     if gguf is not None:
         if backend == "unsloth" or args.load_in_4bit or args.load_in_8bit:
             raise ValueError(f"{gguf} is a GGUF file: it loads with --backend transformers and without 4 or 8 bits.")
-        model, processor = load_gguf(gguf, args.dtype)
+        with blamed_on(f"{name}: cannot be loaded", *NO_MODEL):
+            model, processor = load_gguf(gguf, args.dtype)
     elif backend == "unsloth":
         return _load_with_unsloth(args, vision, towers, layers, trust_remote_code, max_length, seed)
     else:
@@ -68,14 +116,15 @@ def load_model(
             (AutoModelForImageTextToText, AutoProcessor) if vision else (AutoModelForCausalLM, AutoTokenizer)
         )
         common = {"revision": args.model_revision, "trust_remote_code": trust_remote_code}
-        model = auto_model.from_pretrained(
-            name,
-            dtype=args.dtype,
-            attn_implementation=args.attn_implementation,
-            quantization_config=get_quantization_config(args),
-            **common,
-        )
-        processor = auto_processor.from_pretrained(name, **common)
+        with blamed_on(f"{name}: cannot be loaded", *NO_MODEL):
+            model = auto_model.from_pretrained(
+                name,
+                dtype=args.dtype,
+                attn_implementation=args.attn_implementation,
+                quantization_config=get_quantization_config(args),
+                **common,
+            )
+            processor = auto_processor.from_pretrained(name, **common)
         _keep_4bit_layout(model)
     return make_trainable(model, args, towers, layers, seed), processor
 

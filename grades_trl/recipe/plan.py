@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.quantizers import AutoHfQuantizer
 from trl import ModelConfig, SFTConfig, get_quantization_config
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -29,7 +29,7 @@ from grades_trl.recipe.activation_memory import StepMemory, step_memory
 from grades_trl.recipe.arguments import RecipeArguments
 from grades_trl.recipe.choice import ChoiceFlops, absolute_flops, format_choice
 from grades_trl.recipe.data import load_data
-from grades_trl.recipe.models import find_gguf, make_trainable
+from grades_trl.recipe.models import find_gguf, make_trainable, read_config
 from grades_trl.stopping.heldout import plan as plan_heldout
 from grades_trl.weight_average import WeightAverage
 
@@ -180,15 +180,6 @@ def _peak(device: dict[str, int], step: StepMemory, accumulation: int) -> int:
         return rest + gradients + step.peak
     # They take each other's place during the backward pass.
     return rest + max(step.saved + max(step.layer, step.logits), gradients + step.layer)
-
-
-def read_config(model_args: ModelConfig, trust_remote_code: bool = False) -> Any:
-    """The config of a model on the hub, in a folder or in a GGUF file."""
-    name = model_args.model_name_or_path
-    gguf = find_gguf(name)
-    if gguf is not None:
-        return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    return AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust_remote_code)
 
 
 def _build(

@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import ModelConfig
 
 from grades_trl.recipe.arguments import RecipeArguments, scored_with
+from grades_trl.recipe.bad_input import printable, training_begins
 from grades_trl.recipe.bema import BEMA
 from grades_trl.recipe.choice import ChoiceFlops
 from grades_trl.recipe.comparison import RUN_ID, split_flags
@@ -71,6 +72,9 @@ class _SaveModel(TrainerCallback):
         # Where GradES is off, the Trainer would run one more step (5.17).
         if self._trainer.grades_config is None and state.global_step >= state.max_steps:
             raise _AlreadyFinished
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        training_begins()
 
     def on_train_end(self, args, state, control, **kwargs):
         self._clock.on_train_end(args, state, control)
@@ -225,7 +229,7 @@ def format_scores(scores: dict[str, dict[str, float]]) -> str:
         [name.ljust(widths[0]), *(entry.rjust(width) for entry, width in zip(line, widths[1:], strict=True))]
         for name, *line in lines
     ]
-    return "\n".join("  ".join(line) for line in lines)
+    return printable("\n".join("  ".join(line) for line in lines))
 
 
 def format_score(name: str, number: float) -> str:

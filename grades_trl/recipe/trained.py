@@ -10,31 +10,32 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 from trl import ModelConfig
 
-from grades_trl.recipe.models import find_gguf, load_model
+from grades_trl.recipe.models import find_gguf, load_model, read_config
 
 
 def base_of(name: str) -> str:
     """The model that an adapter was trained on; all other models are their own.
 
     Raises:
-        SystemExit: the adapter does not name one.
+        ValueError: the adapter does not name one.
     """
     adapter = find_adapter_config_file(name)
     if adapter is None:
         return name
     base = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
     if not base:
-        raise SystemExit(f"{name} is the adapter of a model that was not saved: train it on a folder or a hub id.")
+        raise ValueError(f"{name} is the adapter of a model that was not saved: train it on a folder or a hub id.")
     return base
 
 
 def has_vision(name: str, trust_remote_code: bool) -> bool:
     """Whether a model, by its config, reads images."""
-    config = None if find_gguf(name) else AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    args = ModelConfig(model_name_or_path=name)
+    config = None if find_gguf(name) else read_config(args, trust_remote_code)
     return hasattr(config, "vision_config")
 
 

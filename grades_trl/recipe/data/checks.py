@@ -6,6 +6,7 @@ or both messages), or plain `text`, and `image` or `images` beside them for visi
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 from tqdm.auto import tqdm
+
+from grades_trl.recipe.bad_input import printable
 
 from .errors import DataError
 from .formats import ROLES, SYSTEM_ROLES, count_placeholders, text_columns, text_of_content
@@ -69,9 +72,13 @@ def check(dataset: Dataset, vision: bool, name: str = "train", text_column: str 
 
     counts = count_images(dataset, of_images) if of_images else [0] * len(dataset)
     conversational = None
-    rows = tqdm(dataset.select_columns(of_text), desc=f"Checking {name}", delay=2, leave=False, disable=None)
+    beside = [column for column in BESIDE_MESSAGES if column in columns]
+    read = dataset.select_columns([*of_text, *beside])
+    rows = tqdm(read, desc=f"Checking {printable(name)}", delay=2, leave=False, disable=None)
     for row, (example, count) in enumerate(zip(rows, counts, strict=True)):
         problem = _problem(example, of_text, vision, count)
+        for column in beside if isinstance(example[of_text[0]], list) else ():
+            problem = problem or BESIDE_MESSAGES[column](example[column])
         # TRL asks the first row only
         this = isinstance(example[of_text[0]], list)
         if conversational is None:
@@ -190,6 +197,31 @@ def _problem_in_placeholders(columns: list[list[dict]], count: int) -> str | Non
     return None
 
 
+def _problem_in_tools(tools: Any) -> str | None:
+    given = tools
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+    except json.JSONDecodeError:
+        return f"tools is {_short(given)}, which is no JSON"
+    are_tools = isinstance(tools, list) and all(
+        isinstance(tool, dict) and "name" in (tool.get("function") or tool) for tool in tools
+    )
+    if tools and not are_tools:
+        expected = '{"type": "function", "function": {"name": ..., "parameters": ...}}'
+        return f"tools is {_short(given)}, expected a list of {expected}"
+    return None
+
+
+def _problem_in_kwargs(kwargs: Any) -> str | None:
+    if kwargs is None or isinstance(kwargs, dict):
+        return None
+    return f"chat_template_kwargs is {_short(kwargs)}, expected an object of arguments"
+
+
+# What chat templates read beside messages
+BESIDE_MESSAGES = {"tools": _problem_in_tools, "chat_template_kwargs": _problem_in_kwargs}
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -203,7 +235,7 @@ def warn_truncated_examples(trainer: Any, given: dict[str, Dataset]) -> None:
         given (`dict[str, Dataset]`): what it was given as `train` and `validation`.
 
     Raises:
-        SystemExit: nothing is left to train on, or to validate on.
+        [`DataError`]: nothing is left to train on, or to validate on.
     """
     length = trainer.args.max_length
     if length is None or trainer.args.packing:  # packing puts several examples into a row
@@ -214,7 +246,7 @@ def warn_truncated_examples(trainer: Any, given: dict[str, Dataset]) -> None:
         full = sum(pc.sum(pc.equal(pc.list_value_length(table["input_ids"]), length)).as_py() for table in tables)
         found = f"{split}: of {len(given[split]):,} examples, {dropped:,} have no reply left"
         if len(prepared) == 0:
-            raise SystemExit(f"{found} within --max_length {length}: raise it.")
+            raise DataError(f"{found} within --max_length {length}: raise it.")
         if dropped or full:
             logger.warning(
                 f"{found} within --max_length {length}: dropped. {full:,} more reach it and may be truncated."

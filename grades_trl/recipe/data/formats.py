@@ -122,8 +122,9 @@ def from_pair(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Alpaca (`instruction`, `input`, `output`), and a question with its answer under any of their names; earlier
     questions with their answers in `history`."""
     messages = []
-    for prompt, reply in row.get("history") or []:
-        messages += [_turn("user", prompt), _turn("assistant", reply)]
+    for pair in row.get("history") or []:
+        is_pair = isinstance(pair, list) and len(pair) == 2
+        messages += [_turn("user", pair[0]), _turn("assistant", pair[1])] if is_pair else [pair]
     given = [_text(row["prompt"]), _text(row.get("input"))]
     prompt = "\n".join(part for part in given if part) if all(isinstance(g, str | None) for g in given) else given[0]
     return [*messages, _turn("user", prompt), _turn("assistant", _text(row["reply"]))]
@@ -376,9 +377,9 @@ def _with_tools(dataset: Dataset) -> Dataset:
             tools = (json.loads(tools) if tools.strip() else None) if isinstance(tools, str) else tools
         except json.JSONDecodeError:
             return {"tools": tools}  # the check names the row
-        wrapped = isinstance(tools, list) and [
-            tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
-        ]
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            return {"tools": tools}
+        wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
         return {"tools": wrapped or None}
 
     tools = dataset.select_columns(["tools"]).map(parse, features=Features({"tools": Json()}), desc="Reading tools")

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from grades_trl.recipe.bad_input import printable
 from grades_trl.trainers.heldout import nothing_random_moves
 
 from .errors import DataError
@@ -47,7 +48,7 @@ def show_example(trainer: Any, given: dict[str, Dataset], whole: bool = False) -
 
     learned = sum(label != UNLEARNED for label in first_labels)
     print(f"First example, {len(first_ids):,} tokens, of which {learned:,} are learned, in {BEGIN} {END}:")
-    text = marked(first_ids, first_labels, tokenizer)
+    text = printable(marked(first_ids, first_labels, tokenizer))
     print(f"\n{text}\n" if whole else f"  {_shortened(text)}")
     for row, ids, labels in batches:
         _check(rows, row, ids, labels, tokenizer, trainer.args.max_length)

@@ -8,6 +8,8 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
+from grades_trl.recipe.bad_input import blamed_on
+
 from .errors import DataError
 from .formats import BESIDE, PROMPTS, REPLIES, rename_columns, to_trl_format
 from .images import read_images
@@ -19,6 +21,9 @@ SPLIT_WORDS = {
     "validation": "validation|valid|dev|val",
     "test": "test|testing|eval|evaluation",
 }
+
+# What `datasets` raises of a name that is no dataset, or of a damaged one
+NO_DATA = (OSError, ValueError, KeyError, RuntimeError, DatasetGenerationError)
 
 
 def read(
@@ -56,13 +61,15 @@ def read(
     if not path.exists():
         if name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name or path.suffix in BUILDERS:
             raise DataError(f"{name}: there is no such file or folder")
-        return ready(load_dataset(name, config), Path())
+        with blamed_on(f"{name}: cannot be loaded", *NO_DATA):
+            splits = load_dataset(name, config)
+        return ready(splits, Path())
     if config is not None:
         raise DataError(f'{name}: is a local path, expected no config, got "{config}"')
-    if (path / "dataset_dict.json").exists():
-        return ready(load_from_disk(str(path)), path)
-    if (path / "state.json").exists():
-        return ready({"train": load_from_disk(str(path))}, path)
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        with blamed_on(f"{name}: cannot be loaded", *NO_DATA):
+            saved = load_from_disk(str(path))
+        return ready({"train": saved} if isinstance(saved, Dataset) else saved, path)
 
     expected = f"expected {', '.join(BUILDERS)}"
     if path.is_file() and path.suffix not in BUILDERS:
@@ -136,8 +143,11 @@ def _read_files(files: list[Path], name: str, text_column: str, columns: dict[st
         here = [str(file) for file in files if file.parent == folder]
         try:
             dataset = load_dataset(builder, data_files=here, split="train", **options)
+            dataset.data.validate(full=True)  # texts in another encoding than UTF-8
         except (DatasetGenerationError, StopIteration, ValueError) as error:  # the last two for files without rows
             reason = str(error.__cause__ or error) or "it has no rows"
+            if "utf" in reason.lower():  # the decoder names bytes, not what to do
+                reason = "its text is not UTF-8: save it in that encoding"
             raise DataError(f"{', '.join(here)}: cannot be read: {reason}") from error
         datasets.append(_ready(dataset, folder, name, text_column, columns, vision, always=len(folders) > 1))
     return concatenate_datasets(datasets) if len(datasets) > 1 else datasets[0]

@@ -44,22 +44,25 @@ def load_data(
             kind.
 
     Raises:
-        SystemExit: no data is named, or a built-in dataset of the other kind.
-        [`DataError`]: see [`load`].
+        [`DataError`]: no data is named, or a built-in dataset of the other kind; and see [`load`].
     """
     name = recipe.dataset_name
     if name is None:
         columns = "`image` or `images`, and " if vision else ""
-        raise SystemExit(
+        raise DataError(
             "No data: give --dataset_name a hub id, a local folder or file (jsonl, parquet, ... with "
             f"{columns}`messages`, `prompt` and `completion`{'' if vision else ', or `text`'}, or in the format of "
             f"another tool), or a built-in dataset: {', '.join(builtin)}."
         )
     if name in BUILTIN_DATASETS and name not in builtin:
-        raise SystemExit(
+        raise DataError(
             f"The built-in dataset {name} is for {'language' if vision else 'vision-language'} models; expected "
             f"{' or '.join(builtin)}, or data of your own."
         )
+    if name in BUILTIN_DATASETS:
+        ignored = [flag for flag in ("dataset_config", "dataset_test_split", "columns") if getattr(recipe, flag)]
+        if ignored:
+            raise DataError(f"The built-in dataset {name} has no {' and no '.join(ignored)}: leave it out.")
     if name in builtin:
         splits = builtin[name](seed=0, test=2000 if vision else 600)  # images can be drawn as many as wanted
     else:
