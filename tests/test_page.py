@@ -80,7 +80,7 @@ def test_the_page_says_what_happened(tmp_path):
         "running average of the weights at step 25, whose held-out loss was the best: 1.235 (best average)",
         "Step 20: froze language 0 q_proj, for this reason: grad_change below tau.",
         "2 more events are in the table below.",
-        "Yes, in time: 2.50x against the whole schedule",
+        "Yes, in time: 2.50x (+/- 0.10) against the whole schedule",
         "30% of the FLOPs of the whole schedule.",
         "6 / 6",
         "1.03x 1.33x not measurable",
@@ -123,11 +123,11 @@ def test_every_number_of_the_summary_is_on_the_page(tmp_path):
     """A field that is added must find its place."""
     facts = summary(without_gradient=11, diverged_at=29)
     text = Page(page.build(make(tmp_path, toy_matrices()), facts, PNG, HEATMAP)).text
-    in_percent = {elements.show(number) for number in (0.01, 0.125, 0.875, 0.25, 0.75)}
+    in_percent = {elements.show(number) for number in (0.01, 0.04, 0.125, 0.875, 0.25, 0.75)}
     shown = {elements.show(number) for number in numbers(facts)} - in_percent
     shown = {number for number in shown if number not in text}
     assert shown <= {"1.03", "2.4", "2.5", "1.5e+15", "2e+15", "5e+15"}, shown
-    assert "1.03x" in text and "2.40x" in text and "2.50x" in text and "1.0%" in text
+    assert "1.03x" in text and "2.40x" in text and "2.50x" in text and "1.0%" in text and "4.0%" in text
 
 
 def test_a_page_of_a_run_without_anything(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import statistics
 import time
@@ -339,18 +340,30 @@ def test_a_reported_speedup_is_right(now, noise):
     assert measured == pytest.approx([1.09] * len(measured)) or noise > 0
 
 
-def test_a_noisy_run_is_not_measurable(now):
+def test_a_noisy_run_says_how_sure_it_is(now):
     """A busy machine slows down for a while: neighbouring steps agree, windows do not."""
     run = Run(now)
     for i in range(40):
         run.step(2.0 if (i // 8) % 2 else 3.0)
     run.step(2.0, freeze=True)
     run.steps(25, 1.5)
-    assert run.clock.baseline_step_seconds() is None
     assert run.clock.step_speedup() is None
+    baseline = [2.0 if (i // 8) % 2 else 3.0 for i in range(3, 40)]
+    blocks = [statistics.median(baseline[start : start + 7]) for start in range(2, 37, 7)]
+    error = statistics.stdev(blocks) / math.sqrt(5) / statistics.median(baseline)
+    assert error > 0.05
+    assert speedup(run.clock, 100).margin == run.clock.baseline_margin() == pytest.approx(2 * error)
+
+
+def test_a_very_noisy_run_is_not_measurable(now):
+    run = Run(now)
+    for i in range(40):
+        run.step(1.0 if (i // 8) % 2 else 20.0)
+    run.step(1.0, freeze=True)
+    assert run.clock.baseline_step_seconds() is None
     parts = speedup(run.clock, 100)
     assert parts.cheaper_steps == Saving() and parts.against_same_length is None
-    assert parts.against_full_schedule is None
+    assert parts.against_full_schedule is None and parts.margin is None
 
 
 def test_one_stall_is_no_noise(now):

@@ -155,14 +155,15 @@ def _was_it_worth_it(summary: RunSummary) -> list[str]:
     ratio, told = speedup.against_full_schedule, []
     if ratio is None:
         told.append(
-            "The clock cannot tell how fast a baseline is: its steps before the first freeze are too few, or vary."
+            "The clock cannot tell how fast a baseline is: its steps before the first freeze are too few, or vary too "
+            "much."
         )
     else:
-        verdict = (
-            "Yes, in time" if ratio > 1.02 else "No, in time" if ratio < 0.98 else "It made no difference in time"
-        )
+        sure = 1 + max(0.02, speedup.margin or 0.0)
+        verdict = "Yes, in time" if ratio > sure else "No, in time" if ratio < 1 / sure else "No difference in time"
+        unsure = "" if speedup.margin is None else f" (+/- {ratio * speedup.margin:.2f})"
         told.append(
-            f"{verdict}: {times(ratio)} against the whole schedule without freezing. Steps were "
+            f"{verdict}: {times(ratio)}{unsure} against the whole schedule without freezing. Steps were "
             f"{times(speedup.cheaper_steps.ratio)} as fast, and {show(speedup.steps_not_run.steps)} were not run."
         )
     if flops is not None:
@@ -307,7 +308,7 @@ def _time(summary: RunSummary) -> str:
         "The baseline is the speed of this run's own steps before the first freeze. The limit is the ratio of the "
         "FLOPs in the tracked layers, held-out measurements included: what a step does beside them (data, optimizer, "
         "embeddings, output head) dilutes the saving, and the forward pass of layers that a cache replaces counts as "
-        "saved."
+        "saved." + ("" if speedup.margin is None else f" The measured ratios are known to {percent(speedup.margin)}.")
     )
     header = ("Part", "Amount", "Measured", "Limit by FLOPs", "Time saved")
     return section(

@@ -391,18 +391,7 @@ def format_summary(summary: RunSummary) -> str:
         rows.append(("", f"It diverged at step {summary.diverged_at}: nothing about its speed means anything."))
     else:
         flops = summary.flops.fraction
-        rows += [
-            (
-                "speed-up",
-                "not measurable as a whole: steps before the first freeze are too few, or vary"
-                if speedup.against_full_schedule is None
-                else f"{speedup.against_full_schedule:.2f}x over the whole schedule, by",
-            ),
-            ("", f"{_times(speedup.cheaper_steps.ratio)}{_saved(speedup.cheaper_steps)} cheaper steps"),
-            ("", f"{_times(speedup.steps_not_run.ratio)}{_saved(speedup.steps_not_run)} steps not run"),
-        ]
-        if speedup.validation_not_run.evaluations:
-            rows.append(("", f"{'':>5}{_saved(speedup.validation_not_run)} validation not run"))
+        rows.append(("speed-up", speedup_in_words(speedup)))
         if flops is not None:
             rows.append(("FLOPs", f"{100 * flops:.0f} % of the whole schedule's"))
     if heldout is not None:
@@ -422,6 +411,30 @@ def format_summary(summary: RunSummary) -> str:
     return "\n".join(lines)
 
 
+def speedup_in_words(speedup: Speedup) -> str:
+    """How many times faster than the whole schedule, how sure that is, and by what, with the seconds saved."""
+    ratio, margin, cheaper, not_run = (
+        speedup.against_full_schedule,
+        speedup.margin,
+        speedup.cheaper_steps,
+        speedup.steps_not_run,
+    )
+    if ratio is None or cheaper.ratio is None:
+        also = f"; {not_run.steps:,} steps were not run" if not_run.steps else ""
+        return f"not measurable: steps before the first freeze are too few, or vary too much{also}"
+    unsure = "" if margin is None else f" (+/- {ratio * margin:.2f})"
+    parts = [f"steps {cheaper.ratio:.2f}x as fast{_saved(cheaper)}"]
+    if not_run.steps:
+        parts.append(f"{not_run.steps:,} steps not run{_saved(not_run)}")
+    if speedup.validation_not_run.evaluations:
+        parts.append(f"validation not run{_saved(speedup.validation_not_run)}")
+    return f"{ratio:.2f}x{unsure} against the whole schedule: {', '.join(parts)}"
+
+
+def _saved(part: Any) -> str:
+    return "" if part.seconds_saved is None else f" ({part.seconds_saved:.1f} s)"
+
+
 def format_ending(summary: RunSummary) -> str:
     """When and why a run ended, and which weights the model has, in one line."""
     return (
@@ -430,17 +443,9 @@ def format_ending(summary: RunSummary) -> str:
     )
 
 
-def _times(ratio: float | None) -> str:
-    return "not measurable" if ratio is None else f"{ratio:.2f}x"
-
-
 def _shares(gain: float | None, cost: float, error: float | None = None) -> str:
     unsure = "" if error is None else f" (+/- {100 * error:.0f})"
     return f"{100 * (gain or 0.0):.0f} %{unsure} of the gain for {100 * cost:.0f} % of the FLOPs"
-
-
-def _saved(part: Any) -> str:
-    return "" if part.seconds_saved is None else f" {part.seconds_saved:+.1f} s"
 
 
 def _cached(cache: CacheSummary) -> str:

@@ -23,8 +23,9 @@ WARM_UP_STEPS = 3
 MIN_STEPS = 5
 # Recent steps, and steps before the first freeze, that are kept.
 WINDOW, BASELINE_WINDOW = 25, 100
-# A ratio of two medians is reported if twice its standard error is at most this fraction of it.
-TOLERANCE = 0.1
+# The live speed-up of a step is reported if twice its standard error is at most this fraction of it. That of a run is
+# reported with its margin, up to the second fraction.
+TOLERANCE, WIDEST_MARGIN = 0.1, 0.3
 # Steps are correlated (busy machine, rows sorted by length), so errors come from the medians of that many blocks.
 BLOCKS = 5
 
@@ -271,7 +272,11 @@ class RunClock(TrainerCallback):
         """Median seconds of a step before anything froze, without GradES's own; `None` without enough steps, or if
         they vary too much to say."""
         baseline = self._state.baseline
-        return statistics.median(baseline) if _is_measurable(baseline) else None
+        return None if _margin(baseline) > WIDEST_MARGIN else statistics.median(baseline)
+
+    def baseline_margin(self) -> float:
+        """Twice the standard error of `baseline_step_seconds`, as a fraction of it; infinite without enough steps."""
+        return _margin(self._state.baseline)
 
     def recent_step_seconds(self) -> float | None:
         """Median seconds of the last steps, none of them from before the last freeze; `None` before the first step."""
@@ -286,7 +291,7 @@ class RunClock(TrainerCallback):
         `None` without enough steps, or if they vary too much to say."""
         run = self._state
         just_froze = run.last_freeze is not None and run.last_freeze >= run.last_step
-        if just_froze or not _is_measurable(run.baseline, run.recent):
+        if just_froze or _margin(run.baseline, run.recent) > TOLERANCE:
             return None
         return statistics.median(run.baseline) / statistics.median(run.recent)
 
@@ -340,11 +345,11 @@ def _something_follows(control: Any) -> bool:
     return control.should_evaluate or control.should_save
 
 
-def _is_measurable(*samples: Sequence[float]) -> bool:
-    """Whether the ratio of the medians of the samples is known well enough to be reported, see `TOLERANCE`."""
+def _margin(*samples: Sequence[float]) -> float:
+    """Twice the standard error of the ratio of the samples' medians, as a fraction of it."""
     if any(len(sample) < MIN_STEPS for sample in samples):
-        return False
-    return 2 * math.hypot(*map(_relative_error, samples)) <= TOLERANCE
+        return math.inf
+    return 2 * math.hypot(*map(_relative_error, samples))
 
 
 def _relative_error(sample: Sequence[float]) -> float:
@@ -422,6 +427,8 @@ class Speedup:
         steps_not_run (`StepsNotRun`), validation_not_run (`ValidationNotRun`): what the schedule had left.
         against_same_length (`float` or `None`): against a baseline of as many steps.
         against_full_schedule (`float` or `None`): against a baseline of all steps, both with their validation.
+        margin (`float` or `None`): twice the standard error of these ratios, as a fraction of them. It is that of the
+            steps before the first freeze.
     """
 
     cheaper_steps: Saving = Saving()
@@ -429,6 +436,7 @@ class Speedup:
     validation_not_run: ValidationNotRun = ValidationNotRun()
     against_same_length: float | None = None
     against_full_schedule: float | None = None
+    margin: float | None = None
 
 
 def speedup(clock: RunClock, total_steps: int) -> Speedup:
@@ -457,4 +465,5 @@ def speedup(clock: RunClock, total_steps: int) -> Speedup:
         validation_not_run=validation_not_run,
         against_same_length=baseline * steps / run,
         against_full_schedule=full / (run + validation),
+        margin=clock.baseline_margin(),
     )

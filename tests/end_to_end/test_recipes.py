@@ -65,7 +65,7 @@ def test_text_demo(tmp_path):
         "exact_match_test_formats ",
         "                                  before       after",
         "step 30  validation loss ",
-        "cheaper steps",
+        "  speed-up  ",
         "Was it worth it? Compare it with the baseline:",
     ):
         assert line in printed, line
