@@ -24,3 +24,16 @@ def run(tmp_path, monkeypatch, capsys):
         return "".join(capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def refused(run, capsys):
+    """Runs a recipe that ends with exit code 2, and returns what it says on stderr."""
+
+    def refused(recipe, *flags):
+        with pytest.raises(SystemExit) as ended:
+            run(recipe, *flags)
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    return refused

@@ -193,7 +193,7 @@ def test_help_is_readable(recipe, tmp_path):
 
 def test_errors_of_the_command_line(tmp_path):
     for flags, message in (
-        (["--model_name_or_path", "somewhere"], "No data: give --dataset_name"),
+        (["--model_name_or_path", "somewhere"], "somewhere: cannot be loaded"),
         (["--metrik", "grad_norm"], "metrik"),
         (["--tau", "often"], "tau is 'often'; expected a number"),
         (["--load_in_4bit", "--model_name_or_path", "x", "--dataset_name", "dates"], "add --use_peft"),
