@@ -2,7 +2,8 @@
 made of.
 
 A matrix may consist of several tensors (the LoRA factors A and B): its value is the sum over all of them
-(arXiv 2509.01842, Eq. 3). Large tensors are sampled (see `metrics.py`).
+(arXiv 2509.01842, Eq. 3). Large tensors are sampled (see `metrics.py`). In several processes, all get the numbers of
+the main one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grades_trl.distributed import from_main
 from grades_trl.model.matrices import WeightMatrix
 
 from . import kernels, metrics
@@ -97,7 +99,7 @@ class L1Measurement:
             for name, own in tensors.items()
             for x, p in zip(own, self._previous[name], strict=True)
         ]
-        return Arriving(torch.stack([row.to(rows[0].device) for row in rows]) / scale)
+        return Arriving(from_main(torch.stack([row.to(rows[0].device) for row in rows]) / scale))
 
     def totals(self, names: Collection[str], numbers: Arriving) -> dict[str, float]:
         """The sum over each of these matrices, from one number for each of their tensors."""
@@ -185,6 +187,6 @@ def l1_sums(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale:
         measure = kernels.l1_sums if fused and kernels.available() else metrics.l1_sums
         tables.append(measure([tensors[i] for i in members], [previous[i] for i in members], scale))
     # The one wait for the device; the Trainer makes the same one next.
-    rows = torch.cat([table.to(tables[0].device) for table in tables]).tolist()
+    rows = from_main(torch.cat([table.to(tables[0].device) for table in tables])).tolist()
     sums = dict(zip((i for members in groups.values() for i in members), rows, strict=True))
     return [sums[i] for i in range(len(tensors))]
