@@ -10,6 +10,7 @@ either made from the numbers of the main process (`from_main`), or from what all
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,11 @@ def rank() -> int:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+
+
+def launched_processes() -> int:
+    """Processes that torchrun or accelerate has started on this machine, whether they still run or not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
@@ -226,7 +232,28 @@ def refuse_reentrant_checkpointing(ddp: DistributedDataParallel | None, is_reent
         )
 
 
+def refuse_several_processes() -> None:
+    """For scripts that run in one process.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if world_size() > 1:
+        raise ValueError(
+            f"{sys.argv[0]} runs in one process, and {world_size()} were started: start it with python, without "
+            "torchrun or accelerate launch."
+        )
+
+
 def launch_line(processes: int) -> str:
-    """The command that starts this script in several processes."""
-    script = sys.argv[0] if Path(sys.argv[0]).suffix == ".py" else "your_script.py"
-    return f"torchrun --nproc_per_node {processes} {script} ..."
+    """The command that starts this script in several processes, as text."""
+    return f"{shlex.join(launch_command(processes))} ..."
+
+
+def launch_command(processes: int) -> list[str]:
+    """The command that starts this script in several processes, without its flags."""
+    script = Path(sys.argv[0])
+    started = [sys.argv[0]] if script.suffix == ".py" else ["your_script.py"]
+    if script.parent == Path(__file__).parent / "recipes":  # an installed package starts its recipes by its command
+        started = ["-m", "grades_trl.cli", script.stem.removeprefix("sft_")]
+    return ["torchrun", "--nproc_per_node", str(processes), *started]

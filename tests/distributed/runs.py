@@ -4,6 +4,7 @@
 `tests` and the folder above it are on PYTHONPATH.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from grades_trl import GradESConfig, GradESTrainer
@@ -72,11 +73,11 @@ def arguments(folder, **changes):
 
 
 class Bytes(TrainerCallback):
-    """What DDP reduces in each optimizer step, in bytes, counted by a communication hook; and how often GradES sends
-    something itself, with its bytes."""
+    """What DDP reduces in each optimizer step, in bytes, counted by a communication hook; and what trains after the
+    last one."""
 
     def __init__(self):
-        self.of_steps, self.now, self.own, self.trainer = [], 0, [], None
+        self.of_steps, self.now, self.trained, self.trainer = [], 0, 0, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         wrapped = self.trainer.model_wrapped
@@ -90,9 +91,10 @@ class Bytes(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.of_steps.append(self.now)
         self.now = 0
+        self.trained = sorted(name for name, p in self.trainer.model.named_parameters() if p.requires_grad)
 
 
-def build(folder, config, *, vision=False, peft=None, rows=96, changes=None, callbacks=(), heldout=True, **others):
+def build(folder, config, *, vision=False, peft=None, rows=96, changes=None, callbacks=(), model=None, **others):
     counter = Bytes()
     args = arguments(folder, **(changes or {}))
     common = {"args": args, "callbacks": [counter, *callbacks], "peft_config": peft, **others}
@@ -108,12 +110,12 @@ def build(folder, config, *, vision=False, peft=None, rows=96, changes=None, cal
             **common,
         )
     else:
-        model = qwen3(vocab_size=len(TOKENIZER), bos_token_id=None, num_hidden_layers=LAYERS)
+        model = model or qwen3(vocab_size=len(TOKENIZER), bos_token_id=None, num_hidden_layers=LAYERS)
         kind = {} if config is None else {"grades": config}
         trainer = (SFTTrainer if config is None else GradESTrainer)(
             model=model,
             train_dataset=text_rows(rows, seed=1),
-            eval_dataset=text_rows(13, seed=2) if heldout else None,
+            eval_dataset=text_rows(13, seed=2),
             processing_class=TOKENIZER,
             **kind,
             **common,
@@ -132,6 +134,7 @@ def finish(name, folder, trainer, counter, **facts):
         "steps": trainer.state.global_step,
         "bytes": counter.of_steps,
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "trained": counter.trained,
         "trains": sorted(key for key, p in trainer.model.named_parameters() if p.requires_grad),
     }
     if grades is not None:
@@ -170,6 +173,17 @@ def simple(config, **settings):
         finish(name, folder, trainer, counter)
 
     return run
+
+
+def quantized(name, folder):
+    """QLoRA: adapters on weights of 4 bits, which bitsandbytes also has on a CPU."""
+    saved = folder / f"base-{processes.rank()}"
+    qwen3(vocab_size=len(TOKENIZER), hidden_size=64, head_dim=16, bos_token_id=None).save_pretrained(saved)
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(saved, quantization_config=bits)
+    trainer, counter = build(folder / name, bottom_up(), peft=LORA, model=model, changes=checkpointing(False))
+    trainer.train()
+    finish(name, folder, trainer, counter)
 
 
 def answered(name, folder):
@@ -221,14 +235,12 @@ class Interrupt(TrainerCallback):
 
 def after_an_error(name, folder):
     """A run that an error has ended leaves a model that DDP reduces as a whole."""
-    trainer, counter = build(folder / name, bottom_up(), callbacks=[interrupt := Interrupt()])
-    try:
+    trainer, counter = build(folder / name, bottom_up(), callbacks=[Interrupt()])
+    with contextlib.suppress(Interrupted):
         trainer.train()
-    except Interrupted:
-        trainer.remove_callback(interrupt)
-    trainer.grades_config = None
-    trainer.grades = None
-    trainer.train()
+    ids = torch.arange(10, 26).view(2, 8)
+    trainer.model_wrapped(input_ids=ids, labels=ids)["loss"].backward()
+    counter.on_step_end(None, None, None)
     finish(name, folder, trainer, counter)
 
 
@@ -250,7 +262,9 @@ def other_bits(name, folder):
 def text_in_one_process_alone(name, folder):
     """The second process sees no image before step 4: its vision tower is not called, and nothing of it differs."""
     config = GradESConfig(metric="gain", alpha=0.25, margin=0.01, stopping="end_of_schedule", keep="last")
-    trainer, counter = build(folder / name, config, vision=True, changes={"ddp_find_unused_parameters": True})
+    trainer, counter = build(
+        folder / name, config, vision=True, changes={"ddp_find_unused_parameters": True, "max_steps": 15}
+    )
     collate = trainer.data_collator
 
     def without_images(rows):
@@ -391,6 +405,7 @@ RUNS = {
     "token_accuracy": simple(
         GradESConfig(metric="none", **(HELDOUT | {"heldout_metric": "token_accuracy", "heldout_patience": 2}))
     ),
+    "quantized": quantized,
     "answered": answered,
     "resumed": resumed,
     "twice": twice,
