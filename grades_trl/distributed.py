@@ -29,21 +29,19 @@ COPIES = ("MULTI_GPU", "MULTI_CPU", "MULTI_NPU", "MULTI_XPU")  # accelerate's na
 
 
 def world_size() -> int:
-    """Processes of this run, also before they know each other, as the launcher says."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Processes that train together: those of torch's process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0 on."""
+    """The number of this process, from 0 on; before there is a process group, as the launcher says."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
-    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+    return int(os.environ.get("RANK", 0))
 
 
 def launched_processes() -> int:
-    """Processes that torchrun or accelerate has started on this machine, whether they still run or not."""
+    """Processes that torchrun or accelerate has started on this machine, before they know each other and after."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -110,7 +108,7 @@ def decided_by_main(decide: Callable[[], T]) -> T:
 @contextmanager
 def main_first() -> Iterator[None]:
     """The main process is through with what is inside before the others begin: they find what it has left on disk."""
-    several = world_size() > 1 and dist.is_initialized()
+    several = world_size() > 1
     if several and not is_main():
         dist.barrier()
     try:
@@ -128,8 +126,6 @@ def others_end() -> bool:
     ends = not is_main()
     dist.barrier()
     dist.destroy_process_group()
-    for name in ("WORLD_SIZE", "RANK"):
-        os.environ.pop(name, None)
     return ends
 
 
@@ -238,10 +234,10 @@ def refuse_several_processes() -> None:
     Raises:
         ValueError: there are several.
     """
-    if world_size() > 1:
+    if launched_processes() > 1:
         raise ValueError(
-            f"{sys.argv[0]} runs in one process, and {world_size()} were started: start it with python, without "
-            "torchrun or accelerate launch."
+            f"{sys.argv[0]} runs in one process, and {launched_processes()} were started: start it with python, "
+            "without torchrun or accelerate launch."
         )
 
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from grades_trl.config import GradESConfig
-from grades_trl.distributed import refuse_unsupported, world_size
+from grades_trl.distributed import ONE_PROCESS, refuse_unsupported
 from grades_trl.engine import GradES
 from grades_trl.model.flops import StepCosts
 
@@ -59,10 +59,11 @@ class GradESCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         refuse_unsupported(AcceleratorState(), args)
-        if world_size() > 1:
+        kind = AcceleratorState().distributed_type.value
+        if kind != ONE_PROCESS:
             raise ValueError(
-                f"GradESCallback runs in one process, and there are {world_size()}: no callback sees what wraps the "
-                "model, which has to know what is frozen. Use GradESMixin, or leave the callback out."
+                f"GradESCallback runs in one process, and this run is {kind}: no callback sees what wraps the model, "
+                "which has to know what is frozen. Use GradESMixin, or leave the callback out."
             )
         unfit = "deepspeed" if args.deepspeed else "torch_compile" if args.torch_compile else None
         if unfit is not None:

@@ -177,8 +177,9 @@ def simple(config, **settings):
 
 def quantized(name, folder):
     """QLoRA: adapters on weights of 4 bits, which bitsandbytes also has on a CPU."""
-    saved = folder / f"base-{processes.rank()}"
-    qwen3(vocab_size=len(TOKENIZER), hidden_size=64, head_dim=16, bos_token_id=None).save_pretrained(saved)
+    saved = folder / "base"
+    base = qwen3(vocab_size=len(TOKENIZER), hidden_size=64, head_dim=16, bos_token_id=None)
+    processes.decided_by_main(lambda: base.save_pretrained(saved))
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(saved, quantization_config=bits)
     trainer, counter = build(folder / name, bottom_up(), peft=LORA, model=model, changes=checkpointing(False))
