@@ -178,7 +178,8 @@ def simple(config, **settings):
 def quantized(name, folder):
     """QLoRA: adapters on weights of 4 bits, which bitsandbytes also has on a CPU."""
     saved = folder / "base"
-    base = qwen3(vocab_size=len(TOKENIZER), hidden_size=64, head_dim=16, bos_token_id=None)
+    size = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": LAYERS}
+    base = qwen3(vocab_size=len(TOKENIZER), bos_token_id=None, **size)
     processes.decided_by_main(lambda: base.save_pretrained(saved))
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(saved, quantization_config=bits)
