@@ -50,7 +50,7 @@ def image_rows(count):
 
 
 def arguments(folder, **changes):
-    of_run = {"per_device_train_batch_size": 8 // processes.world_size()}
+    of_run = {"per_device_train_batch_size": 8 // processes.launched_processes()}
     if changes.get("gradient_accumulation_steps") == 2:
         of_run["per_device_train_batch_size"] //= 2
     defaults = {
