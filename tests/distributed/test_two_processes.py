@@ -167,7 +167,7 @@ def test_an_error_leaves_a_model_that_is_reduced_as_a_whole(runs):
 def test_a_tower_that_only_one_process_has_called(runs):
     """What freezes with the tower (its norms and embeddings) is known in both."""
     run = facts(runs, "text_in_one_process_alone")
-    assert run["frozen"].keys() == {name for name in run["matrices"] if "vision_tower" in name}
+    assert run["frozen"].keys() >= {name for name in run["matrices"] if "vision_tower" in name}
     assert not [name for name in run["trained"] if "vision_tower" in name]
 
 
@@ -198,6 +198,6 @@ def test_only_the_main_process_writes_and_talks(runs):
     measured = [json.loads(line) for line in (runs / "two/full/grades/heldout.jsonl").read_text().splitlines()]
     assert [row["step"] for row in measured] == [3, 6, 9, 12]
     first, second = ((runs / "two" / f"log{rank}.txt").read_text(errors="replace") for rank in (0, 1))
-    assert "froze" in first
-    assert "froze" not in second
+    assert "froze language layer" in first
+    assert "froze language layer" not in second
     assert math.isfinite(json.loads((runs / "two/full/grades/summary.json").read_text())["flops"]["run"])
