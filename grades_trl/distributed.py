@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -129,6 +131,26 @@ def others_end() -> bool:
     return ends
 
 
+# ---- a model in pieces (FSDP2) ----
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The piece of a tensor that this process has; all of it where it is not sharded. It shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether a process has only pieces of these tensors."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def reshard(model: nn.Module) -> None:
+    """Drops what was gathered for a forward pass without a backward pass: the next pass gathers the values of then."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 # ---- what a freeze owes DDP ----
 
 
@@ -182,28 +204,30 @@ def wrapper_of(model: nn.Module) -> DistributedDataParallel | None:
 def refuse_unsupported(accelerator: Any, args: Any) -> None:
     """
     Args:
-        accelerator (`Accelerator`): of a trainer.
+        accelerator (`Accelerator` or `AcceleratorState`): of a trainer.
         args (`TrainingArguments`): likewise.
 
     Raises:
-        ValueError: DeepSpeed, FSDP or another way to cut a model in pieces, several processes with torch_compile, or
-            one process that would copy the model to several GPUs; with what to use instead.
+        ValueError: DeepSpeed, FSDP of version 1 or another way to cut a model in pieces, several processes with
+            torch_compile, or one process that would copy the model to several GPUs; with what to use instead.
     """
     kind = accelerator.distributed_type.value
+    instead = (
+        f"Use DDP, a copy of the model in each process: {launch_line(max(2, args.world_size))}. If the model does not "
+        "fit into one GPU that way, use FSDP2 (--fsdp, or configs/accelerate/fsdp2.yaml), or LoRA or QLoRA "
+        "(--use_peft, --load_in_4bit). Without GradES (grades=None, --grades false) nothing changes."
+    )
     if kind == "DEEPSPEED":
         raise ValueError(
-            "GradES does not run with DeepSpeed: a matrix that is frozen would still move there, by momentum and "
-            f"weight decay. Use DDP, without a DeepSpeed config: {launch_line(max(2, args.world_size))}. If the model "
-            "does not fit into one GPU that way, train it with LoRA or QLoRA (--use_peft, --load_in_4bit), or without "
-            "GradES (grades=None, --grades false)."
+            "GradES does not run with DeepSpeed: there, a matrix that is frozen still moves, by momentum and weight "
+            f"decay. {instead}"
         )
-    if kind not in (ONE_PROCESS, *COPIES) or getattr(args, "parallelism_config", None) is not None:
-        kind = kind if kind not in (ONE_PROCESS, *COPIES) else "a model that is cut in pieces (parallelism_config)"
-        raise ValueError(
-            f"GradES does not run with {kind} yet: it measures whole matrices. Use DDP, a copy of the model in each "
-            f"process: {launch_line(max(2, args.world_size))}. If the model does not fit into one GPU that way, train "
-            "it with LoRA or QLoRA (--use_peft, --load_in_4bit), or without GradES (grades=None, --grades false)."
-        )
+    if kind == "FSDP" and not accelerator.is_fsdp2:
+        raise ValueError(f"GradES does not run with the first version of FSDP. {instead}")
+    if kind not in (ONE_PROCESS, "FSDP", *COPIES):
+        raise ValueError(f"GradES does not run with {kind}. {instead}")
+    if getattr(args, "parallelism_config", None) is not None:
+        raise ValueError(f"GradES does not run with a parallelism_config: it would miss parts of a matrix. {instead}")
     if kind != ONE_PROCESS and getattr(args, "torch_compile", False):
         raise ValueError("GradES does not run with torch_compile in several processes yet: leave out --torch_compile.")
     if args.n_gpu > 1:  # the Trainer would copy the model to all of them in each step (DataParallel)

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grades_trl.config import GradESConfig
 from grades_trl.criteria import CRITERIA, Converged, GainMeter
-from grades_trl.distributed import Reducer, from_main, world_size
+from grades_trl.distributed import Reducer, from_main, gathered, is_sharded, reshard, world_size
 from grades_trl.events import FreezeEvent
 from grades_trl.freezing.activation_cache import ActivationCache
 from grades_trl.freezing.encoder_cache import EncoderCache
@@ -103,6 +103,7 @@ class GradES:
                 "and the accuracy to each step(). GradESTrainer takes it from TRL's SFTTrainer."
             )
         self.config = config
+        self._is_sharded = is_sharded(model.parameters())
         self.optimizer = optimizer
         self.matrices = find_matrices(model, projector=config.track_projector)
         self.others = untracked_matrices(model, self.matrices.values())
@@ -159,6 +160,8 @@ class GradES:
 
     def _caches(self, default: int, rows: int | None) -> tuple[ActivationCache | None, EncoderCache | None]:
         mib, directory = self.config.activation_cache_mib, self.config.encoder_cache_dir
+        if self._is_sharded:  # a pass that is read in one process alone would gather other weights than in the others
+            return None, None
         encoder_bytes = default if mib is None else mib * 2**20
         cache = ActivationCache(mib * 2**20, rows) if mib else None
         if not encoder_bytes and directory is None:
@@ -208,11 +211,13 @@ class GradES:
         self._freezer.forget_gradients()
         events = self._unfreeze(step) if self.criterion.unfreeze_reason else self._freeze(step, converged)
         unreached = list(self._without_gradient.values())
-        if (events and not self.criterion.unfreeze_reason) or self._prefix_is_stale:
+        moves = bool(events) or self._prefix_is_stale or self._some_process_has_new_calls()
+        if moves:
             called = self.prefix.share_calls(called)
+        if (events and not self.criterion.unfreeze_reason) or self._prefix_is_stale:
             self._freezer.freeze(self.prefix.parameters_without_gradient(called, unreached))
             self._freeze_norms_and_embeddings()
-        if events or self._prefix_is_stale or self.prefix.has_new_calls:  # a tower may be frozen from the start
+        if moves or self.prefix.has_new_calls:  # a tower may be frozen from the start
             self.prefix.update(unreached, rows_come_back=step < self._last_epoch)
             self._prefix_is_stale = False
         self._probe_if_wanted(step + 1)
@@ -222,6 +227,14 @@ class GradES:
             self.stopping.update(step, *self._agreed(train_accuracy))
         self._update_stop_reason()
         return events
+
+    def _some_process_has_new_calls(self) -> bool:
+        """Of a sharded model, which needs the same frozen prefix everywhere: the backward pass of a layer gathers its
+        weights from all processes. Copies of a model may skip other layers each."""
+        if not self._is_sharded:
+            return False
+        device = next(self._model.parameters()).device
+        return bool(gathered(torch.tensor(float(self.prefix.has_new_calls), device=device)).any())
 
     def _measure_heldout_score(self, step: int) -> None:
         heldout, average = self.heldout, self.average
@@ -238,6 +251,7 @@ class GradES:
     def _heldout_score_and_loss(self) -> tuple[float, float]:
         assert self._heldout_score is not None
         measured = self._heldout_score()
+        reshard(self._model)
         score, loss = measured if isinstance(measured, tuple) else (measured, 0.0)
         score, loss = self._agreed(score, loss)
         return score, loss

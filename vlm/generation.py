@@ -7,8 +7,8 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from grades_trl.distributed import is_main, rank, world_size
-from grades_trl.recipe.generation import generate_greedily, merged, prompt_text
+from grades_trl.distributed import is_main
+from grades_trl.recipe.generation import generate_greedily, merged, own_share, prompt_text
 
 from .builtin import blank as blank_images
 
@@ -73,7 +73,7 @@ def answers(
             return_tensors="pt",
         ).to(model.device, dtype=model.dtype)
 
-    starts = range(0, len(dataset), batch_size)[rank() :: world_size()]
+    starts = own_share(model, range(0, len(dataset), batch_size))
     shown = tqdm(starts, desc="answers", unit="batch", disable=None if is_main() else True)
     own = [row for start in starts for row in range(len(dataset))[start : start + batch_size]]
     texts = generate_greedily(model, processor, map(inputs, shown), max_new_tokens)

@@ -11,7 +11,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from grades_trl.distributed import gathered_objects, is_main, rank, world_size
+from grades_trl.distributed import gathered_objects, is_main, is_sharded, rank, world_size
 from grades_trl.recipe.bad_input import printable
 
 # Without temperature, top_p and top_k there are no warnings about sampling defaults.
@@ -83,7 +83,7 @@ def answers(
     read = [name for name in ("prompt", "tools", "chat_template_kwargs") if name in dataset.column_names]
     prompts = [prompt_text(tokenizer, row) for row in dataset.select_columns(read)]
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    starts = range(0, len(prompts), batch_size)[rank() :: world_size()]
+    starts = own_share(model, range(0, len(prompts), batch_size))
     batches = (
         # The template has written the special tokens already. Padding on the left, in this call alone: an answer has
         # to follow its prompt directly.
@@ -100,6 +100,11 @@ def answers(
     own = [i for start in starts for i in longest_first[start : start + batch_size]]
     found = merged(dict(zip(own, generate_greedily(model, tokenizer, batches, max_new_tokens), strict=True)))
     return [found[i] for i in range(len(prompts))]
+
+
+def own_share(model: PreTrainedModel, starts: range) -> range:
+    """The batches that this process answers. Each pass of a sharded model takes all processes: all of them, then."""
+    return starts if is_sharded(model.parameters()) else starts[rank() :: world_size()]
 
 
 def merged(answers: dict[int, str]) -> dict[int, str]:

@@ -21,6 +21,8 @@ from grades_trl.config import GradESConfig
 from grades_trl.distributed import (
     gathered,
     is_main,
+    is_sharded,
+    rank,
     refuse_reentrant_checkpointing,
     refuse_unsupported,
     world_size,
@@ -190,6 +192,8 @@ class GradESMixin(_Trainer):
             prefix.compiled, prefix.cache, prefix.encoder_cache = True, None, None
             if config.activation_cache_mib or config.encoder_cache_dir:
                 logger.warning("With torch_compile, no outputs of frozen layers are cached.")
+        if is_sharded(self.model.parameters()) and (config.activation_cache_mib or config.encoder_cache_dir):
+            logger.warning("With FSDP, no outputs of frozen layers are cached.")
         text_config = self.model.config.get_text_config() if hasattr(self.model, "config") else None
         self._divergence = Divergence(getattr(text_config, "vocab_size", None))
         if self.grades.average is not None and self.grades.average.host_bytes > 2**30:
@@ -402,13 +406,18 @@ class GradESMixin(_Trainer):
         if self.grades is not None:
             own: dict[str, Any] = {"clock": self._clock, "report": self.report, "divergence": self._divergence}
             state = self.grades.state_dict() | {name: it.state_dict() for name, it in own.items()}
-            if is_main():
-                save_state(output_dir, state)
+            if is_main() or is_sharded(self.model.parameters()):
+                save_state(output_dir, state, *self._shard)
             self.report.flush()  # a run that is killed is resumed with its history
+
+    @property
+    def _shard(self) -> tuple[int, int]:
+        """Which piece of the model this process has, and how many there are."""
+        return (rank(), world_size()) if is_sharded(self.model.parameters()) else (0, 1)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.grades_config is not None and checkpoint is not None:
-            self._resumed = load_state(checkpoint)
+            self._resumed = load_state(checkpoint, *self._shard)
             self._start_grades()
             self.grades.load_state_dict(self._resumed)
             self._divergence.load_state_dict(self._resumed["divergence"])
@@ -423,6 +432,8 @@ class GradESMixin(_Trainer):
         # PEFT brings bf16 adapters of a quantized model back as float32, which would drift from the original run.
         dtypes = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
         super()._load_from_checkpoint(checkpoint, *args, **kwargs)
+        if is_sharded(self.model.parameters()):
+            return
         load_renamed_weights(self.model, checkpoint)
         if self.grades_config is not None:
             for name, parameter in self.model.named_parameters():

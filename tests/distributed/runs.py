@@ -14,10 +14,13 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -25,6 +28,7 @@ from grades_trl import GradESConfig, GradESTrainer
 from grades_trl import distributed as processes
 from grades_trl.criteria import measurement
 from grades_trl.recipe import builtin
+from grades_trl.recipe.generation import answers
 from grades_trl.trainers.heldout import HeldoutAnswers
 from helpers import LORA, qwen3
 from vlm import GradESVLMTrainer
@@ -49,7 +53,32 @@ def image_rows(count):
     return vlm_builtin.digit_images(train=count, test=8, seed=0)["train"]
 
 
+SHARDED = any(name.startswith("sharded") for name in sys.argv)  # FSDP2 in all runs of this process
+
+
+def make_fsdp_take_the_cpu():
+    """accelerate takes FSDP for GPUs only, and goes on with DDP on a CPU, without a word. To be called when there are
+    training arguments, which set this."""
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+scattered = []  # bytes of the gradients that FSDP2 has reduced since the last step
+
+
+def count_what_is_scattered():
+    own = torch.distributed.reduce_scatter_single
+
+    def counted(*args, **kwargs):
+        tensor = kwargs["input"] if "input" in kwargs else args[1]
+        scattered.append(tensor.numel() * tensor.element_size())
+        return own(*args, **kwargs)
+
+    torch.distributed.reduce_scatter_single = counted
+
+
 def arguments(folder, **changes):
+    if SHARDED and processes.launched_processes() > 1:
+        changes = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}} | changes
     of_run = {"per_device_train_batch_size": 8 // processes.launched_processes()}
     if changes.get("gradient_accumulation_steps") == 2:
         of_run["per_device_train_batch_size"] //= 2
@@ -81,7 +110,7 @@ class Bytes(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         wrapped = self.trainer.model_wrapped
-        if processes.world_size() > 1 and not wrapped._comm_hooks:
+        if not SHARDED and processes.world_size() > 1 and not wrapped._comm_hooks:
             wrapped.register_comm_hook(None, self._reduce)
 
     def _reduce(self, _, bucket):
@@ -89,14 +118,17 @@ class Bytes(TrainerCallback):
         return allreduce_hook(None, bucket)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.of_steps.append(self.now)
+        self.of_steps.append(self.now + sum(scattered))
         self.now = 0
+        scattered.clear()
         self.trained = sorted(name for name, p in self.trainer.model.named_parameters() if p.requires_grad)
 
 
 def build(folder, config, *, vision=False, peft=None, rows=96, changes=None, callbacks=(), model=None, **others):
     counter = Bytes()
     args = arguments(folder, **(changes or {}))
+    if SHARDED and "RANK" in os.environ:
+        make_fsdp_take_the_cpu()
     common = {"args": args, "callbacks": [counter, *callbacks], "peft_config": peft, **others}
     if vision:
         model, processor = vlm_builtin.tiny_llava()
@@ -124,10 +156,15 @@ def build(folder, config, *, vision=False, peft=None, rows=96, changes=None, cal
     return trainer, counter
 
 
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def finish(name, folder, trainer, counter, **facts):
     """Writes what a run has come to."""
     rank = processes.rank()
-    weights = {key: p.detach().clone().contiguous() for key, p in trainer.model.named_parameters()}
+    processes.reshard(trainer.model)
+    weights = {key: whole(p.detach()).clone().contiguous() for key, p in trainer.model.named_parameters()}
     save_file(weights, folder / f"{name}-{rank}.safetensors")
     grades = getattr(trainer, "grades", None)
     facts |= {
@@ -166,11 +203,14 @@ def checkpointing(reentrant):
     return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
 
 
-def simple(config, **settings):
+def simple(config, asks=False, **settings):
     def run(name, folder):
         trainer, counter = build(folder / name, config, **settings)
         trainer.train()
-        finish(name, folder, trainer, counter)
+        rows = builtin.dates(train=8, test=5)["test"]
+        found = answers(trainer.model, TOKENIZER, rows, batch_size=2, max_new_tokens=6) if asks else []
+        trainer.save_model()
+        finish(name, folder, trainer, counter, answers=found)
 
     return run
 
@@ -366,10 +406,19 @@ HELDOUT = {
     "heldout_patience": 9,
 }
 LOSS_AND_GAIN = GradESConfig(metric="gain", alpha=0.25, margin=0.01, **HELDOUT)
+PAPER = GradESConfig(metric="grad_change", tau="auto", auto_ratio=1.0, alpha=0.25, stopping="train_accuracy")
+VISION_FREEZES = GradESConfig(metric="schedule", schedule={"vision": 4}, **HELDOUT)
+LLAVA_LAYERS = {"version": 2, "transformer_layer_cls_to_wrap": ["CLIPEncoderLayer", "Qwen2DecoderLayer"]}
 RUNS = {
+    "sharded_full": simple(bottom_up(**HELDOUT), asks=True),
+    "sharded_lora": simple(bottom_up(), peft=LORA, changes=checkpointing(False)),
+    "sharded_gain": simple(LOSS_AND_GAIN, changes={"max_steps": 24}),
+    "sharded_paper": simple(PAPER),
+    "sharded_resumed": resumed,
+    "sharded_vision": simple(VISION_FREEZES, vision=True, changes={"max_steps": 8, "fsdp_config": LLAVA_LAYERS}),
     "plain": simple(None),
     "plain_lora": simple(None, peft=LORA, changes=checkpointing(False)),
-    "full": simple(bottom_up(**HELDOUT)),
+    "full": simple(bottom_up(**HELDOUT), asks=True),
     "accumulated": simple(bottom_up(), changes={"gradient_accumulation_steps": 2, "max_steps": 12}),
     "all_used": simple(bottom_up(), changes={"ddp_find_unused_parameters": False}),
     "non_reentrant": simple(bottom_up(), changes=checkpointing(False)),
@@ -385,22 +434,10 @@ RUNS = {
         ),
         peft=LoraConfig(r=4, target_modules="all-linear"),
     ),
-    "vision": simple(
-        GradESConfig(metric="schedule", schedule={"vision": 4}, **HELDOUT), vision=True, changes={"max_steps": 8}
-    ),
-    "vision_lora": simple(
-        GradESConfig(metric="schedule", schedule={"vision": 4}, **HELDOUT),
-        vision=True,
-        peft=LORA,
-        changes={"max_steps": 8},
-    ),
+    "vision": simple(VISION_FREEZES, vision=True, changes={"max_steps": 8}),
+    "vision_lora": simple(VISION_FREEZES, vision=True, peft=LORA, changes={"max_steps": 8}),
     "gain": simple(LOSS_AND_GAIN, changes={"max_steps": 24}),
-    "paper": simple(
-        GradESConfig(metric="grad_change", tau="auto", auto_ratio=1.0, alpha=0.25, stopping="train_accuracy")
-    ),
-    "grad_norm": simple(
-        GradESConfig(metric="grad_norm", tau="auto", auto_ratio=1.0, alpha=0.25, stopping="all_frozen", keep="last")
-    ),
+    "paper": simple(PAPER),
     "weight_change": simple(
         GradESConfig(metric="weight_change", tau="auto", auto_ratio=1.0, alpha=0.25, stopping="all_frozen")
     ),
@@ -425,6 +462,8 @@ def main(folder, names):
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format=f"[{processes.rank()}] %(message)s")
     logging.getLogger("grades_trl").setLevel(logging.INFO)
+    if SHARDED:
+        count_what_is_scattered()
     for name in names:
         start = time.perf_counter()
         RUNS[name](name, folder)

@@ -29,12 +29,9 @@ def build(text, args, grades=True):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (
-            DistributedType.DEEPSPEED,
-            "does not run with DeepSpeed.*Use DDP.*--nproc_per_node 2 .*LoRA or QLoRA",
-        ),
-        (DistributedType.FSDP, "does not run with FSDP yet.*Use DDP.*--nproc_per_node 2 .*LoRA or QLoRA"),
-        (DistributedType.MEGATRON_LM, "does not run with MEGATRON_LM yet.*Use DDP"),
+        (DistributedType.DEEPSPEED, r"DeepSpeed: .* by momentum.*Use DDP.*_per_node 2 .*use FSDP2.*LoRA or QLoRA"),
+        (DistributedType.FSDP, r"first version of FSDP\. Use DDP.*_per_node 2 .*use FSDP2"),
+        (DistributedType.MEGATRON_LM, r"does not run with MEGATRON_LM\. Use DDP"),
     ],
     ids=str,
 )
@@ -42,6 +39,7 @@ def test_a_model_that_is_cut_in_pieces(tmp_path, text, monkeypatch, kind, messag
     """ZeRO 1 to 3 are all DEEPSPEED. Without GradES, the trainer is left alone."""
     args = arguments(tmp_path)
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
+    monkeypatch.setattr(Accelerator, "is_fsdp2", property(lambda self: False))
     with pytest.raises(ValueError, match=message):
         build(text, args)
     build(text, args, grades=False)
@@ -53,7 +51,7 @@ def test_tensor_parallelism(tmp_path, text):
     args.parallelism_config = ParallelismConfig()
     from grades_trl.distributed import refuse_unsupported
 
-    with pytest.raises(ValueError, match=r"cut in pieces \(parallelism_config\).*Use DDP"):
+    with pytest.raises(ValueError, match=r"does not run with a parallelism_config.*Use DDP"):
         refuse_unsupported(trainer.accelerator, args)
 
 
