@@ -128,8 +128,9 @@ class GradESConfig:
         activation_cache_mib (`int`, *optional*):
             MiB of CPU memory for the outputs of a frozen encoder, and of the frozen leading language layers, so that
             later epochs do not compute them again. It should hold rows x tokens x hidden size x 2 or 4 bytes; 0 is
-            off. By default, a trainer that runs more than one epoch gives a frozen encoder up to a tenth of the free
-            memory, if the outputs of all images fit.
+            off. By default, a trainer that runs more than one epoch in one process gives a frozen encoder up to a
+            tenth of the free memory, if the outputs of all images fit. Of several processes each keeps those of its
+            own batches, and with FSDP there are none.
         encoder_cache_dir (`str`, *optional*):
             Keeps the outputs of a frozen encoder in this folder too, so that the next run with the same encoder and
             images reads them. Its files take at most a tenth of the free disk space.

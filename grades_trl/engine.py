@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from grades_trl.config import GradESConfig
 from grades_trl.criteria import CRITERIA, Converged, GainMeter
+from grades_trl.distributed import Reducer, from_main, gathered, is_sharded, reshard, world_size
 from grades_trl.events import FreezeEvent
 from grades_trl.freezing.activation_cache import ActivationCache
 from grades_trl.freezing.encoder_cache import EncoderCache
@@ -58,6 +60,8 @@ class GradES:
             last epoch is not cached.
         knows_train_accuracy (`bool`, *optional*, defaults to `False`): `step` is given the accuracy on the training
             tokens.
+        ddp (`DistributedDataParallel`, *optional*): what wraps the model, in a run of several processes. All of them
+            call the methods here in the same steps; they decide by the numbers of the main one.
 
     Attributes:
         matrices (`dict[str, WeightMatrix]`): all that is tracked.
@@ -86,6 +90,7 @@ class GradES:
         encoder_cache_bytes: int = 0,
         epoch: tuple[int, float] | None = None,
         knows_train_accuracy: bool = False,
+        ddp: DistributedDataParallel | None = None,
     ):
         if config.needs_heldout_rows and heldout_score is None:
             raise ValueError(
@@ -98,6 +103,7 @@ class GradES:
                 "and the accuracy to each step(). GradESTrainer takes it from TRL's SFTTrainer."
             )
         self.config = config
+        self._is_sharded = is_sharded(model.parameters())
         self.optimizer = optimizer
         self.matrices = find_matrices(model, projector=config.track_projector)
         self.others = untracked_matrices(model, self.matrices.values())
@@ -124,6 +130,8 @@ class GradES:
         self._last_step = 0
         self._finished = False
         self._freezer = Freezer(model, optimizer)
+        self._reducer = Reducer(ddp)
+        self._reducer.follow()  # it may be that of an earlier run, in which other matrices froze
         self._without_gradient = {name: p for name, p in model.named_parameters() if p.requires_grad}
         skip_frozen_pairs(model)  # where Unsloth's fused LoRA kernels compute the gradients
         self.prefix = FrozenPrefix(model, *self._caches(encoder_cache_bytes, None if epoch is None else epoch[0]))
@@ -143,11 +151,17 @@ class GradES:
         return StepCosts(
             others=tuple(self.others),
             language_prefix_can_be_skipped=not embeddings_train(self._model) and not projector,
-            encoder_is_cached=cache is not None and not cache.off and self._last_step < self._last_epoch,
+            # In several processes, most rows of an epoch come back in another one than before.
+            encoder_is_cached=cache is not None
+            and not cache.off
+            and self._last_step < self._last_epoch
+            and world_size() == 1,
         )
 
     def _caches(self, default: int, rows: int | None) -> tuple[ActivationCache | None, EncoderCache | None]:
         mib, directory = self.config.activation_cache_mib, self.config.encoder_cache_dir
+        if self._is_sharded:  # a pass that is read in one process alone would gather other weights than in the others
+            return None, None
         encoder_bytes = default if mib is None else mib * 2**20
         cache = ActivationCache(mib * 2**20, rows) if mib else None
         if not encoder_bytes and directory is None:
@@ -197,18 +211,30 @@ class GradES:
         self._freezer.forget_gradients()
         events = self._unfreeze(step) if self.criterion.unfreeze_reason else self._freeze(step, converged)
         unreached = list(self._without_gradient.values())
+        moves = bool(events) or self._prefix_is_stale or self._some_process_has_new_calls()
+        if moves:
+            called = self.prefix.share_calls(called)
         if (events and not self.criterion.unfreeze_reason) or self._prefix_is_stale:
             self._freezer.freeze(self.prefix.parameters_without_gradient(called, unreached))
             self._freeze_norms_and_embeddings()
-        if events or self._prefix_is_stale or self.prefix.has_new_calls:  # a tower may be frozen from the start
+        if moves or self.prefix.has_new_calls:  # a tower may be frozen from the start
             self.prefix.update(unreached, rows_come_back=step < self._last_epoch)
             self._prefix_is_stale = False
         self._probe_if_wanted(step + 1)
+        self._reducer.follow()
         self._measure_heldout_score(step)
         if train_accuracy is not None and isinstance(self.stopping, TrainAccuracy):
-            self.stopping.update(step, train_accuracy)
+            self.stopping.update(step, *self._agreed(train_accuracy))
         self._update_stop_reason()
         return events
+
+    def _some_process_has_new_calls(self) -> bool:
+        """Of a sharded model, which needs the same frozen prefix everywhere: the backward pass of a layer gathers its
+        weights from all processes. Copies of a model may skip other layers each."""
+        if not self._is_sharded:
+            return False
+        device = next(self._model.parameters()).device
+        return bool(gathered(torch.tensor(float(self.prefix.has_new_calls), device=device)).any())
 
     def _measure_heldout_score(self, step: int) -> None:
         heldout, average = self.heldout, self.average
@@ -225,7 +251,17 @@ class GradES:
     def _heldout_score_and_loss(self) -> tuple[float, float]:
         assert self._heldout_score is not None
         measured = self._heldout_score()
-        return measured if isinstance(measured, tuple) else (measured, 0.0)
+        reshard(self._model)
+        score, loss = measured if isinstance(measured, tuple) else (measured, 0.0)
+        score, loss = self._agreed(score, loss)
+        return score, loss
+
+    def _agreed(self, *numbers: float) -> list[float]:
+        """What the main process has measured."""
+        if world_size() == 1:
+            return list(numbers)
+        device = next(self._model.parameters()).device
+        return from_main(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
 
     def _update_stop_reason(self) -> None:
         self.stop_reason = self.stopping.reason
@@ -278,6 +314,7 @@ class GradES:
         are; what it froze can be trained again. May be called at any time, and more than once."""
         self.prefix.close()
         self._freezer.unfreeze()
+        self._reducer.follow()
         for name in self.matrices:
             self.criterion.forget(name)
             self.gain.forget(name)
@@ -424,6 +461,7 @@ class GradES:
         if self.average is not None:
             self.average.load_state_dict(state["heldout"]["average"], tensors_of("weights/"))
         self._probe_if_wanted(self._last_step + 1)
+        self._reducer.follow()
         self._update_stop_reason()
         self._prefix_is_stale = True  # it is built in the next step: the order of layers is seen in a forward pass
 

@@ -14,10 +14,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from grades_trl.distributed import local, reshard
+
 
 class WeightAverage:
     """
-    Averages all parameters that train when it is made, also those that freeze later.
+    Averages all parameters that train when it is made, also those that freeze later. Of a sharded model each process
+    averages its pieces.
 
     The average is float32 in CPU memory. The best one has the dtype of the weights, which is what it becomes; it is
     the average itself until the average moves on. So there are at most 8 bytes per trained parameter on the host: two
@@ -33,6 +36,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module):
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._model = model
         self._average: dict[str, Tensor] = {}
         self._best: dict[str, Tensor] = {}
         self.updates = 0
@@ -40,7 +44,7 @@ class WeightAverage:
     @property
     def host_bytes(self) -> int:
         """CPU memory that this takes at most, in bytes."""
-        return 8 * sum(p.numel() for p in self._parameters.values())
+        return 8 * sum(local(p.detach()).numel() for p in self._parameters.values())
 
     @torch.no_grad()
     def update(self) -> None:
@@ -49,7 +53,7 @@ class WeightAverage:
         share = 2 / (self.updates + 1)
         shared = self._best_is_average
         for name, parameter in self._parameters.items():
-            weight = parameter.detach().to("cpu", torch.float32)
+            weight = local(parameter.detach()).to("cpu", torch.float32)
             if name not in self._average:
                 self._average[name] = weight.clone()
             elif shared:  # the best one keeps the buffer
@@ -71,15 +75,17 @@ class WeightAverage:
     def in_model(self) -> Iterator[None]:
         """The model has its average inside, and its weights again, bit for bit, afterwards, whatever happens."""
         weights: dict[str, Tensor] = {}
+        reshard(self._model)
         try:
             with torch.no_grad():
                 for name, parameter in self._parameters.items():
-                    weights[name] = parameter.detach().to("cpu", copy=True)
-                    parameter.copy_(self._average[name])
+                    weights[name] = local(parameter.detach()).to("cpu", copy=True)
+                    local(parameter.detach()).copy_(self._average[name])
                     if parameter.dtype == torch.float32:  # they change places: no third buffer
                         weights[name] = self._average[name].copy_(weights[name])
             yield
         finally:
+            reshard(self._model)
             self._put_back(weights)
 
     @torch.no_grad()
@@ -87,9 +93,9 @@ class WeightAverage:
         try:
             while weights:
                 name, weight = next(iter(weights.items()))
-                parameter = self._parameters[name]
+                parameter = local(self._parameters[name].detach())
                 if weight is self._average[name]:
-                    average = parameter.detach().to("cpu", copy=True)
+                    average = parameter.to("cpu", copy=True)
                     parameter.copy_(weight)
                     weight.copy_(average)
                 else:
@@ -106,9 +112,10 @@ class WeightAverage:
     @torch.no_grad()
     def restore_best(self) -> None:
         """Gives the model its best average."""
+        reshard(self._model)
         try:
             for name, best in self._best.items():
-                self._parameters[name].copy_(best)
+                local(self._parameters[name].detach()).copy_(best)
         except KeyboardInterrupt:  # all of it, or none
             self.restore_best()
             raise

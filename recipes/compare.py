@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from grades_trl.config import CRITERION_SETTINGS, HELDOUT_SETTINGS
+from grades_trl.distributed import refuse_several_processes
 from grades_trl.extras import how_to_install, installed
 from grades_trl.recipe import comparison_page
 from grades_trl.recipe.bad_input import printable, run
@@ -59,6 +60,7 @@ LAST_LINES = 20  # of the log of a run that failed
 
 
 def main() -> None:
+    refuse_several_processes()
     args, recipe_flags = parse()
     output_dir = Path(args.output_dir)
     os.environ["WANDB_RUN_GROUP"] = output_dir.name

@@ -24,6 +24,7 @@ from trl import SFTTrainer
 
 import vlm.builtin
 import vlm.generation
+from grades_trl.distributed import refuse_several_processes
 from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import parse_scoring, scored_with
 from grades_trl.recipe.bad_input import printable, run
@@ -60,6 +61,7 @@ SHOWN = (
 
 
 def main() -> None:
+    refuse_several_processes()
     set_up_console()
     models, recipe, training, model_args, own = parse_scoring(__doc__, None, [EvaluationArguments], SHOWN.split())
     tasks = [task for word in own.tasks or [] for task in word.split(",") if task]

@@ -17,6 +17,7 @@ from pathlib import Path
 from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is used, must be imported before all else
 
 import vlm.builtin
+from grades_trl.distributed import refuse_several_processes
 from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import parse_scoring
 from grades_trl.recipe.bad_input import run
@@ -45,6 +46,7 @@ SHOWN = "export backend num_samples max_new_tokens dtype load_in_4bit trust_remo
 
 
 def main() -> None:
+    refuse_several_processes()
     set_up_console()
     models, recipe, training, model_args, own = parse_scoring(__doc__, None, [ExportArguments], SHOWN.split())
     if len(models) != 1:

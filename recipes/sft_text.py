@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 
 from grades_trl import GradESTrainer
+from grades_trl.distributed import is_main, main_first, others_end
 from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import configure_bema, configure_early_stopping, parse
 from grades_trl.recipe.bad_input import run
@@ -26,11 +27,11 @@ from grades_trl.recipe.console import format_start, set_up_console, show_progres
 from grades_trl.recipe.data import load_data, show_example, training_rows, warn_truncated_examples
 from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import answers, exact_match, format_samples
+from grades_trl.recipe.launch import set_up_run
 from grades_trl.recipe.models import check_model, load_model, make_trainable
 from grades_trl.recipe.plan import print_plan
 from grades_trl.recipe.record import record_arguments, samples_of
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
-from grades_trl.recipe.resume import set_up_resume
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
 from grades_trl.report.timing import RunClock
@@ -56,13 +57,14 @@ def main() -> None:
 
     # 1. Data: prompts and replies; only the reply is learned. One half of the held-out rows is used for decisions
     #    during training (validation), the other only for the scores at the end (test).
-    dataset = load_data(recipe, training, builtin.DATASETS)
+    with main_first():  # it downloads and prepares them for all processes
+        dataset = load_data(recipe, training, builtin.DATASETS)
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
 
     # From here on, something is written.
-    set_up_resume(recipe, training, model_args, grades)
+    set_up_run(recipe, training, model_args, grades)
     callbacks = [*early_stopping, *configure_bema(recipe, training)]
-    if "wandb" in training.report_to:
+    if "wandb" in training.report_to and is_main():
         training.run_name = tracking.start(training.output_dir, training.run_name)
 
     # 2. Model: from the hub, a folder or a GGUF file; without a name, the tiny one that is built here.
@@ -135,6 +137,9 @@ def main() -> None:
             after = ask(shown)
             samples = samples_of(shown, before, after)
             print(format_samples(shown, {"before": before, "after": after}))
+
+    if others_end():
+        return  # the main process goes on
 
     # 5. Save and show the results.
     save_results(trainer, clock, environment, results, recipe, model_args, choice, samples)

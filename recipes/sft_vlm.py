@@ -16,6 +16,7 @@ from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is 
 import torch
 from datasets import Dataset
 
+from grades_trl.distributed import is_main, main_first, others_end
 from grades_trl.extras import installed
 from grades_trl.recipe.arguments import configure_bema, configure_early_stopping, parse
 from grades_trl.recipe.bad_input import run
@@ -26,11 +27,11 @@ from grades_trl.recipe.console import format_start, set_up_console, show_progres
 from grades_trl.recipe.data import load_data, show_example, training_rows
 from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import exact_match, format_samples
+from grades_trl.recipe.launch import set_up_run
 from grades_trl.recipe.models import check_model, load_model, make_trainable
 from grades_trl.recipe.plan import print_plan
 from grades_trl.recipe.record import record_arguments, samples_of
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
-from grades_trl.recipe.resume import set_up_resume
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
 from grades_trl.report.timing import RunClock
@@ -54,13 +55,14 @@ def main() -> None:
 
     # 1. Data: images with prompts and replies; only the reply is learned. One half of the held-out rows is used for
     #    decisions during training (validation), the other only for the scores at the end (test).
-    dataset = load_data(recipe, training, builtin.DATASETS, vision=True)
+    with main_first():  # it downloads and prepares them for all processes
+        dataset = load_data(recipe, training, builtin.DATASETS, vision=True)
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
 
     # From here on, something is written.
-    set_up_resume(recipe, training, model_args, grades)
+    set_up_run(recipe, training, model_args, grades)
     callbacks = [*early_stopping, *configure_bema(recipe, training)]
-    if "wandb" in training.report_to:
+    if "wandb" in training.report_to and is_main():
         training.run_name = tracking.start(training.output_dir, training.run_name)
 
     # 2. Model: from the hub or a folder. Without a name, the tiny pretrained one that comes with this repository.
@@ -132,10 +134,13 @@ def main() -> None:
             after = ask(shown)
             samples = samples_of(shown, before, after)
             print(format_samples(shown, {"before": before, "after": after}))
-            if installed("matplotlib"):
+            if installed("matplotlib") and is_main():
                 sheet = Path(training.output_dir) / "samples.png"
                 save_samples(shown, before, after, sheet)
                 print(f"With their images: {sheet}")
+
+    if others_end():
+        return  # the main process goes on
 
     # 5. Save and show the results.
     save_results(trainer, clock, environment, results, recipe, model_args, choice, samples)

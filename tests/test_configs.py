@@ -16,7 +16,11 @@ from grades_trl.recipe.plan import plan_run
 from helpers import SMALL
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent.name != "accelerate"  # for `accelerate launch`
+)
 
 # Model -> tau full, tau LoRA; arXiv 2509.01842, its tables of hyperparameters.
 PUBLISHED = {

@@ -364,17 +364,6 @@ def test_with_a_loss_scaler_a_run_ends_although_no_gradient_is_left(tmp_path, te
     assert 1 < trainer.state.global_step < 12
 
 
-def test_several_gpus_in_one_process_are_refused(tmp_path, text):
-    """The Trainer would wrap the model in DataParallel, whose copies would all run the blocks of the first GPU."""
-    dataset, tokenizer = text
-    args = arguments(tmp_path)
-    args._n_gpu = 2
-    with pytest.raises(ValueError, match="GPUs are visible"):
-        GradESTrainer(
-            model=model_for(tokenizer), args=args, train_dataset=dataset["train"], processing_class=tokenizer
-        )
-
-
 def test_resuming_into_another_folder_takes_what_has_frozen_along(tmp_path, text):
     dataset, tokenizer = text
 

@@ -7,7 +7,8 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from grades_trl.recipe.generation import generate_greedily, prompt_text
+from grades_trl.distributed import is_main
+from grades_trl.recipe.generation import generate_greedily, merged, own_share, prompt_text
 
 from .builtin import blank as blank_images
 
@@ -22,7 +23,8 @@ def answers(
 ) -> list[str]:
     """Generates the model's answer to every example, greedily.
 
-    The model may be in the middle of its training: every module's train or eval mode is put back afterwards.
+    The model may be in the middle of its training: every module's train or eval mode is put back afterwards. Several
+    processes share the examples out, and all of them get all answers.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -71,5 +73,9 @@ def answers(
             return_tensors="pt",
         ).to(model.device, dtype=model.dtype)
 
-    starts = tqdm(range(0, len(dataset), batch_size), desc="answers", unit="batch", disable=None)
-    return generate_greedily(model, processor, map(inputs, starts), max_new_tokens)
+    starts = own_share(model, range(0, len(dataset), batch_size))
+    shown = tqdm(starts, desc="answers", unit="batch", disable=None if is_main() else True)
+    own = [row for start in starts for row in range(len(dataset))[start : start + batch_size]]
+    texts = generate_greedily(model, processor, map(inputs, shown), max_new_tokens)
+    found = merged(dict(zip(own, texts, strict=True)))
+    return [found[row] for row in range(len(dataset))]

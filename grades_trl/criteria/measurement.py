@@ -2,18 +2,20 @@
 made of.
 
 A matrix may consist of several tensors (the LoRA factors A and B): its value is the sum over all of them
-(arXiv 2509.01842, Eq. 3). Large tensors are sampled (see `metrics.py`).
+(arXiv 2509.01842, Eq. 3). Large tensors are sampled (see `metrics.py`). In several processes, all get the numbers of
+the main one, or the sums over their pieces.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grades_trl.distributed import from_main, gathered, is_sharded, local
 from grades_trl.model.matrices import WeightMatrix
 
 from . import kernels, metrics
@@ -40,6 +42,7 @@ class L1Measurement:
         self.remembered_at: dict[str, int] = {}
         self._previous: dict[str, list[Tensor]] = {}
         self._samples: dict[str, list[Sample | None]] = {}
+        self._is_sharded = is_sharded(p for matrix in matrices.values() for p in matrix.parameters)
 
     def gradients(self, live: Collection[str]) -> dict[str, list[Tensor]]:
         """The sampled gradients of all matrices that have one."""
@@ -52,7 +55,8 @@ class L1Measurement:
         return found
 
     def sampled(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What is measured of the tensors of a matrix: of large ones a sample."""
+        """What is measured of the tensors of a matrix: of large ones a sample, of sharded ones their piece here."""
+        tensors = [local(tensor) for tensor in tensors]
         if name not in self._samples:
             self._samples[name] = [
                 sample(t, self.sample_fraction, f"{name}/{i}") if self.sample_fraction < 1 else None
@@ -79,7 +83,8 @@ class L1Measurement:
             previous += self._previous[name] if name in in_one_pass else [None] * len(own)
         for name in apart:
             previous += self._previous[name]
-        rows = iter(l1_sums(tensors, previous, scale))
+        scales = [number for group in (normed, apart) for name in group for number in self._scales(name)]
+        rows = iter(l1_sums(tensors, previous, scale, lambda found, order: self._of_all(found, scales, order)))
         norms, changes = {}, {}
         for name, own in normed.items():
             pairs = [next(rows) for _ in own]
@@ -97,7 +102,9 @@ class L1Measurement:
             for name, own in tensors.items()
             for x, p in zip(own, self._previous[name], strict=True)
         ]
-        return Arriving(torch.stack([row.to(rows[0].device) for row in rows]) / scale)
+        scales = [number for name in tensors for number in self._scales(name)]
+        numbers = torch.stack([row.to(rows[0].device) for row in rows]) / scale
+        return Arriving(self._of_all(numbers, scales, range(len(rows))))
 
     def totals(self, names: Collection[str], numbers: Arriving) -> dict[str, float]:
         """The sum over each of these matrices, from one number for each of their tensors."""
@@ -106,9 +113,20 @@ class L1Measurement:
 
     def _total(self, name: str, sums: Sequence[float]) -> float:
         """The sum over the tensors of a matrix, each scaled up to all of its elements."""
-        return math.fsum(
-            number * (1.0 if s is None else s.scale) for number, s in zip(sums, self._samples[name], strict=True)
-        )
+        scales = [1.0] * len(sums) if self._is_sharded else self._scales(name)
+        return math.fsum(number * scale for number, scale in zip(sums, scales, strict=True))
+
+    def _scales(self, name: str) -> list[float]:
+        """All elements over those that are read, of each tensor of a matrix."""
+        return [1.0 if s is None else s.scale for s in self._samples[name]]
+
+    def _of_all(self, numbers: Tensor, scales: list[float], order: Sequence[int]) -> Tensor:
+        """The numbers of the main process; of sharded tensors the sums over all pieces, scaled up. `order` says which
+        of the tensors a number is of."""
+        if not self._is_sharded:
+            return from_main(numbers)
+        factors = torch.tensor([scales[i] for i in order], dtype=numbers.dtype, device=numbers.device)
+        return gathered(numbers * factors.view(-1, *[1] * (numbers.ndim - 1))).sum(0)
 
     def remember(self, step: int, name: str, tensors: Sequence[Tensor], scale: float) -> None:
         """Keeps `tensors / scale`: a sample as it is, for it is a copy already, and of whole tensors a copy, since
@@ -175,8 +193,16 @@ def is_measured(norm: float) -> bool:
     return 0.0 < norm < math.inf
 
 
-def l1_sums(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale: float) -> list[list[float]]:
-    """`[sum |x / scale|, sum |x / scale - p|]` of each tensor x, NaN without p, with one transfer to the host."""
+def l1_sums(
+    tensors: Sequence[Tensor],
+    previous: Sequence[Tensor | None],
+    scale: float,
+    of_all: Callable[[Tensor, list[int]], Tensor] = lambda rows, order: rows,
+) -> list[list[float]]:
+    """`[sum |x / scale|, sum |x / scale - p|]` of each tensor x, NaN without p, with one transfer to the host.
+
+    `of_all` makes numbers of all processes out of those of this one, (tensors, 2), in the order that it is given too.
+    """
     groups: dict[tuple[torch.device, bool], list[int]] = {}  # a model may lie on several devices
     for i, x in enumerate(tensors):
         groups.setdefault((x.device, x.device.type == FUSED_ON and x.dtype in kernels.DTYPES), []).append(i)
@@ -185,6 +211,7 @@ def l1_sums(tensors: Sequence[Tensor], previous: Sequence[Tensor | None], scale:
         measure = kernels.l1_sums if fused and kernels.available() else metrics.l1_sums
         tables.append(measure([tensors[i] for i in members], [previous[i] for i in members], scale))
     # The one wait for the device; the Trainer makes the same one next.
-    rows = torch.cat([table.to(tables[0].device) for table in tables]).tolist()
-    sums = dict(zip((i for members in groups.values() for i in members), rows, strict=True))
+    order = [i for members in groups.values() for i in members]
+    rows = of_all(torch.cat([table.to(tables[0].device) for table in tables]), order).tolist()
+    sums = dict(zip(order, rows, strict=True))
     return [sums[i] for i in range(len(tensors))]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grades_trl.distributed import gathered_objects
 from grades_trl.freezing.activation_cache import ActivationCache
 from grades_trl.freezing.batch_content import images_of
 from grades_trl.freezing.cache_use import CacheUse
@@ -164,7 +165,7 @@ class FrozenPrefix:
         layer, (stack, index) = self._units[path], self._layers[path]
         next_layer = f"{stack}.{index + 1}"
         feeds_live_layer = next_layer in self._layers and next_layer not in self._skipped
-        requires_grad = feeds_live_layer and _checkpoints_reentrantly(layer)
+        requires_grad = feeds_live_layer and checkpoints_reentrantly(layer)
         self._forwards[path] = vars(layer).get("forward")
         layer.forward = functools.partial(  # type: ignore[method-assign]
             _forward_without_backward, self, layer, path, self._forwards[path], requires_grad
@@ -207,6 +208,21 @@ class FrozenPrefix:
     def called(self) -> list[str]:
         """Paths of the layers and other modules that were called in this training pass, or the last."""
         return list(dict.fromkeys(self._order))
+
+    def share_calls(self, called: list[str]) -> list[str]:
+        """Takes in which modules the other processes have called, in which order: rows without images call no vision
+        tower. What freezes by it then freezes everywhere. All processes call it in the same step.
+
+        Args:
+            called (`list[str]`): of the last training pass of this process.
+
+        Returns:
+            `list[str]`: what any process has called in it.
+        """
+        shared = gathered_objects((list(self._orders), called))
+        self._orders = {order: None for orders, _ in shared for order in orders}
+        self._called.update(path for order in self._orders for path in order)
+        return list(dict.fromkeys(path for _, of_process in shared for path in of_process))
 
     def parameters_without_gradient(
         self, called: Iterable[str], unreached: Iterable[nn.Parameter]
@@ -409,8 +425,10 @@ def _upstream_of(tower: str) -> tuple[str, ...]:
     return ("vision", "audio", "projector") if tower == "projector" else (tower,)
 
 
-def _checkpoints_reentrantly(layer: nn.Module) -> bool:
-    """Reentrant checkpointing of the next layer gives no gradients at all unless its input requires one.
+def checkpoints_reentrantly(layer: nn.Module) -> bool:
+    """Whether a layer is checkpointed reentrantly.
+
+    Reentrant checkpointing of the next layer gives no gradients at all unless its input requires one.
 
     Only torch's own function can be asked. Unsloth's is always reentrant, also where its caller says
     `use_reentrant=False`; taking another one for reentrant costs the gradient of one input at most.

@@ -226,11 +226,20 @@ class TokenCounter:
         return {"sums": sums, "read": read, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sums, self.batches, self._examples = dict(state["sums"]), state["batches"], state["examples"]
+        """Goes on where another counter was."""
+        self._sums, self._examples, self.batches, self.read = {}, 0, 0, {}
+        self.add_state(state)
+
+    def add_state(self, state: dict[str, Any]) -> None:
+        """Adds what another counter has counted: that of another process."""
+        self.batches += state["batches"]
+        self._examples += state["examples"]
         self.experts_per_token = state["experts_per_token"]
-        self.read = {}
-        for stack, layers, n in state["read"]:
-            self.read.setdefault(stack, {})[layers] = n
+        for tower, count in state["sums"].items():
+            self._sums[tower] = self._sums.get(tower, 0) + count
+        for stack, layers, count in state["read"]:
+            of_stack = self.read.setdefault(stack, {})
+            of_stack[layers] = of_stack.get(layers, 0) + count
 
 
 def _language_inputs(inputs: dict[str, Any]) -> list[Tensor]:

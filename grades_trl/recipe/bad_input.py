@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dis
 import itertools
+import os
 import re
 import sys
 import traceback
@@ -85,7 +86,8 @@ def bad_input_ends_here() -> Iterator[None]:
         if debug:
             print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
         else:
-            print(f"Error: {_in_short(error)}", file=sys.stderr)
+            process = f"[process {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
+            print(f"{process}Error: {_in_short(error)}", file=sys.stderr)
             print(f"{FLAG} shows where it was found.", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
 

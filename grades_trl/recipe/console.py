@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Any
 
@@ -11,11 +12,13 @@ import transformers
 from tqdm import tqdm
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from grades_trl.distributed import is_main
 from grades_trl.recipe.bad_input import printable
 
 
 def set_up_console() -> None:
-    """Shows what `grades_trl` and `vlm` log, from INFO on, on stderr. Where that is no terminal there are no bars.
+    """Shows what `grades_trl` and `vlm` log, from INFO on, on stderr. Where that is no terminal there are no bars. Of
+    several processes only the main one shows anything, errors aside.
 
     Characters that the terminal does not have are replaced: a row in Japanese must not end a run on a Windows console.
     """
@@ -23,9 +26,11 @@ def set_up_console() -> None:
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     for name in ("grades_trl", "vlm"):
         logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.INFO if is_main() else logging.CRITICAL)
         logger.handlers = [_TqdmHandler()]
-    if not sys.stderr.isatty():  # a bar would fill the file with copies of itself
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if not (sys.stderr.isatty() and is_main()):  # a bar would fill a file with copies of itself
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
 
@@ -49,7 +54,8 @@ def show_progress(trainer: Any) -> None:
     """
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(_Progress(trainer))
+    if is_main():
+        trainer.add_callback(_Progress(trainer))
 
 
 class _Progress(ProgressCallback):

@@ -11,6 +11,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from grades_trl.distributed import gathered_objects, is_main, is_sharded, rank, world_size
 from grades_trl.recipe.bad_input import printable
 
 # Without temperature, top_p and top_k there are no warnings about sampling defaults.
@@ -58,7 +59,8 @@ def answers(
     Lets the model answer every prompt, greedily.
 
     The model may be in the middle of its training: every module's train or eval mode is put back afterwards, and the
-    key-value cache is used even where gradient checkpointing is on. Prompts of similar length share a batch.
+    key-value cache is used even where gradient checkpointing is on. Prompts of similar length share a batch. Several
+    processes share the prompts out, and all of them get all answers.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): or a PEFT model; the inputs move to its device.
@@ -81,6 +83,7 @@ def answers(
     read = [name for name in ("prompt", "tools", "chat_template_kwargs") if name in dataset.column_names]
     prompts = [prompt_text(tokenizer, row) for row in dataset.select_columns(read)]
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    starts = own_share(model, range(0, len(prompts), batch_size))
     batches = (
         # The template has written the special tokens already. Padding on the left, in this call alone: an answer has
         # to follow its prompt directly.
@@ -92,10 +95,21 @@ def answers(
             return_token_type_ids=False,
             return_tensors="pt",
         ).to(model.device)
-        for start in tqdm(range(0, len(prompts), batch_size), desc="answers", unit="batch", disable=None)
+        for start in tqdm(starts, desc="answers", unit="batch", disable=None if is_main() else True)
     )
-    found = dict(zip(longest_first, generate_greedily(model, tokenizer, batches, max_new_tokens), strict=True))
+    own = [i for start in starts for i in longest_first[start : start + batch_size]]
+    found = merged(dict(zip(own, generate_greedily(model, tokenizer, batches, max_new_tokens), strict=True)))
     return [found[i] for i in range(len(prompts))]
+
+
+def own_share(model: PreTrainedModel, starts: range) -> range:
+    """The batches that this process answers. Each pass of a sharded model takes all processes: all of them, then."""
+    return starts if is_sharded(model.parameters()) else starts[rank() :: world_size()]
+
+
+def merged(answers: dict[int, str]) -> dict[int, str]:
+    """Row -> answer, of all processes."""
+    return {row: answer for of_process in gathered_objects(answers) for row, answer in of_process.items()}
 
 
 def prompt_text(processor: PreTrainedTokenizerBase | ProcessorMixin, row: dict[str, Any]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from grades_trl.distributed import launch_command, launched_processes
+
 PACKAGE = Path(__file__).parents[1]
 # A wheel has recipes/, configs/ and vlm/ inside grades_trl; in a checkout they are beside it.
 IS_INSTALLED = (PACKAGE / "recipes").is_dir()
@@ -34,7 +36,8 @@ def find_config(name: str | Path) -> Path:
     configs = ROOT / "configs"
     file = configs / f"{str(name).removesuffix('.yaml')}.yaml"
     if not file.is_file():
-        names = sorted(path.relative_to(configs).with_suffix("").as_posix() for path in configs.rglob("*.yaml"))
+        files = [path for path in configs.rglob("*.yaml") if path.parent.name != "accelerate"]  # those are launchers'
+        names = sorted(path.relative_to(configs).with_suffix("").as_posix() for path in files)
         raise FileNotFoundError(f"--config {name}: no such file, and no config of that name among {', '.join(names)}.")
     return file
 
@@ -46,6 +49,8 @@ def recipe_name() -> str:
 
 def this_command() -> list[str]:
     """How the recipe that is running is started, without its flags."""
+    if launched_processes() > 1:
+        return launch_command(launched_processes())
     if IS_INSTALLED:
         return [COMMAND, next(name for name, file in RECIPES.items() if file == Path(sys.argv[0]).name)]
     return ["python", sys.argv[0]]

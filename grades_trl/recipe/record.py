@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import ModelConfig
 
+from grades_trl.distributed import is_main
 from grades_trl.recipe.arguments import RecipeArguments
 from grades_trl.recipe.generation import text_of
 from grades_trl.recipe.places import this_command
@@ -32,8 +33,9 @@ def record_arguments(trainer: Any, recipe: RecipeArguments, model_args: ModelCon
     arguments = resolved_arguments(trainer, recipe, model_args)
     output_dir = Path(trainer.args.output_dir)
     trainer.args.run_name = trainer.args.run_name or output_dir.name
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "arguments.json", {"command": command_line(), **arguments})
+    if is_main():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / "arguments.json", {"command": command_line(), **arguments})
     trainer.add_callback(_LogArguments(trainer, arguments))
 
 

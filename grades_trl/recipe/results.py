@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import ModelConfig
 
+from grades_trl.distributed import launched_processes
 from grades_trl.recipe.arguments import RecipeArguments, scored_with
 from grades_trl.recipe.bad_input import printable, training_begins
 from grades_trl.recipe.bema import BEMA
@@ -189,7 +190,7 @@ def next_commands(output_dir: Path, with_grades: bool) -> list[tuple[str, str]]:
     """What to run next, each with its purpose: a comparison with the baseline and other controls; the scores of the
     model again, beside those of the baseline if it is there."""
     commands = []
-    if with_grades:
+    if with_grades and launched_processes() == 1:  # compare.py trains in one, with another batch then
         of_one_run = ("output_dir", "seed", "grades", "run_name", "resume", "resume_from_checkpoint")
         _, flags = split_flags(public_argv()[1:], of_one_run)
         compare = [*command_of("compare"), "--recipe", recipe_name(), *flags]

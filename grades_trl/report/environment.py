@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from grades_trl.distributed import world_size
+
 # The libraries that the numbers of a run depend on. One that is not installed is left out of the record.
 LIBRARIES = (
     "grades-trl",
@@ -32,7 +34,8 @@ class Environment:
 
     Attributes:
         model (`str`): hub id of the model, the last two parts of its folder, or the name of its class.
-        device (`str`): the accelerator, or the processor with the number of threads that torch uses.
+        device (`str`): the accelerator, or the processor with the number of threads that torch uses; of several
+            processes, with their number ("2 x ...").
         versions (`dict[str, str]`): Python and the installed ones of `LIBRARIES` -> version.
     """
 
@@ -52,7 +55,8 @@ class Environment:
         if Path(name).is_absolute():  # where it lies is nobody else's business
             name = "/".join(Path(name).parts[-2:])
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        return cls(name or type(model).__name__, device_name(device), versions())
+        several = f"{world_size()} x " if world_size() > 1 else ""
+        return cls(name or type(model).__name__, several + device_name(device), versions())
 
 
 def device_name(device: torch.device | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The record of a run on disk: every freeze, and the metric of every matrix over the steps. Written by one process."""
+"""The record of a run on disk: every freeze, and the metric of every matrix over the steps."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class RunHistory:
     strings, `value` float32) and `gain.parquet` (`step` int32, `layer` dictionary of strings, `gain` float64).
 
     Args:
-        directory (`str` or `Path`): where the files go; made if missing.
+        directory (`str`, `Path` or `None`): where the files go; made if missing. `None` in a process that writes none.
         matrices (`dict[str, WeightMatrix]`): the tracked matrices by name, as in `GradES.matrices`.
         total_steps (`int`): optimizer steps in the full schedule.
         metric (`str`): name of the metric, for titles.
@@ -86,14 +86,14 @@ class RunHistory:
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str | Path | None,
         matrices: dict[str, WeightMatrix],
         total_steps: int,
         metric: str,
         grace_steps: int,
         resume_step: int = 0,
     ):
-        self.directory = Path(directory)
+        self.directory = None if directory is None else Path(directory)
         self.matrices = matrices
         self.total_steps = total_steps
         self.metric = metric
@@ -112,12 +112,19 @@ class RunHistory:
         self._last_step = np.zeros(len(matrices), np.int32)
         self._last_value = np.full(len(matrices), np.nan)
 
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._events_path = self.directory / "events.jsonl"
-        self._history_path = self.directory / "history.parquet"
-        self._gain_path = self.directory / "gain.parquet"
-        self._heldout_path = self.directory / "heldout.jsonl"
-        self._metrics_path = self.directory / "metrics.jsonl"
+        self.heldout: list[HeldoutPoint] = []
+        folder = self.directory or Path()
+        self._events_path = folder / "events.jsonl"
+        self._history_path = folder / "history.parquet"
+        self._gain_path = folder / "gain.parquet"
+        self._heldout_path = folder / "heldout.jsonl"
+        self._metrics_path = folder / "metrics.jsonl"
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._read(resume_step)
+
+    def _read(self, resume_step: int) -> None:
+        """Takes in what an earlier process has written up to a step, and takes all else out of the files."""
         for row in _kept_lines(self._events_path, resume_step):
             event = FreezeEvent(**row)
             self._check_known([event.matrix], self._events_path)
@@ -179,7 +186,7 @@ class RunHistory:
             self._check_known([event.matrix for event in events], "record()")
             for event in events:
                 self._note(event)
-            _append(self._events_path, [asdict(event) for event in events])
+            self._append(self._events_path, [asdict(event) for event in events])
 
     def record_heldout(self, metric: str, score: float) -> None:
         """Takes in a held-out measurement of the last recorded step; it is on disk when this returns.
@@ -189,7 +196,7 @@ class RunHistory:
             score (`float`): of the held-out rows.
         """
         self.heldout.append(HeldoutPoint(self.step, metric, score))
-        _append(self._heldout_path, [asdict(self.heldout[-1])])
+        self._append(self._heldout_path, [asdict(self.heldout[-1])])
 
     def record_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         """Appends what a trainer logs to `metrics.jsonl`, so that a run that reports to no logger keeps it.
@@ -198,7 +205,7 @@ class RunHistory:
             step (`int`): optimizer step.
             metrics (`dict[str, Any]`): by their keys, as `trainer.log` has them.
         """
-        _append(self._metrics_path, [{"step": step, **metrics}])
+        self._append(self._metrics_path, [{"step": step, **metrics}])
 
     def event_groups(self) -> list[EventGroup]:
         """The freezes of a run as people tell them: one entry per step, kind of event and reason, in order."""
@@ -248,6 +255,8 @@ class RunHistory:
     def flush(self) -> None:
         """Writes `history.parquet`, at most about 2,000 steps per matrix, and every matrix's last value; and
         `gain.parquet`, if the gain was measured."""
+        if self.directory is None:
+            return
         row_steps, table_of_values = self.sampled()
         rows, columns = np.nonzero(~np.isnan(table_of_values))
         values, steps, columns = table_of_values[rows, columns], row_steps[rows], columns.astype(np.int32)
@@ -308,6 +317,11 @@ class RunHistory:
         values = np.stack(self._rows) if self._rows else np.zeros((0, len(self.matrices)), np.float32)
         return np.array(self._row_steps, np.int64), values
 
+    def _append(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        if self.directory is not None:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(jsonable(row), allow_nan=False) + "\n" for row in rows)
+
     def _append_row(self, step: int, row: np.ndarray) -> None:
         self._rows.append(row)
         self._row_steps.append(step)
@@ -349,11 +363,6 @@ def _write(table: pa.Table, path: Path) -> None:
     partial = path.with_suffix(".partial")
     pq.write_table(table, partial)
     os.replace(partial, path)
-
-
-def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(jsonable(row), allow_nan=False) + "\n" for row in rows)
 
 
 def _kept_lines(path: Path, resume_step: int) -> list[dict[str, Any]]:

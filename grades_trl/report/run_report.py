@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from grades_trl.distributed import gathered_objects, is_main
 from grades_trl.events import FreezeEvent
 from grades_trl.extras import how_to_install, installed
 from grades_trl.model.flops import TokenCounter, forward_flops, read_flops, step_flops
@@ -47,7 +48,8 @@ class RunReport:
     Takes in what happens in a run and tells it: scalars while it trains, files and W&B at its end.
 
     Args:
-        directory (`str` or `Path`): where the files go; made if missing.
+        directory (`str`, `Path` or `None`): where the files go; made if missing. `None` in a process that writes none:
+            of several, the main one does.
         matrices (`dict[str, WeightMatrix]`): the tracked matrices by name.
         total_steps (`int`): optimizer steps in the full schedule.
         others (`Collection[WeightMatrix]`, *optional*): the weights of the layers that do not train.
@@ -64,7 +66,7 @@ class RunReport:
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str | Path | None,
         matrices: dict[str, WeightMatrix],
         total_steps: int,
         *,
@@ -78,7 +80,7 @@ class RunReport:
         resume_step: int = 0,
         tracker: Tracker | None = None,
     ):
-        self.directory = Path(directory)
+        self.directory = None if directory is None else Path(directory)
         self.clock = clock
         self._history = RunHistory(directory, matrices, total_steps, metric, grace_steps, resume_step)
         self._matrices = matrices
@@ -123,8 +125,19 @@ class RunReport:
         self._tokens.add_read(layers, {m.stack: m.tower for m in self._all_matrices})
 
     def tokens_per_batch(self) -> dict[str, float] | None:
-        """Tower -> mean tokens of a training micro-batch so far; `None` if none could be counted."""
-        return self._tokens.per_batch()
+        """Tower -> mean tokens of a training micro-batch so far, of all processes, which all call this; `None` if none
+        could be counted."""
+        return self._tokens_of_all().per_batch()
+
+    def add_up_tokens(self) -> None:
+        """Takes in the tokens of the other processes, which all call this: training is over."""
+        self._tokens = self._tokens_of_all()
+
+    def _tokens_of_all(self) -> TokenCounter:
+        total = TokenCounter()
+        for state in gathered_objects(self._tokens.state_dict()):
+            total.add_state(state)
+        return total
 
     @property
     def experts_per_token(self) -> float | None:
@@ -311,6 +324,8 @@ class RunReport:
         """Writes `history.parquet`, `gain.parquet`, `summary.json`, `timeline.png`, `gain.png` (if it was measured)
         and `report.html`, and the same to W&B. Without matplotlib there are no figures, and one line says so. Call it
         again after something was added to the summary."""
+        if self.directory is None:
+            return
         self.flush()
         write_json(self.directory / "summary.json", summary.to_json())
         png = gain = None
@@ -345,11 +360,12 @@ class RunReport:
     # ---- resuming ----
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able. The clock has a state of its own; freeze events and history are in their files."""
+        """JSON-able; of all processes, which all call this. The clock has a state of its own, and freeze events and
+        history are in their files."""
         return {
             "frozen": self._frozen,
             "states": self._states,
-            "tokens": self._tokens.state_dict(),
+            "tokens": self._tokens_of_all().state_dict(),
             "unlogged": self._unlogged,
             "heldout_scores": self._heldout_scores,
             "heldout_measurements": self._heldout_measurements,
@@ -362,7 +378,8 @@ class RunReport:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where the report of a checkpoint was."""
         self._frozen, self._states = list(state["frozen"]), list(state["states"])
-        self._tokens.load_state_dict(state["tokens"])
+        if is_main():  # it has those of all
+            self._tokens.load_state_dict(state["tokens"])
         self._unlogged, self._heldout_scores = dict(state["unlogged"]), dict(state["heldout_scores"])
         self._heldout_measurements = state["heldout_measurements"]
         self._heldout_passes = state["heldout_passes"]

@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from grades_trl.distributed import is_main
 from grades_trl.extras import how_to_install, installed
 from grades_trl.report.recipe_facts import Sample
 from grades_trl.report.strict_json import jsonable
@@ -136,11 +137,13 @@ class Tracker:
 
     @classmethod
     def of(cls, trainer: Any) -> Tracker:
-        """The loggers that a trainer reports to, of those known here.
+        """The loggers that a trainer reports to, of those known here; none in a process that is not the main one.
 
         Args:
             trainer: with `args` and `callback_handler`, as a `transformers.Trainer` has them.
         """
+        if not is_main():
+            return cls()
         report_to, loggers = trainer.args.report_to, list[Any]()
         if "wandb" in report_to:
             loggers.append(_Wandb())

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from grades_trl.config import GradESConfig
-from grades_trl.distributed import refuse_several_devices
+from grades_trl.distributed import ONE_PROCESS, refuse_unsupported
 from grades_trl.engine import GradES
 from grades_trl.model.flops import StepCosts
 
@@ -58,7 +58,13 @@ class GradESCallback(TrainerCallback):
         self._max_grad_norm: float | None = None  # what the user has set
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        refuse_several_devices(AcceleratorState(), args)
+        refuse_unsupported(AcceleratorState(), args)
+        kind = AcceleratorState().distributed_type.value
+        if kind != ONE_PROCESS:
+            raise ValueError(
+                f"GradESCallback runs in one process, and this run is {kind}: no callback sees what wraps the model, "
+                "which has to know what is frozen. Use GradESMixin, or leave the callback out."
+            )
         unfit = "deepspeed" if args.deepspeed else "torch_compile" if args.torch_compile else None
         if unfit is not None:
             raise ValueError(f"GradESCallback does not work with {unfit}: leave it out.")

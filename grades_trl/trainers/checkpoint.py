@@ -14,19 +14,29 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 STATE_JSON, STATE_TENSORS = "grades_state.json", "grades_state.safetensors"
 
 
-def save_state(folder: str | Path, state: dict[str, Any]) -> None:
-    """Writes a state with its `"tensors"` apart: JSON and safetensors."""
+def save_state(folder: str | Path, state: dict[str, Any], rank: int = 0, shards: int = 1) -> None:
+    """Writes a state with its `"tensors"` apart: JSON and safetensors. Of a sharded model each of `shards` processes
+    writes the tensors that it has."""
     tensors = {name: tensor.contiguous() for name, tensor in state["tensors"].items()}
-    save_file(tensors, Path(folder) / STATE_TENSORS)
-    values = {name: value for name, value in state.items() if name != "tensors"}
+    Path(folder).mkdir(exist_ok=True)
+    save_file(tensors, tensors_file(folder, rank))
+    if rank:
+        return
+    values = {name: value for name, value in state.items() if name != "tensors"} | {"shards": shards}
     (Path(folder) / STATE_JSON).write_text(json.dumps(values, allow_nan=False), "utf-8")
 
 
-def load_state(folder: str | Path) -> dict[str, Any]:
+def tensors_file(folder: str | Path, rank: int) -> Path:
+    """Where the tensors of a process are."""
+    name = Path(STATE_TENSORS)
+    return Path(folder) / (name.with_stem(f"{name.stem}_{rank}") if rank else name)
+
+
+def load_state(folder: str | Path, rank: int = 0, shards: int = 1) -> dict[str, Any]:
     """What `save_state` has written.
 
     Raises:
-        ValueError: the checkpoint was written without GradES.
+        ValueError: the checkpoint was written without GradES, or with the model in other pieces.
     """
     path = Path(folder) / STATE_JSON
     if not path.exists():
@@ -35,7 +45,14 @@ def load_state(folder: str | Path) -> dict[str, Any]:
             "GradES, start a new run from its weights (model_name_or_path); to go on without, pass grades=None "
             "(--grades false)."
         )
-    return json.loads(path.read_text("utf-8")) | {"tensors": load_file(Path(folder) / STATE_TENSORS)}
+    values = json.loads(path.read_text("utf-8"))
+    written = values.pop("shards")
+    if written != shards:
+        raise ValueError(
+            f"{folder} was written with the model in {written} piece{'s' if written > 1 else ''}, and this run has it "
+            f"in {shards}: resume with FSDP, or without, and with as many processes as before."
+        )
+    return values | {"tensors": load_file(tensors_file(folder, rank))}
 
 
 def load_renamed_weights(model: Any, checkpoint: str | Path) -> None:

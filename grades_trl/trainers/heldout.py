@@ -16,6 +16,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from grades_trl.distributed import gathered, rank, world_size
+
 IGNORED = -100  # label of a token that is not learned
 
 
@@ -50,7 +52,8 @@ class HeldoutAnswers:
 
 class HeldoutRows:
     """
-    Always the same held-out rows, and their score at the weights that the model has. Forward passes only.
+    Always the same held-out rows, and their score at the weights that the model has. Forward passes only. Several
+    processes share the rows out, and all of them get the score.
 
     For language models the loss is the mean negative log-likelihood per learned token (nats), whatever the training
     loss is; it does not depend on how rows are batched. For other models it is the trainer's own loss, averaged over
@@ -117,7 +120,7 @@ class HeldoutRows:
         model.eval()
         try:
             with torch.no_grad(), nothing_random_moves(), self._no_metrics_logged():
-                loss, accuracy = self._scores_of(self.rows)
+                loss, accuracy = self._scores()
                 if not math.isfinite(loss) and not self._has_been_finite:
                     self._blame_a_row()
         finally:
@@ -126,19 +129,27 @@ class HeldoutRows:
         self._has_been_finite = self._has_been_finite or math.isfinite(loss)
         return (accuracy, loss) if self._metric == "token_accuracy" else loss
 
-    def _scores_of(self, rows: list[int]) -> tuple[float, float]:
-        """Loss and token accuracy; the accuracy is 0 where it is not asked for."""
+    def _scores(self) -> tuple[float, float]:
+        """Loss and token accuracy of all rows; the accuracy is 0 where it is not asked for."""
         size = self._trainer._train_batch_size  # smaller than its argument after auto_find_batch_size
-        total: Any = 0.0
-        right: Any = 0
-        weight: Any = 0
-        for start in range(0, len(rows), size):
-            batch = self._trainer.data_collator([self._dataset[row] for row in rows[start : start + size]])
-            inputs = self._trainer._prepare_inputs(copy.copy(batch))
-            with self._trainer.compute_loss_context_manager():
-                loss, correct, count = self._sums_and_count(inputs, len(rows[start : start + size]))
-            total, right, weight = total + loss, right + correct, weight + count
-        return float(total / weight), float(right / weight)
+        batches = [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
+        own = batches[rank() :: world_size()]
+        sums = torch.zeros(3, device=self._trainer.args.device)
+        for batch in own:
+            sums += self._sums_of(batch)
+        if len(own) < math.ceil(len(batches) / world_size()):
+            self._sums_of(batches[0])  # some trainers gather metrics in each of their passes: as many everywhere
+        total, right, weight = gathered(sums).sum(0).tolist()
+        return total / weight, right / weight
+
+    def _sums_of(self, rows: list[int]) -> Tensor:
+        """Of a batch: the sum of its losses, its correct tokens, and of how many tokens or rows these are."""
+        batch = self._trainer.data_collator([self._dataset[row] for row in rows])
+        inputs = self._trainer._prepare_inputs(copy.copy(batch))
+        with self._trainer.compute_loss_context_manager():
+            numbers = self._sums_and_count(inputs, len(rows))
+        device = self._trainer.args.device
+        return torch.stack([torch.as_tensor(number, dtype=torch.float32, device=device) for number in numbers])
 
     def _sums_and_count(self, inputs: dict[str, Any], rows: int) -> tuple[Tensor, Any, Any]:
         """The sum of the losses of a batch, its correct tokens, and of how many tokens or rows these are."""
@@ -180,7 +191,10 @@ class HeldoutRows:
         return ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
 
     def _blame_a_row(self) -> None:
-        losses = {row: self._scores_of([row])[0] for row in self.rows}
+        losses = {}
+        for row in self.rows:  # each process looks at all of them
+            total, _, count = self._sums_of([row]).tolist()
+            losses[row] = total / count
         bad = [row for row, loss in losses.items() if not math.isfinite(loss)]
         if bad and len(bad) < len(losses):  # of all rows it is the model, not the rows
             raise ValueError(

@@ -18,8 +18,18 @@ from transformers.integrations.neftune import deactivate_neftune
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput, has_length
 
 from grades_trl.config import GradESConfig
-from grades_trl.distributed import refuse_several_devices
+from grades_trl.distributed import (
+    gathered,
+    is_main,
+    is_sharded,
+    rank,
+    refuse_reentrant_checkpointing,
+    refuse_unsupported,
+    world_size,
+    wrapper_of,
+)
 from grades_trl.engine import GradES, tracked_in
+from grades_trl.freezing.frozen_prefix import checkpoints_reentrantly
 from grades_trl.model.flops import StepCosts
 from grades_trl.model.matrices import describe, untracked_parameters
 from grades_trl.report.environment import Environment
@@ -72,7 +82,7 @@ class GradESMixin(_Trainer):
     Raises:
         TypeError: `grades` is no `GradESConfig`.
         ValueError: the model has nothing to track, or a tau or schedule does not fit it; held-out rows are needed and
-            missing; several processes or GPUs, DeepSpeed or FSDP.
+            missing; DeepSpeed, FSDP, or several GPUs in one process.
     """
 
     def __init__(
@@ -99,7 +109,9 @@ class GradESMixin(_Trainer):
         self._resumed: dict[str, Any] | None = None  # a checkpoint's state, until the report has taken its part
         if grades is None:
             return
-        refuse_several_devices(self.accelerator, self.args)
+        refuse_unsupported(self.accelerator, self.args)
+        if not is_main():
+            logging.getLogger("grades_trl").setLevel(logging.CRITICAL)
         self.tracked = tracked_in(self.model, grades)
         if grades.needs_heldout_rows:
             if self.eval_dataset is None:
@@ -159,7 +171,10 @@ class GradESMixin(_Trainer):
             config, score = self._plan_heldout(config)
         epoch = self._epoch()
         comes_back = epoch is not None and self.state.max_steps > epoch[1]
-        cache_bytes = psutil.virtual_memory().available // 10 if comes_back else 0
+        # In several processes, most rows of an epoch come back in another one than before.
+        cache_bytes = psutil.virtual_memory().available // 10 if comes_back and world_size() == 1 else 0
+        ddp = wrapper_of(self.model_wrapped)
+        refuse_reentrant_checkpointing(ddp, any(checkpoints_reentrantly(module) for module in self.model.modules()))
         self.grades = GradES(
             self.model,
             config,
@@ -169,6 +184,7 @@ class GradESMixin(_Trainer):
             cache_bytes,
             epoch,
             knows_train_accuracy=self._computes_train_accuracy,
+            ddp=ddp,
         )
         self._say_when_it_ends()
         prefix = self.grades.prefix
@@ -176,6 +192,8 @@ class GradESMixin(_Trainer):
             prefix.compiled, prefix.cache, prefix.encoder_cache = True, None, None
             if config.activation_cache_mib or config.encoder_cache_dir:
                 logger.warning("With torch_compile, no outputs of frozen layers are cached.")
+        if is_sharded(self.model.parameters()) and (config.activation_cache_mib or config.encoder_cache_dir):
+            logger.warning("With FSDP, no outputs of frozen layers are cached.")
         text_config = self.model.config.get_text_config() if hasattr(self.model, "config") else None
         self._divergence = Divergence(getattr(text_config, "vocab_size", None))
         if self.grades.average is not None and self.grades.average.host_bytes > 2**30:
@@ -194,7 +212,7 @@ class GradESMixin(_Trainer):
 
     @property
     def _rows_per_step(self) -> int:
-        return self._train_batch_size * self.args.gradient_accumulation_steps
+        return self._train_batch_size * self.args.gradient_accumulation_steps * world_size()
 
     def _has_heldout_rows(self) -> bool:
         dataset = first_dataset(self.eval_dataset)
@@ -262,7 +280,7 @@ class GradESMixin(_Trainer):
         if self.grades.done or self.state.global_step >= self.state.max_steps:
             raise _AlreadyFinished
         self.report = RunReport(
-            Path(self.args.output_dir) / "grades",
+            Path(self.args.output_dir) / "grades" if is_main() else None,
             self.grades.matrices,
             self.state.max_steps,
             others=self.grades.others,
@@ -366,7 +384,7 @@ class GradESMixin(_Trainer):
         with self._clock.overhead():
             scale = scaler.get_scale() if scaler is not None else 1.0
             events = self.grades.step(step, grad_scale=scale, train_accuracy=self._train_accuracy())
-        self._divergence.update(step, loss.item())  # the Trainer waits for it next
+        self._divergence.update(step, gathered(loss.detach().float()).mean().item())  # the Trainer waits for it next
         if scaler is not None and self.grades.done and all(p.grad is None for p in self.model.parameters()):
             # A scaler refuses to step an optimizer when no tensor has a gradient: the run ends without that step.
             self.accelerator.gradient_state._set_sync_gradients(False)
@@ -387,18 +405,26 @@ class GradESMixin(_Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.grades is not None:
             own: dict[str, Any] = {"clock": self._clock, "report": self.report, "divergence": self._divergence}
-            save_state(output_dir, self.grades.state_dict() | {name: it.state_dict() for name, it in own.items()})
+            state = self.grades.state_dict() | {name: it.state_dict() for name, it in own.items()}
+            if is_main() or is_sharded(self.model.parameters()):
+                save_state(output_dir, state, *self._shard)
             self.report.flush()  # a run that is killed is resumed with its history
+
+    @property
+    def _shard(self) -> tuple[int, int]:
+        """Which piece of the model this process has, and how many there are."""
+        return (rank(), world_size()) if is_sharded(self.model.parameters()) else (0, 1)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.grades_config is not None and checkpoint is not None:
-            self._resumed = load_state(checkpoint)
+            self._resumed = load_state(checkpoint, *self._shard)
             self._start_grades()
             self.grades.load_state_dict(self._resumed)
             self._divergence.load_state_dict(self._resumed["divergence"])
             self._clock.load_state_dict(self._resumed["clock"])
             before, here = Path(checkpoint).parent / "grades", Path(self.args.output_dir) / "grades"
-            if before.is_dir() and not here.exists():  # resumed into another folder: what happened so far comes along
+            # Resumed into another folder: what happened so far comes along.
+            if is_main() and before.is_dir() and not here.exists():
                 shutil.copytree(before, here)
         super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -406,6 +432,8 @@ class GradESMixin(_Trainer):
         # PEFT brings bf16 adapters of a quantized model back as float32, which would drift from the original run.
         dtypes = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
         super()._load_from_checkpoint(checkpoint, *args, **kwargs)
+        if is_sharded(self.model.parameters()):
+            return
         load_renamed_weights(self.model, checkpoint)
         if self.grades_config is not None:
             for name, parameter in self.model.named_parameters():
@@ -427,6 +455,7 @@ class GradESMixin(_Trainer):
 
     def _write_report(self) -> None:
         """The run is over and its model safe: whatever fails here is said, and costs no more than the report."""
+        self.report.add_up_tokens()
         try:
             self.grades_summary = self.report.summarize(self._outcome())
             self.report.write(self.grades_summary)
