@@ -378,6 +378,7 @@ def configure_early_stopping(recipe: RecipeArguments, training: SFTConfig) -> li
     training.save_steps = training.eval_steps
     training.save_total_limit = 1
     training.load_best_model_at_end = True
+    training.restore_callback_states_from_checkpoint = True  # how many evaluations it has waited
     training.metric_for_best_model, training.greater_is_better = "eval_loss", False
     return [EarlyStoppingCallback(recipe.early_stopping_patience, EARLY_STOPPING_THRESHOLD)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,30 +13,66 @@ from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 STATE_JSON, STATE_TENSORS = "grades_state.json", "grades_state.safetensors"
+# Of the state. To be raised when an older library could not go on from it, or would go on with other weights.
+VERSION = 1
 
 
 def save_state(folder: str | Path, state: dict[str, Any]) -> None:
-    """Writes a state with its `"tensors"` apart: JSON and safetensors."""
+    """Writes a state with its `"tensors"` apart: JSON and safetensors, with a version and checksums of both."""
     tensors = {name: tensor.contiguous() for name, tensor in state["tensors"].items()}
     save_file(tensors, Path(folder) / STATE_TENSORS)
     values = {name: value for name, value in state.items() if name != "tensors"}
-    (Path(folder) / STATE_JSON).write_text(json.dumps(values, allow_nan=False), "utf-8")
+    record = {
+        "version": VERSION,
+        "sha256": {STATE_JSON: _sha256_of(values), STATE_TENSORS: _sha256(Path(folder) / STATE_TENSORS)},
+        "state": values,
+    }
+    (Path(folder) / STATE_JSON).write_text(json.dumps(record, allow_nan=False), "utf-8")
 
 
 def load_state(folder: str | Path) -> dict[str, Any]:
     """What `save_state` has written.
 
     Raises:
-        ValueError: the checkpoint was written without GradES.
+        ValueError: the checkpoint was written without GradES, or by a newer version of it; a file is no state of
+            GradES, or not what was written.
     """
-    path = Path(folder) / STATE_JSON
+    path, tensors = Path(folder) / STATE_JSON, Path(folder) / STATE_TENSORS
     if not path.exists():
         raise ValueError(
             f"{folder} has no {STATE_JSON}: it was written without GradES or with save_only_model. To go on with "
             "GradES, start a new run from its weights (model_name_or_path); to go on without, pass grades=None "
             "(--grades false)."
         )
-    return json.loads(path.read_text("utf-8")) | {"tensors": load_file(Path(folder) / STATE_TENSORS)}
+    delete = f"Delete {folder}, and resume from the checkpoint before it (--resume auto takes it)."
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is no JSON ({error}). {delete}") from error
+    if not isinstance(record, dict) or type(record.get("version")) is not int:
+        raise ValueError(f"{path} is no state of GradES: it has no version. {delete}")
+    if record["version"] > VERSION:
+        raise ValueError(
+            f"{path} was written by a newer version of grades_trl: its state has version {record['version']}, and "
+            f"this one reads {VERSION}. Update grades_trl."
+        )
+    if not tensors.exists():
+        raise ValueError(f"{tensors} is missing. {delete}")
+    sums = record.get("sha256", {})
+    for file, found in ((path, _sha256_of(record.get("state"))), (tensors, _sha256(tensors))):
+        if sums.get(file.name) != found:
+            raise ValueError(f"{file} is damaged, or of another checkpoint: its checksum is wrong. {delete}")
+    return record["state"] | {"tensors": load_file(tensors)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of(values: Any) -> str:
+    """Of JSON-able values: the same before they are written and after they are read."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def load_renamed_weights(model: Any, checkpoint: str | Path) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -23,8 +22,9 @@ from grades_trl.engine import GradES, tracked_in
 from grades_trl.model.flops import StepCosts
 from grades_trl.model.matrices import describe, untracked_parameters
 from grades_trl.report.environment import Environment
+from grades_trl.report.history import restore_record
 from grades_trl.report.run_report import RunReport
-from grades_trl.report.summary import CacheSummary, Outcome, RunSummary, format_ending, stop_reason
+from grades_trl.report.summary import INTERRUPTED, CacheSummary, Outcome, RunSummary, format_ending, stop_reason
 from grades_trl.report.timing import RunClock
 from grades_trl.report.tracking import GroupedWandbCallback, Tracker
 from grades_trl.stopping.heldout import name_of, plan
@@ -33,11 +33,7 @@ from .binding import is_sft_trainer, on_sft_trainer, refuse_stale_base
 from .checkpoint import load_renamed_weights, load_state, save_state
 from .divergence import Divergence
 from .heldout import HeldoutAnswers, HeldoutRows, first_dataset, heldout_dataset, nothing_random_moves
-
-if TYPE_CHECKING:
-    from typing import Any as _Trainer  # a mixin: what it stands on is known when it is mixed
-else:
-    _Trainer = object
+from .whole_checkpoint import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +50,7 @@ PAPER = {
 }
 
 
-class GradESMixin(_Trainer):
+class GradESMixin(WholeCheckpoints):
     """
     Puts GradES into a trainer: `class MyTrainer(GradESMixin, SFTTrainer)`.
 
@@ -68,6 +64,7 @@ class GradESMixin(_Trainer):
         grades (`GradES` or `None`): the engine, from the beginning of `train()` on.
         grades_summary (`RunSummary` or `None`): what `summary.json` holds, after `train()`.
         diverged_at (`int` or `None`): the first optimizer step of a divergence that has ended the run.
+        interrupted (`bool`): a signal has ended the run; set by who handles signals.
 
     Raises:
         TypeError: `grades` is no `GradESConfig`.
@@ -96,6 +93,7 @@ class GradESMixin(_Trainer):
         self.grades: Any = None
         self.grades_summary: RunSummary | None = None
         self.diverged_at: int | None = None
+        self.interrupted = False
         self._resumed: dict[str, Any] | None = None  # a checkpoint's state, until the report has taken its part
         if grades is None:
             return
@@ -131,22 +129,32 @@ class GradESMixin(_Trainer):
     # ---- the run ----
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        if self.grades_config is None:
-            return super().train(*args, **kwargs)
-        self.grades_summary, self.diverged_at = None, None
+        self.grades_summary, self.diverged_at, self.interrupted = None, None, False
         try:
             output = super().train(*args, **kwargs)
-        except _AlreadyFinished:
-            logger.warning("This run has already finished: the model is that of its last checkpoint.")
-            if self.neftune_noise_alpha is not None:
-                deactivate_neftune(self.model, self.neftune_hook_handle, self.accelerator)
-            self.is_in_train = False
-            return TrainOutput(self.state.global_step, float("nan"), {})
+        except NothingLeftToTrain:
+            output = self._complete()
         finally:
             if self.grades is not None:
                 self.grades.close()
-        self._write_report()
+        if self.grades is not None:
+            self._write_report()
         return output
+
+    def _complete(self) -> TrainOutput:
+        """What the Trainer does after the last step, for a run that ended there and got no further."""
+        logger.warning("This run has already finished: the model is that of its last checkpoint.")
+        if self.grades is not None:
+            self._restore_best_average()
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        control: Any = self.control
+        control.should_training_stop = True
+        self.callback_handler.on_train_end(self.args, self.state, control)
+        if self.neftune_noise_alpha is not None:
+            deactivate_neftune(self.model, self.neftune_hook_handle, self.accelerator)
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, float("nan"), {})
 
     def _start_grades(self) -> None:
         """Called when the optimizer exists, before a checkpoint's optimizer state is loaded."""
@@ -259,8 +267,6 @@ class GradESMixin(_Trainer):
     def _begin_training(self) -> None:
         if self.state.global_step == 0 or self.grades is None:
             self._start_grades()
-        if self.grades.done or self.state.global_step >= self.state.max_steps:
-            raise _AlreadyFinished
         self.report = RunReport(
             Path(self.args.output_dir) / "grades",
             self.grades.matrices,
@@ -279,6 +285,8 @@ class GradESMixin(_Trainer):
         if self._resumed is not None:
             self.report.load_state_dict(self._resumed["report"])
             self._resumed = None
+        if self.grades.done or self.state.global_step >= self.state.max_steps:
+            raise NothingLeftToTrain
 
     def _step_costs(self) -> StepCosts:
         return dataclasses.replace(
@@ -388,7 +396,7 @@ class GradESMixin(_Trainer):
         if self.grades is not None:
             own: dict[str, Any] = {"clock": self._clock, "report": self.report, "divergence": self._divergence}
             save_state(output_dir, self.grades.state_dict() | {name: it.state_dict() for name, it in own.items()})
-            self.report.flush()  # a run that is killed is resumed with its history
+            self.report.save(Path(output_dir) / "grades")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.grades_config is not None and checkpoint is not None:
@@ -397,9 +405,7 @@ class GradESMixin(_Trainer):
             self.grades.load_state_dict(self._resumed)
             self._divergence.load_state_dict(self._resumed["divergence"])
             self._clock.load_state_dict(self._resumed["clock"])
-            before, here = Path(checkpoint).parent / "grades", Path(self.args.output_dir) / "grades"
-            if before.is_dir() and not here.exists():  # resumed into another folder: what happened so far comes along
-                shutil.copytree(before, here)
+            restore_record(Path(checkpoint) / "grades", Path(self.args.output_dir) / "grades")
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
@@ -441,6 +447,8 @@ class GradESMixin(_Trainer):
         else:
             weights = "best average" if grades.restored_best else "last"
         own_reason = "diverged" if self.diverged_at is not None else grades.stop_reason
+        if self.interrupted:
+            own_reason = INTERRUPTED
         heldout = grades.heldout
         return Outcome(
             frozen=dict(grades.frozen),
@@ -462,8 +470,8 @@ class GradESMixin(_Trainer):
         )
 
 
-class _AlreadyFinished(Exception):
-    """The checkpoint that is resumed is that of a finished run."""
+class NothingLeftToTrain(Exception):
+    """The checkpoint that is resumed is that of the last step. Raised by a callback when training begins."""
 
 
 class _GradESCallback(TrainerCallback):
