@@ -69,7 +69,10 @@ class _EndFinishedRun(TrainerCallback):
             and callback.early_stopping_patience_counter >= callback.early_stopping_patience
             for callback in self._trainer.callback_handler.callbacks
         )
-        if stopped or state.global_step >= state.max_steps:
+        self._trainer.nothing_left |= stopped or state.global_step >= state.max_steps
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self._trainer.nothing_left:
             raise NothingLeftToTrain
 
 

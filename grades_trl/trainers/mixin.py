@@ -65,6 +65,8 @@ class GradESMixin(WholeCheckpoints):
         grades_summary (`RunSummary` or `None`): what `summary.json` holds, after `train()`.
         diverged_at (`int` or `None`): the first optimizer step of a divergence that has ended the run.
         interrupted (`bool`): a signal has ended the run; set by who handles signals.
+        nothing_left (`bool`): the checkpoint that is resumed is that of the last step; a callback may set it when
+            training begins.
 
     Raises:
         TypeError: `grades` is no `GradESConfig`.
@@ -93,7 +95,7 @@ class GradESMixin(WholeCheckpoints):
         self.grades: Any = None
         self.grades_summary: RunSummary | None = None
         self.diverged_at: int | None = None
-        self.interrupted = False
+        self.interrupted = self.nothing_left = False
         self._resumed: dict[str, Any] | None = None  # a checkpoint's state, until the report has taken its part
         if grades is None:
             return
@@ -129,7 +131,8 @@ class GradESMixin(WholeCheckpoints):
     # ---- the run ----
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self.grades_summary, self.diverged_at, self.interrupted = None, None, False
+        self.grades_summary, self.diverged_at = None, None
+        self.interrupted = self.nothing_left = False
         try:
             output = super().train(*args, **kwargs)
         except NothingLeftToTrain:
@@ -285,8 +288,7 @@ class GradESMixin(WholeCheckpoints):
         if self._resumed is not None:
             self.report.load_state_dict(self._resumed["report"])
             self._resumed = None
-        if self.grades.done or self.state.global_step >= self.state.max_steps:
-            raise NothingLeftToTrain
+        self.nothing_left |= self.grades.done or self.state.global_step >= self.state.max_steps
 
     def _step_costs(self) -> StepCosts:
         return dataclasses.replace(
@@ -327,6 +329,8 @@ class GradESMixin(WholeCheckpoints):
             self.grades.restore_best_average()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self.nothing_left:
+            raise NothingLeftToTrain
         # Before the callbacks' on_train_end, some of which save the model.
         if self.grades is not None:
             self._restore_best_average()
@@ -471,7 +475,7 @@ class GradESMixin(WholeCheckpoints):
 
 
 class NothingLeftToTrain(Exception):
-    """The checkpoint that is resumed is that of the last step. Raised by a callback when training begins."""
+    """There is no step to run, see `GradESMixin.nothing_left`. Raised when all callbacks have seen training begin."""
 
 
 class _GradESCallback(TrainerCallback):
@@ -482,6 +486,10 @@ class _GradESCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._begin_training()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.nothing_left:
+            raise NothingLeftToTrain
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._end_step(control)
