@@ -43,7 +43,7 @@ SCHEDULE = '{"*layers.0.*":5,"*layers.1.*":11}'
 SETUPS = {
     "text_gain": f"{TEXT} --metric gain --stopping heldout {EVERY}",
     "text_grad_change": f"{TEXT} --metric grad_change {TAU} --alpha 0.3 --stopping all_frozen",
-    "text_grad_norm": f"{TEXT} --metric grad_norm {TAU} --alpha 0.2 --stopping end_of_schedule {EVERY}",
+    "text_grad_norm": f"{TEXT} --metric grad_norm {TAU} --stopping end_of_schedule --keep best_average {EVERY}",
     "text_weight_change": f"{TEXT} --metric weight_change {TAU} --alpha 0.3 --stopping heldout {EVERY}",
     "text_schedule": f"{TEXT} --metric schedule --schedule {SCHEDULE} --stopping end_of_schedule",
     "text_none": f"{TEXT} --metric none --stopping train_accuracy --keep last --gradient_accumulation_steps 2",
@@ -52,7 +52,7 @@ SETUPS = {
     "text_lora_gain": f"{TEXT} {LORA} --model_name_or_path MODEL --metric gain --stopping heldout {EVERY}",
     "vlm": f"{VLM} --metric gain --stopping heldout {EVERY}",
     "vlm_lora": f"{VLM} {LORA} --metric grad_change {TAU} --alpha 0.3 --stopping all_frozen",
-    "unsloth": f"{TEXT} {LORA} --backend unsloth --model_name_or_path MODEL --metric grad_norm {TAU} --alpha 0.2 {EVERY}",
+    "unsloth": f"{TEXT} {LORA} --backend unsloth --model_name_or_path MODEL --metric grad_norm {TAU} {EVERY}",
 }
 RECORD = ("events.jsonl", "heldout.jsonl", "history.parquet", "gain.parquet")
 
