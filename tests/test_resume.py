@@ -14,7 +14,7 @@ from trl import SFTTrainer
 from grades_trl import GradESConfig, GradESTrainer
 from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import parse
-from grades_trl.recipe.resume import ARGUMENTS, set_up_resume
+from grades_trl.recipe.resume import ARGUMENTS, mark_finished, set_up_resume
 from grades_trl.trainers import mixin, whole_checkpoint
 from grades_trl.trainers.checkpoint import load_state
 from grades_trl.trainers.whole_checkpoint import MANIFEST, SAVING, newest_whole, what_is_wrong
@@ -292,11 +292,40 @@ def test_a_folder_of_another_run_is_refused(run, flags, said):
     assert (run / ARGUMENTS).read_text() != before
 
 
+def test_a_checkpoint_of_another_folder_is_not_taken_into_one_with_a_run(run, tmp_path):
+    first = tmp_path / "first"
+    resumed(first)
+    shutil.copytree(run / "checkpoint-1", first / "checkpoint-1")
+    checkpoint = str(run / "checkpoint-2")
+    with pytest.raises(ValueError, match="first holds another run: learning_rate"):
+        resumed(first, "--resume", checkpoint, "--learning_rate", "1")
+    assert resumed(tmp_path / "second", "--resume", checkpoint, "--learning_rate", "1") == checkpoint
+
+
+def test_a_finished_run_is_not_run_again_and_a_new_one_in_its_folder_is(tmp_path, capsys):
+    def start(*flags):
+        words = ["--model_name_or_path", "model", "--report_to", "none", "--output_dir", str(tmp_path / "run"), *flags]
+        recipe, training, model_args, grades = parse("", tmp_path, words)
+        return set_up_resume(recipe, training, model_args, grades), training
+
+    goes_on, training = start("--resume", "auto")
+    (tmp_path / "run" / "result.json").touch()
+    mark_finished(training)
+    assert goes_on and not start("--resume", "auto")[0]
+    assert "This run has finished" in capsys.readouterr().out
+    assert not start("--resume", "auto", "--export", "merged")[0]
+    assert f"{tmp_path / 'run'} --export merged" in capsys.readouterr().out
+    assert (tmp_path / "run" / "result.json").exists()
+    assert start()[0]  # without --resume
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert start("--resume", "auto")[0]
+
+
 def test_what_makes_no_other_run_may_change(run):
     shutil.move(run, run.with_name("aside"))
     resumed(run)
     shutil.copytree(run.with_name("aside"), run, dirs_exist_ok=True)
-    flags = "--resume auto --logging_steps 3 --save_steps 7 --run_name x --num_samples 0 --hub_token y"
+    flags = "--resume auto --logging_steps 3 --save_steps 7 --run_name x --num_samples 0 --hub_token y --export merged"
     assert resumed(run, *flags.split()) == str(run / "checkpoint-2")
 
 

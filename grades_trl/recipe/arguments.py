@@ -114,8 +114,8 @@ class RecipeArguments:
             The layers that train: indices of language layers (`14-29`), a part of the depth (`0.5-1.0`), or a glob
             pattern of paths; several are separated by commas. See [`choice.chosen_modules`].
         resume (`str`, *optional*):
-            `"auto"`: go on from the newest whole checkpoint of `output_dir`, or start if there is none. Or the folder
-            of a checkpoint. See [`resume.set_up_resume`].
+            `"auto"`: go on from the newest whole checkpoint of `output_dir`, start if there is none, or return if the
+            run has finished. Or the folder of a checkpoint. See [`resume.set_up_resume`].
         bema (`bool`, *optional*, defaults to `False`):
             Average the weights of the baseline by TRL's `BEMACallback`; the model gets the average in the end.
         plan (`bool`, *optional*, defaults to `False`):

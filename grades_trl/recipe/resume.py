@@ -59,7 +59,7 @@ def set_up_resume(recipe: RecipeArguments, training: SFTConfig, model_args: Mode
     checkpoint: Path | None = None
     if wanted.lower() in ("auto", "true"):
         _refuse_another_run(output_dir, arguments)
-        if _record(output_dir).get("finished"):
+        if _record(output_dir).get("finished") and not recipe.preview:
             _say_that_it_has_finished(output_dir, recipe.export)
             return False
         checkpoint = newest_whole(output_dir, recipe.grades)

@@ -146,7 +146,7 @@ class GradESMixin(WholeCheckpoints):
 
     def _complete(self) -> TrainOutput:
         """What the Trainer does after the last step, for a run that ended there and got no further."""
-        logger.warning("This run has already finished: the model is that of its last checkpoint.")
+        logger.warning("All steps of this run have been done: only what comes after them is left.")
         if self.grades is not None:
             self._restore_best_average()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:

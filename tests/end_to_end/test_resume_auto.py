@@ -50,7 +50,7 @@ def test_a_killed_run_goes_on_and_ends_as_the_straight_one(run, tmp_path):
         (out / path).unlink()
     not_finished(out)
     printed = run("sft_text.py", "--config demo_text --resume auto", flags)
-    assert "This run has already finished" in printed
+    assert "All steps of this run have been done" in printed
     resumed = load_file(out / "model.safetensors")
     assert all(resumed[name].equal(tensor) for name, tensor in straight.items())
     assert json.loads((out / "result.json").read_text())["results"] == result
