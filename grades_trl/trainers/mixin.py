@@ -400,7 +400,8 @@ class GradESMixin(WholeCheckpoints):
         if self.grades is not None:
             own: dict[str, Any] = {"clock": self._clock, "report": self.report, "divergence": self._divergence}
             save_state(output_dir, self.grades.state_dict() | {name: it.state_dict() for name, it in own.items()})
-            self.report.save(Path(output_dir) / "grades")
+            if self.is_world_process_zero():
+                self.report.save(Path(output_dir) / "grades")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.grades_config is not None and checkpoint is not None:
@@ -409,7 +410,8 @@ class GradESMixin(WholeCheckpoints):
             self.grades.load_state_dict(self._resumed)
             self._divergence.load_state_dict(self._resumed["divergence"])
             self._clock.load_state_dict(self._resumed["clock"])
-            restore_record(Path(checkpoint) / "grades", Path(self.args.output_dir) / "grades")
+            if self.is_world_process_zero():
+                restore_record(Path(checkpoint) / "grades", Path(self.args.output_dir) / "grades")
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
