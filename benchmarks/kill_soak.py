@@ -199,7 +199,7 @@ def found(out: Path) -> str:
     lines = metrics.read_text("utf-8").splitlines() if metrics.exists() else []
     step = next((json.loads(line)["step"] for line in reversed(lines) if line.endswith("}")), "?")
     saved = sorted(int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*"))
-    saving = [path.name for path in (out / ".saving").glob("*")]
+    saving = [path.name for path in (out / "_saving").glob("*")]
     parts = [f"step {step}", f"checkpoints {saved}"]
     parts += [f"while saving {saving[0]}"] if saving else []
     parts += ["its scores were written"] if (out / "result.json").exists() else []

@@ -299,6 +299,11 @@ def test_a_checkpoint_of_another_folder_is_not_taken_into_one_with_a_run(run, tm
     checkpoint = str(run / "checkpoint-2")
     with pytest.raises(ValueError, match="first holds another run: learning_rate"):
         resumed(first, "--resume", checkpoint, "--learning_rate", "1")
+    # Nor may later ones of the same folder be taken for those of a run that has left the way of the first
+    shutil.copytree(run / "checkpoint-2", first / "checkpoint-2")
+    with pytest.raises(ValueError, match="first holds another run: learning_rate"):
+        resumed(first, "--resume", str(first / "checkpoint-1"), "--learning_rate", "1")
+    assert resumed(first, "--resume", str(first / "checkpoint-1")) == str(first / "checkpoint-1")
     assert resumed(tmp_path / "second", "--resume", checkpoint, "--learning_rate", "1") == checkpoint
 
 

@@ -11,7 +11,7 @@ from typing import IO
 
 logger = logging.getLogger(__name__)
 
-LOCK = "run.lock"
+LOCK = "_run.lock"  # nothing that begins with "_" is uploaded
 
 _held: dict[Path, IO[str]] = {}  # by this process: to close a file gives up its lock
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import sort_checkpoints
 from trl import ModelConfig, SFTConfig
 
 from grades_trl.config import GradESConfig
@@ -19,7 +21,7 @@ from grades_trl.recipe.folder_lock import lock
 from grades_trl.recipe.places import command_of
 from grades_trl.recipe.record import arguments_of, command_line
 from grades_trl.report.strict_json import write_json
-from grades_trl.trainers.whole_checkpoint import newest_whole, what_is_wrong
+from grades_trl.trainers.whole_checkpoint import SAVING, newest_whole, what_is_wrong
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +73,12 @@ def set_up_resume(recipe: RecipeArguments, training: SFTConfig, model_args: Mode
         if wanted.lower() not in ("false", "none", ""):
             checkpoint = Path(wanted)
             _refuse_part(checkpoint, output_dir, recipe.grades)
-        is_own = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
-        if _record(output_dir) and any(output_dir.glob("checkpoint-*")) and not is_own:
+        if _record(output_dir) and _other_checkpoints(output_dir, checkpoint):
             _refuse_another_run(output_dir, arguments)  # its checkpoints would pass for those of this run
     recipe.resume, training.resume_from_checkpoint = None, None if checkpoint is None else str(checkpoint)
     if writes:
         lock(output_dir)
+        shutil.rmtree(output_dir / SAVING, ignore_errors=True)  # of a process that was killed
         if checkpoint is None:
             (output_dir / "result.json").unlink(missing_ok=True)  # of another run
         write_json(output_dir / ARGUMENTS, {"command": command_line(), **arguments})
@@ -88,6 +90,13 @@ def mark_finished(training: SFTConfig) -> None:
     output_dir = Path(training.output_dir)
     if training.process_index == 0:
         write_json(output_dir / ARGUMENTS, _record(output_dir) | {"finished": True})
+
+
+def _other_checkpoints(output_dir: Path, checkpoint: Path | None) -> list[Path]:
+    """Those in a folder that a run from `checkpoint`, or from the start, has not come from."""
+    found = [Path(path).resolve() for path in sort_checkpoints(str(output_dir))]
+    own = None if checkpoint is None else checkpoint.resolve()
+    return found[found.index(own) + 1 :] if own in found else found
 
 
 def _say_that_it_has_finished(output_dir: Path, export: list[str] | None) -> None:

@@ -27,7 +27,9 @@ else:
 
 logger = logging.getLogger(__name__)
 
-SAVING = ".saving"  # in the output folder; what is in it is no checkpoint yet, or none any longer
+# In the output folder; what is in it is no checkpoint yet, or none any longer. The Trainer uploads nothing that begins
+# with "_".
+SAVING = "_saving"
 MANIFEST = "manifest.json"  # of a checkpoint: file -> size in bytes
 
 # What a run needs to go on as if it had not stopped; the Trainer goes on without, with other weights. It writes

@@ -27,7 +27,7 @@ def test_a_killed_run_goes_on_and_ends_as_the_straight_one(run, tmp_path):
 
     # Killed after step 4: the next checkpoint is a part of one, and the record has torn lines and those of later steps
     shutil.rmtree(out / "checkpoint-6")
-    (out / ".saving").mkdir()
+    (out / "_saving").mkdir()
     (out / "model.safetensors").unlink()
     os.truncate(out / "grades" / "history.parquet", 50)
     with (out / "grades" / "events.jsonl").open("a") as file:
