@@ -3,8 +3,11 @@
 import json
 import os
 import signal
+import subprocess
 import threading
+import time
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -86,6 +89,26 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_from_there(
     assert "python recipes/sft_text.py --seed 3 --hub_token '***' --resume auto" in printed
 
     assert same(train(tmp_path, resume=str(tmp_path / "checkpoint-5")), straight)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_data_loader_s_processes_do_not_end_before_the_run(tmp_path, command_line, number, capfd):
+    """Ctrl-C goes to all processes of a terminal, and SIGTERM of a scheduler to all of a job."""
+
+    class SendToAll(Send):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step + 1 == self._step:
+                workers = [str(worker.pid) for worker in psutil.Process().children()]
+                assert len(workers) == 2
+                subprocess.run(["kill", f"-{int(number)}", *workers])
+                time.sleep(0.3)
+            super().on_step_begin(args, state, control, **kwargs)
+
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, SendToAll(3, number), dataloader_num_workers=2)
+    assert ended.value.code == 128 + number
+    assert newest_whole(tmp_path, with_grades=True) == tmp_path / "checkpoint-3"
+    assert capfd.readouterr().err.count("training ends after this step") == 1
 
 
 def test_a_second_signal_ends_at_once(tmp_path, command_line):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -53,12 +54,15 @@ class EndOnSignal(TrainerCallback):
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
         before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+        process = os.getpid()
 
         def put_back() -> None:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
         def receive(number: int, frame: FrameType | None) -> None:
+            if os.getpid() != process:  # a worker, before it ignores signals
+                return
             self.received = signal.Signals(number)
             put_back()  # a second one does what it always does
             said = f"\n{self.received.name}: training ends after this step. A second signal ends it at once.\n"
@@ -92,6 +96,11 @@ class EndOnSignal(TrainerCallback):
         print(printable("\n".join([*lines, "", f"Resume it:\n  {command}"])), flush=True)
         raise SystemExit(128 + received)
 
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # Ctrl-C and schedulers send their signal to all processes, and a worker that ends would end the run.
+        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)  # in accelerate's
+        loader.worker_init_fn = functools.partial(_begin_worker, loader.worker_init_fn)
+
     def on_step_end(self, args, state, control, **kwargs):
         if self._is_asked(args) and not control.should_training_stop:
             self._ends = control.should_save = True
@@ -113,3 +122,11 @@ class EndOnSignal(TrainerCallback):
         asked = torch.tensor(int(self.received is not None), device=args.device)
         torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
         return bool(asked)
+
+
+def _begin_worker(own: Callable[[int], None] | None, worker: int) -> None:
+    """What a process of the data loader runs first. It ends with the main process, which it looks for."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if own is not None:
+        own(worker)
