@@ -200,6 +200,7 @@ class GradES:
         if step <= self._last_step:
             raise ValueError(f"GradES.step({step}) after step {self._last_step}: steps count up from 1.")
         self._last_step = step
+        self.restored_best = False  # of a checkpoint that is trained on
         called = self.prefix.called  # in the training pass, before those of a held-out measurement
         self._without_gradient = {name: p for name, p in self._without_gradient.items() if p.grad is None}
         live = [name for name in self.matrices if name not in self.frozen]
@@ -412,6 +413,7 @@ class GradES:
             "gain": gain,
             "stopping": {"rule": self.stopping_name, "state": self.stopping.state_dict()},
             "heldout": None,
+            "restored_best": self.restored_best,
         }
         if self.heldout is not None and self.average is not None:
             average, of_average = self.average.state_dict()
@@ -455,7 +457,7 @@ class GradES:
         self.gain.load_state_dict(state["gain"], tensors_of("gain/"))
         if state["stopping"]["rule"] == self.stopping_name:
             self.stopping.load_state_dict(state["stopping"]["state"])
-        self._last_step = state["last_step"]
+        self._last_step, self.restored_best = state["last_step"], state["restored_best"]
         before = set(state["without_gradient"])
         self._without_gradient = {name: p for name, p in self._without_gradient.items() if name in before}
         if self.average is not None:

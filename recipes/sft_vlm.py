@@ -27,11 +27,11 @@ from grades_trl.recipe.console import format_start, set_up_console, show_progres
 from grades_trl.recipe.data import load_data, show_example, training_rows
 from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import exact_match, format_samples
-from grades_trl.recipe.launch import set_up_run
 from grades_trl.recipe.models import check_model, load_model, make_trainable
 from grades_trl.recipe.plan import print_plan
 from grades_trl.recipe.record import record_arguments, samples_of
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
+from grades_trl.recipe.resume import mark_finished, set_up_resume
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
 from grades_trl.report.timing import RunClock
@@ -60,7 +60,8 @@ def main() -> None:
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
 
     # From here on, something is written.
-    set_up_run(recipe, training, model_args, grades)
+    if not set_up_resume(recipe, training, model_args, grades):
+        return  # the run had finished before
     callbacks = [*early_stopping, *configure_bema(recipe, training)]
     if "wandb" in training.report_to and is_main():
         training.run_name = tracking.start(training.output_dir, training.run_name)
@@ -120,8 +121,7 @@ def main() -> None:
 
     before = ask(shown) if len(shown) else []
     results = {"before/exact_match": exact_match(ask(asked), asked)} if len(asked) else {}
-    if not train_and_save(trainer, clock, training.resume_from_checkpoint):
-        return  # the run had finished before
+    train_and_save(trainer, clock, training.resume_from_checkpoint)
 
     # 4. Score it: the loss of the held-out rows, and exact answers, beside those of the same model given blank images,
     #    which tell what can be answered without seeing.
@@ -150,6 +150,7 @@ def main() -> None:
     exit_if_diverged(trainer, results)
     export_run(trainer, recipe, model_args, test, BACKEND)
     push(trainer)
+    mark_finished(training)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from trl import SFTTrainer
 from grades_trl import GradESConfig, GradESMixin, GradESTrainer
 from grades_trl.recipe import builtin
 from grades_trl.trainers.callback import GradESCallback
+from grades_trl.trainers.whole_checkpoint import WholeCheckpoints
 from helpers import LORA, arguments, model_for, qwen3, same, weights
 
 PAPER = {"metric": "grad_change", "tau": "auto", "auto_ratio": 1.0, "alpha": 0.3, "stopping": "all_frozen"}
@@ -147,7 +148,7 @@ def test_axolotl_finds_a_trainer_with_the_mixin(tmp_path, monkeypatch):
     module = importlib.import_module("grades_trl.trainers.axolotl")
     module._trainer.cache_clear()
     found = module.GradESAxolotlTrainer
-    assert found.__mro__[1:3] == (GradESMixin, AxolotlTrainer)
+    assert found.__mro__[1:4] == (GradESMixin, WholeCheckpoints, AxolotlTrainer)
     trainer = plain(tmp_path, found, bench_data_collator=None, eval_data_collator=None, dataset_tags=["a"])
     trainer.train()
     assert trainer.dataset_tags == ["a"]

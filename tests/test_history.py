@@ -10,7 +10,7 @@ import pytest
 from toy_runs import freeze, matrix, toy_matrices
 
 from grades_trl.report import history as history_module
-from grades_trl.report.history import RunHistory
+from grades_trl.report.history import RunHistory, restore_record
 
 
 def make(tmp_path, matrices, **kwargs):
@@ -129,6 +129,22 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     run_steps(history, matrices, range(21, 41), events)
     assert events_on_disk(resumed) == events_on_disk(whole) == [asdict(event) for event in events]
     assert recorded(resumed) == recorded(whole)
+
+
+def test_the_record_is_that_of_the_checkpoint_whatever_the_folder_holds(tmp_path):
+    """Torn files, later lines, and those of another run."""
+    matrices = toy_matrices()
+    first = make(tmp_path / "run", matrices)
+    run_steps(first, matrices, range(1, 21), [freeze(matrices, "layers.0.q_proj", 15)])
+    first.flush()
+    first.save(tmp_path / "checkpoint" / "grades")
+    (tmp_path / "run" / "history.parquet").write_bytes(b"PAR1")
+    (tmp_path / "run" / "events.jsonl").write_text('{"step": 1, "matrix": "of another run"}\n{"st')
+    (tmp_path / "run" / "heldout.jsonl").write_text("of another run")
+    restore_record(tmp_path / "checkpoint" / "grades", tmp_path / "run")
+    resumed = make(tmp_path / "run", matrices, resume_step=20)
+    assert resumed.all_events == first.all_events and resumed.heldout == []
+    assert recorded(tmp_path / "run") == recorded(tmp_path / "checkpoint" / "grades") != {}
 
 
 def test_resume_keeps_last_values_of_a_thinned_history(tmp_path, monkeypatch):

@@ -2,20 +2,23 @@
 
 import pytest
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from grades_trl import GradESTrainer
 from grades_trl.recipe import builtin
+from grades_trl.recipe.arguments import RecipeArguments, configure_early_stopping
 from grades_trl.recipe.results import final_eval, next_commands, train_and_save
 from grades_trl.report import timing
 from grades_trl.report.timing import RunClock
+from helpers import arguments, same
 
 
 class SlowSaving(SFTTrainer):
     """Saving takes 1,000 seconds by a clock that else stands still."""
 
-    grades_config = None
+    grades_config, nothing_left = None, False
     seconds = 0.0
 
     def save_model(self, *args, **kwargs):
@@ -36,7 +39,7 @@ def trainer(tmp_path):
 def test_the_clock_does_not_run_while_the_model_is_saved(trainer, monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", lambda: SlowSaving.seconds)
     clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, RunClock))
-    assert train_and_save(trainer, clock, None)
+    train_and_save(trainer, clock, None)
     assert SlowSaving.seconds >= 1000
     assert clock.seconds.total == 0
     assert clock.peak_memory_mib > 0
@@ -50,9 +53,44 @@ def test_the_model_is_saved_before_other_callbacks_see_the_end(trainer):
     trainer.add_callback(Late)
     trainer.callback_handler.callbacks.insert(0, Late())
     clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, RunClock))
-    assert train_and_save(trainer, clock, None)
+    train_and_save(trainer, clock, None)
     assert trainer.saved_before == []
     assert len(trainer.ended) == 2
+
+
+def test_a_resumed_run_waits_no_longer_for_a_better_loss_and_one_that_has_ended_is_completed(tmp_path):
+    """The first validation is the best. With a patience of two, the run ends after the third."""
+    model, tokenizer = builtin.tiny_qwen3()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = builtin.dates(train=64, test=8)
+    ends = []
+    for checkpoint in (None, "checkpoint-2", "checkpoint-3"):
+        model.load_state_dict(start)
+        args = arguments(tmp_path, max_steps=8, eval_strategy="steps", eval_steps=1)
+        callbacks = [RunClock(), *configure_early_stopping(RecipeArguments(early_stopping_patience=2), args)]
+        args.save_total_limit = None  # all are there until the run ends
+        trainer = GradESTrainer(
+            model,
+            args,
+            train_dataset=rows["train"],
+            eval_dataset=rows["test"],
+            processing_class=tokenizer,
+            grades=None,
+            callbacks=callbacks,
+        )
+
+        def evaluate(*_, trainer=trainer, **__):
+            metrics = {"eval_loss": float(trainer.state.global_step), "eval_runtime": 0.0}
+            trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+            return metrics
+
+        trainer.evaluate = evaluate
+        train_and_save(trainer, callbacks[0], checkpoint and str(tmp_path / checkpoint))
+        assert trainer.state.global_step == 3
+        ends.append(load_file(tmp_path / "model.safetensors"))
+        (tmp_path / "model.safetensors").unlink()
+    best = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert all(same(end, best) for end in ends)
 
 
 def test_what_to_run_next(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from trl import SFTTrainer
 from grades_trl import GradESConfig, GradESTrainer
 from grades_trl.recipe import builtin
 from grades_trl.report.run_report import RunReport
+from grades_trl.stopping import HeldoutScore
 from grades_trl.trainers.divergence import PATIENCE, Divergence
 from helpers import LORA, arguments, losses, model_for, never, same, weights
 
@@ -132,6 +133,22 @@ def test_a_run_that_grades_ends_is_evaluated_in_its_last_step(tmp_path, text):
     trainer = build(text, tmp_path, grades, evaluated=True, eval_strategy="steps", eval_steps=5)
     trainer.train()
     assert [row["step"] for row in trainer.state.log_history if "eval_loss" in row] == [5, 7]
+
+
+def test_a_run_that_was_killed_after_its_last_step_is_completed(tmp_path, text, monkeypatch):
+    """The last checkpoint has the best average already, and the summary says so."""
+    monkeypatch.setattr(HeldoutScore, "is_below_best", lambda self, *_: not restored)
+    restored: list = []
+    ends = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-12")):
+        trainer = build(text, tmp_path, BY_HELDOUT_LOSS, evaluated=True, save_strategy="steps", save_steps=4)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        summary = json.loads((tmp_path / "grades" / "summary.json").read_text())
+        ends.append([weights(trainer.model), *(summary[key] for key in ("weights", "steps", "stop_reason", "frozen"))])
+        (tmp_path / "grades" / "summary.json").unlink()
+        restored.append(True)  # a second time it is equal
+    assert same(ends[0][0], ends[1][0])
+    assert ends[0][1:] == ends[1][1:] == ["best average", 12, "schedule finished", 0]
 
 
 class Seen(TrainerCallback):

@@ -20,7 +20,7 @@ from grades_trl.recipe import builtin
 
 model, tokenizer = FastLanguageModel.from_pretrained(sys.argv[1], max_seq_length=128, load_in_4bit=False)
 model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=4, target_modules=["q_proj", "v_proj", "up_proj"])
-assert GradESTrainer.__mro__[2] is trl.SFTTrainer and trl.SFTTrainer._unsloth_cpu
+assert GradESTrainer.__mro__[3] is trl.SFTTrainer and trl.SFTTrainer._unsloth_cpu
 trainer = GradESTrainer(
     model=model,
     args=trl.SFTConfig(sys.argv[2], max_steps=20, per_device_train_batch_size=8, learning_rate=2e-3, report_to=[]),

@@ -114,8 +114,8 @@ class RecipeArguments:
             The layers that train: indices of language layers (`14-29`), a part of the depth (`0.5-1.0`), or a glob
             pattern of paths; several are separated by commas. See [`choice.chosen_modules`].
         resume (`str`, *optional*):
-            `"auto"`: go on from the newest whole checkpoint of `output_dir`, or start if there is none. Or the folder
-            of a checkpoint. See [`resume.set_up_resume`].
+            `"auto"`: go on from the newest whole checkpoint of `output_dir`, start if there is none, or return if the
+            run has finished. Or the folder of a checkpoint. See [`resume.set_up_resume`].
         bema (`bool`, *optional*, defaults to `False`):
             Average the weights of the baseline by TRL's `BEMACallback`; the model gets the average in the end.
         plan (`bool`, *optional*, defaults to `False`):
@@ -378,6 +378,7 @@ def configure_early_stopping(recipe: RecipeArguments, training: SFTConfig) -> li
     training.save_steps = training.eval_steps
     training.save_total_limit = 1
     training.load_best_model_at_end = True
+    training.restore_callback_states_from_checkpoint = True  # how many evaluations it has waited
     training.metric_for_best_model, training.greater_is_better = "eval_loss", False
     return [EarlyStoppingCallback(recipe.early_stopping_patience, EARLY_STOPPING_THRESHOLD)]
 

@@ -10,32 +10,28 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import TrainerCallback
-from trl import ModelConfig
+from trl import ModelConfig, SFTConfig
 
-from grades_trl.distributed import is_main
+from grades_trl.config import GradESConfig
 from grades_trl.recipe.arguments import RecipeArguments
 from grades_trl.recipe.generation import text_of
 from grades_trl.recipe.places import this_command
 from grades_trl.report.recipe_facts import Sample, thumbnail
-from grades_trl.report.strict_json import jsonable, write_json
+from grades_trl.report.strict_json import jsonable
 from grades_trl.report.tracking import Tracker
 
 SECRET = ("token", "password", "secret", "api_key")  # at the end of a name
 
 
 def record_arguments(trainer: Any, recipe: RecipeArguments, model_args: ModelConfig) -> None:
-    """Writes all arguments of a run to `<output_dir>/arguments.json`, and to its loggers when training begins.
+    """Tells the loggers of a run all its arguments when training begins.
 
     Args:
         trainer: not trained yet.
         recipe (`RecipeArguments`), model_args (`ModelConfig`): as [`arguments.parse`] gave them.
     """
     arguments = resolved_arguments(trainer, recipe, model_args)
-    output_dir = Path(trainer.args.output_dir)
-    trainer.args.run_name = trainer.args.run_name or output_dir.name
-    if is_main():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / "arguments.json", {"command": command_line(), **arguments})
+    trainer.args.run_name = trainer.args.run_name or Path(trainer.args.output_dir).name
     trainer.add_callback(_LogArguments(trainer, arguments))
 
 
@@ -55,9 +51,16 @@ def resolved_arguments(trainer: Any, recipe: RecipeArguments, model_args: ModelC
         trainer: with `args` and `grades_config`.
         recipe (`RecipeArguments`), model_args (`ModelConfig`): as [`arguments.parse`] gave them.
     """
-    groups = {"recipe": asdict(recipe), "model": asdict(model_args), "training": trainer.args.to_dict()}
-    if trainer.grades_config is not None:
-        groups["grades"] = asdict(trainer.grades_config)
+    return arguments_of(recipe, model_args, trainer.args, trainer.grades_config)
+
+
+def arguments_of(
+    recipe: RecipeArguments, model_args: ModelConfig, training: SFTConfig, grades: GradESConfig | None
+) -> dict[str, dict[str, Any]]:
+    """As `resolved_arguments`, before there is a trainer. `grades` is `None` for the baseline."""
+    groups = {"recipe": asdict(recipe), "model": asdict(model_args), "training": training.to_dict()}
+    if grades is not None:
+        groups["grades"] = asdict(grades)
     return {
         group: jsonable({name: value for name, value in of.items() if not name.endswith(SECRET)})
         for group, of in groups.items()

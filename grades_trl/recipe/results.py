@@ -7,7 +7,6 @@ import math
 import os
 import shlex
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from grades_trl.recipe.bad_input import printable, training_begins
 from grades_trl.recipe.bema import BEMA
 from grades_trl.recipe.choice import ChoiceFlops
 from grades_trl.recipe.comparison import RUN_ID, split_flags
+from grades_trl.recipe.interrupt import EndOnSignal
 from grades_trl.recipe.places import command_of, recipe_name
 from grades_trl.recipe.record import command_line, public_argv, resolved_arguments
 from grades_trl.report.environment import Environment
@@ -30,49 +30,56 @@ from grades_trl.report.strict_json import write_json
 from grades_trl.report.summary import before_and_after, format_summary, run_result
 from grades_trl.report.timing import RunClock
 from grades_trl.report.tracking import Tracker, result_fields
+from grades_trl.trainers.mixin import NothingLeftToTrain
 
 logger = logging.getLogger(__name__)
 
 
-def train_and_save(trainer: Any, clock: RunClock, resume_from_checkpoint: str | None) -> bool:
+def train_and_save(trainer: Any, clock: RunClock, resume_from_checkpoint: str | None) -> None:
     """Trains, and saves the model as soon as it is trained: before anything that may fail, such as the callbacks of
-    W&B, reports and scores.
+    W&B, reports and scores. If the checkpoint is that of the last step, only what comes after it is done.
 
     Args:
         trainer: not trained yet.
         clock (`RunClock`): among its callbacks. It ends before the model is saved.
         resume_from_checkpoint (`str`, *optional*): as in the training arguments.
 
-    Returns:
-        `bool`: `False` if the checkpoint is that of a finished run, as when a job is requeued. Nothing is trained
-            then, and the model is on disk.
+    Raises:
+        SystemExit: SIGTERM or Ctrl-C has ended training; with how to resume it.
     """
     save_model, callbacks = _SaveModel(trainer, clock), trainer.callback_handler.callbacks
     callbacks.insert(0, save_model)
     callbacks.sort(key=lambda callback: not isinstance(callback, BEMA))  # which gives the model its weights first
-    with suppress(_AlreadyFinished):
+    trainer.add_callback(_EndFinishedRun(trainer))
+    ending = EndOnSignal(trainer)
+    trainer.add_callback(ending)
+    with ending.handlers():
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    if not save_model.saved:
-        output_dir = Path(trainer.args.output_dir)
-        if not (output_dir / "result.json").exists():  # it was killed between its last step and its scores
-            trainer.save_model(_internal_call=True)
-        logger.warning(f"Nothing is left to train: {output_dir} has the model. recipes/evaluate.py scores it.")
-    return save_model.saved
+    ending.exit_if_asked()
 
 
-class _AlreadyFinished(Exception):
-    """The run that is resumed has finished."""
+class _EndFinishedRun(TrainerCallback):
+    """The Trainer would run one more step (5.17), and on after early stopping."""
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        stopped = any(
+            isinstance(callback, EarlyStoppingCallback)
+            and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self._trainer.callback_handler.callbacks
+        )
+        self._trainer.nothing_left |= stopped or state.global_step >= state.max_steps
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self._trainer.nothing_left:
+            raise NothingLeftToTrain
 
 
 class _SaveModel(TrainerCallback):
     def __init__(self, trainer: Any, clock: RunClock):
         self._trainer, self._clock = trainer, clock
-        self.saved = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # Where GradES is off, the Trainer would run one more step (5.17).
-        if self._trainer.grades_config is None and state.global_step >= state.max_steps:
-            raise _AlreadyFinished
 
     def on_step_begin(self, args, state, control, **kwargs):
         training_begins()
@@ -80,7 +87,6 @@ class _SaveModel(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._clock.on_train_end(args, state, control)
         self._trainer.save_model(_internal_call=True)  # without the upload of --push_to_hub, which may fail
-        self.saved = True
 
 
 def final_eval(trainer: Any, test: Dataset) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from grades_trl.model.matrices import WeightMatrix
 from grades_trl.report.strict_json import jsonable
 
 MAX_ROWS = 2000  # steps of history kept per matrix; when full, every other one goes and the stride doubles
+# The files of a run. A checkpoint has a copy of them: those of the run may be torn, or of another run.
+RECORD = ("events.jsonl", "heldout.jsonl", "metrics.jsonl", "history.parquet", "gain.parquet")
 COLUMNS = ["matrix", "tower", "layer", "role", "params", "frozen at step", "last value", "tau", "reason"]
 
 
@@ -68,8 +71,8 @@ class RunHistory:
         metric (`str`): name of the metric, for titles.
         grace_steps (`int`): optimizer steps during which nothing may freeze.
         resume_step (`int`, *optional*, defaults to `0`): the optimizer step that a checkpoint resumes after. Events
-            and values up to and including it are kept if their files are there, later ones are dropped. 0 starts
-            fresh.
+            and values up to and including it are kept if their files are there, see `restore_record`; later ones are
+            dropped. 0 starts fresh.
 
     Attributes:
         events (`dict[str, FreezeEvent]`): the freeze of every matrix that is frozen now, by name, in order.
@@ -283,6 +286,14 @@ class RunHistory:
         if self.gains:
             self._write_gains()
 
+    def save(self, folder: Path) -> None:
+        """Copies the files as they are on disk to another folder. For the process that writes them."""
+        assert self.directory is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in RECORD:
+            if (self.directory / name).exists():
+                shutil.copyfile(self.directory / name, folder / name)
+
     def _write_gains(self) -> None:
         gains = [(step, layer, gain) for step, of_step in self.gains.items() for layer, gain in of_step.items()]
         table = pa.table(
@@ -356,6 +367,21 @@ class RunHistory:
                 f"{where} names {len(unknown)} matrices that are not tracked in this model, e.g. {unknown[0]!r}. "
                 "Resume with the model and the adapter targets of the first run, or use another output directory."
             )
+
+
+def restore_record(saved: Path, directory: Path) -> None:
+    """Puts the files of a run back as they were when a checkpoint was written.
+
+    Args:
+        saved (`Path`): what `RunHistory.save` has written.
+        directory (`Path`): where the run goes on. What another run, or the same one after that checkpoint, has left
+            there is deleted.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in RECORD:
+        (directory / name).unlink(missing_ok=True)
+        if (saved / name).exists():
+            shutil.copyfile(saved / name, directory / name)
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -354,14 +354,19 @@ class RunReport:
         self._tracker.log_report(self.directory)
 
     def flush(self) -> None:
-        """Writes `history.parquet` and `gain.parquet`: a run that is killed is resumed with its history."""
+        """Writes `history.parquet` and `gain.parquet`."""
         self._history.flush()
+
+    def save(self, folder: Path) -> None:
+        """Writes them, and copies the record so far into a folder of a checkpoint, see [`history.restore_record`]."""
+        self._history.flush()
+        self._history.save(folder)
 
     # ---- resuming ----
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able; of all processes, which all call this. The clock has a state of its own, and freeze events and
-        history are in their files."""
+        """JSON-able; of all processes, which all call this. The clock has a state of its own; freeze events and
+        history are files, see `save`."""
         return {
             "frozen": self._frozen,
             "states": self._states,

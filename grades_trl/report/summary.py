@@ -14,6 +14,7 @@ from grades_trl.report.strict_json import jsonable
 from grades_trl.report.timing import Evaluation, RunClock, Seconds, Speedup
 
 FINISHED, DATA_ENDED, EARLY_STOPPING = "schedule finished", "data ended", "early stopping"
+INTERRUPTED = "interrupted"  # by a signal
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,47 +13,87 @@ from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 STATE_JSON, STATE_TENSORS = "grades_state.json", "grades_state.safetensors"
+# Of the state. To be raised when an older library could not go on from it, or would go on with other weights.
+VERSION = 1
 
 
 def save_state(folder: str | Path, state: dict[str, Any], rank: int = 0, shards: int = 1) -> None:
-    """Writes a state with its `"tensors"` apart: JSON and safetensors. Of a sharded model each of `shards` processes
-    writes the tensors that it has."""
+    """Writes a state with its `"tensors"` apart: JSON and safetensors, with a version and checksums of both. Of a
+    sharded model each of `shards` processes writes the tensors that it has."""
     tensors = {name: tensor.contiguous() for name, tensor in state["tensors"].items()}
-    Path(folder).mkdir(exist_ok=True)
-    save_file(tensors, tensors_file(folder, rank))
-    if rank:
-        return
     values = {name: value for name, value in state.items() if name != "tensors"} | {"shards": shards}
-    (Path(folder) / STATE_JSON).write_text(json.dumps(values, allow_nan=False), "utf-8")
+    Path(folder).mkdir(exist_ok=True)
+    of_values, of_tensors = _files(folder, rank)
+    save_file(tensors, of_tensors)
+    record = {
+        "version": VERSION,
+        "sha256": {of_values.name: _sha256_of(values), of_tensors.name: _sha256(of_tensors)},
+        "state": values,
+    }
+    of_values.write_text(json.dumps(record, allow_nan=False), "utf-8")
 
 
-def tensors_file(folder: str | Path, rank: int) -> Path:
-    """Where the tensors of a process are."""
-    name = Path(STATE_TENSORS)
-    return Path(folder) / (name.with_stem(f"{name.stem}_{rank}") if rank else name)
+def _files(folder: str | Path, rank: int) -> list[Path]:
+    """JSON and tensors of a process."""
+    names = [Path(STATE_JSON), Path(STATE_TENSORS)]
+    return [Path(folder) / (name.with_stem(f"{name.stem}_{rank}") if rank else name) for name in names]
 
 
 def load_state(folder: str | Path, rank: int = 0, shards: int = 1) -> dict[str, Any]:
     """What `save_state` has written.
 
     Raises:
-        ValueError: the checkpoint was written without GradES, or with the model in other pieces.
+        ValueError: the checkpoint was written without GradES, with the model in other pieces, or by a newer version of
+            GradES; a file is no state of it, or not what was written.
     """
-    path = Path(folder) / STATE_JSON
-    if not path.exists():
+    if not (Path(folder) / STATE_JSON).exists():
         raise ValueError(
             f"{folder} has no {STATE_JSON}: it was written without GradES or with save_only_model. To go on with "
             "GradES, start a new run from its weights (model_name_or_path); to go on without, pass grades=None "
             "(--grades false)."
         )
-    values = json.loads(path.read_text("utf-8"))
-    written = values.pop("shards")
+    written = _read(folder, 0)["shards"]
     if written != shards:
         raise ValueError(
             f"{folder} was written with the model in {written} piece{'s' if written > 1 else ''}, and this run has it "
             f"in {shards}: resume with FSDP, or without, and with as many processes as before."
         )
-    return values | {"tensors": load_file(tensors_file(folder, rank))}
+    return _read(folder, rank) | {"tensors": load_file(_files(folder, rank)[1])}
+
+
+def _read(folder: str | Path, rank: int) -> dict[str, Any]:
+    """The values of the state of a process, when its two files are what was written."""
+    path, tensors = _files(folder, rank)
+    delete = f"Delete {folder}, and resume from the checkpoint before it (--resume auto takes it)."
+    for file in (path, tensors):
+        if not file.exists():
+            raise ValueError(f"{file} is missing. {delete}")
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is no JSON ({error}). {delete}") from error
+    if not isinstance(record, dict) or type(record.get("version")) is not int:
+        raise ValueError(f"{path} is no state of GradES: it has no version. {delete}")
+    if record["version"] > VERSION:
+        raise ValueError(
+            f"{path} was written by a newer version of grades_trl: its state has version {record['version']}, and "
+            f"this one reads {VERSION}. Update grades_trl."
+        )
+    sums = record.get("sha256", {})
+    for file, found in ((path, _sha256_of(record.get("state"))), (tensors, _sha256(tensors))):
+        if sums.get(file.name) != found:
+            raise ValueError(f"{file} is damaged, or of another checkpoint: its checksum is wrong. {delete}")
+    return record["state"]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of(values: Any) -> str:
+    """Of JSON-able values: the same before they are written and after they are read."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def load_renamed_weights(model: Any, checkpoint: str | Path) -> None:

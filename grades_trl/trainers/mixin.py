@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -33,8 +32,9 @@ from grades_trl.freezing.frozen_prefix import checkpoints_reentrantly
 from grades_trl.model.flops import StepCosts
 from grades_trl.model.matrices import describe, untracked_parameters
 from grades_trl.report.environment import Environment
+from grades_trl.report.history import restore_record
 from grades_trl.report.run_report import RunReport
-from grades_trl.report.summary import CacheSummary, Outcome, RunSummary, format_ending, stop_reason
+from grades_trl.report.summary import INTERRUPTED, CacheSummary, Outcome, RunSummary, format_ending, stop_reason
 from grades_trl.report.timing import RunClock
 from grades_trl.report.tracking import GroupedWandbCallback, Tracker
 from grades_trl.stopping.heldout import name_of, plan
@@ -43,11 +43,7 @@ from .binding import is_sft_trainer, on_sft_trainer, refuse_stale_base
 from .checkpoint import load_renamed_weights, load_state, save_state
 from .divergence import Divergence
 from .heldout import HeldoutAnswers, HeldoutRows, first_dataset, heldout_dataset, nothing_random_moves
-
-if TYPE_CHECKING:
-    from typing import Any as _Trainer  # a mixin: what it stands on is known when it is mixed
-else:
-    _Trainer = object
+from .whole_checkpoint import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +60,7 @@ PAPER = {
 }
 
 
-class GradESMixin(_Trainer):
+class GradESMixin(WholeCheckpoints):
     """
     Puts GradES into a trainer: `class MyTrainer(GradESMixin, SFTTrainer)`.
 
@@ -78,6 +74,9 @@ class GradESMixin(_Trainer):
         grades (`GradES` or `None`): the engine, from the beginning of `train()` on.
         grades_summary (`RunSummary` or `None`): what `summary.json` holds, after `train()`.
         diverged_at (`int` or `None`): the first optimizer step of a divergence that has ended the run.
+        interrupted (`bool`): a signal has ended the run; set by who handles signals.
+        nothing_left (`bool`): the checkpoint that is resumed is that of the last step; a callback may set it when
+            training begins.
 
     Raises:
         TypeError: `grades` is no `GradESConfig`.
@@ -106,6 +105,7 @@ class GradESMixin(_Trainer):
         self.grades: Any = None
         self.grades_summary: RunSummary | None = None
         self.diverged_at: int | None = None
+        self.interrupted = self.nothing_left = False
         self._resumed: dict[str, Any] | None = None  # a checkpoint's state, until the report has taken its part
         if grades is None:
             return
@@ -143,22 +143,33 @@ class GradESMixin(_Trainer):
     # ---- the run ----
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        if self.grades_config is None:
-            return super().train(*args, **kwargs)
         self.grades_summary, self.diverged_at = None, None
+        self.interrupted = self.nothing_left = False
         try:
             output = super().train(*args, **kwargs)
-        except _AlreadyFinished:
-            logger.warning("This run has already finished: the model is that of its last checkpoint.")
-            if self.neftune_noise_alpha is not None:
-                deactivate_neftune(self.model, self.neftune_hook_handle, self.accelerator)
-            self.is_in_train = False
-            return TrainOutput(self.state.global_step, float("nan"), {})
+        except NothingLeftToTrain:
+            output = self._complete()
         finally:
             if self.grades is not None:
                 self.grades.close()
-        self._write_report()
+        if self.grades is not None:
+            self._write_report()
         return output
+
+    def _complete(self) -> TrainOutput:
+        """What the Trainer does after the last step, for a run that ended there and got no further."""
+        logger.warning("All steps of this run have been done: only what comes after them is left.")
+        if self.grades is not None:
+            self._restore_best_average()
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        control: Any = self.control
+        control.should_training_stop = True
+        self.callback_handler.on_train_end(self.args, self.state, control)
+        if self.neftune_noise_alpha is not None:
+            deactivate_neftune(self.model, self.neftune_hook_handle, self.accelerator)
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, float("nan"), {})
 
     def _start_grades(self) -> None:
         """Called when the optimizer exists, before a checkpoint's optimizer state is loaded."""
@@ -277,8 +288,6 @@ class GradESMixin(_Trainer):
     def _begin_training(self) -> None:
         if self.state.global_step == 0 or self.grades is None:
             self._start_grades()
-        if self.grades.done or self.state.global_step >= self.state.max_steps:
-            raise _AlreadyFinished
         self.report = RunReport(
             Path(self.args.output_dir) / "grades" if is_main() else None,
             self.grades.matrices,
@@ -297,6 +306,7 @@ class GradESMixin(_Trainer):
         if self._resumed is not None:
             self.report.load_state_dict(self._resumed["report"])
             self._resumed = None
+        self.nothing_left |= self.grades.done or self.state.global_step >= self.state.max_steps
 
     def _step_costs(self) -> StepCosts:
         return dataclasses.replace(
@@ -337,6 +347,8 @@ class GradESMixin(_Trainer):
             self.grades.restore_best_average()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self.nothing_left:
+            raise NothingLeftToTrain
         # Before the callbacks' on_train_end, some of which save the model.
         if self.grades is not None:
             self._restore_best_average()
@@ -408,7 +420,8 @@ class GradESMixin(_Trainer):
             state = self.grades.state_dict() | {name: it.state_dict() for name, it in own.items()}
             if is_main() or is_sharded(self.model.parameters()):
                 save_state(output_dir, state, *self._shard)
-            self.report.flush()  # a run that is killed is resumed with its history
+            if is_main():
+                self.report.save(Path(output_dir) / "grades")
 
     @property
     def _shard(self) -> tuple[int, int]:
@@ -422,10 +435,8 @@ class GradESMixin(_Trainer):
             self.grades.load_state_dict(self._resumed)
             self._divergence.load_state_dict(self._resumed["divergence"])
             self._clock.load_state_dict(self._resumed["clock"])
-            before, here = Path(checkpoint).parent / "grades", Path(self.args.output_dir) / "grades"
-            # Resumed into another folder: what happened so far comes along.
-            if is_main() and before.is_dir() and not here.exists():
-                shutil.copytree(before, here)
+            if is_main():
+                restore_record(Path(checkpoint) / "grades", Path(self.args.output_dir) / "grades")
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
@@ -470,6 +481,8 @@ class GradESMixin(_Trainer):
         else:
             weights = "best average" if grades.restored_best else "last"
         own_reason = "diverged" if self.diverged_at is not None else grades.stop_reason
+        if self.interrupted:
+            own_reason = INTERRUPTED
         heldout = grades.heldout
         return Outcome(
             frozen=dict(grades.frozen),
@@ -491,8 +504,8 @@ class GradESMixin(_Trainer):
         )
 
 
-class _AlreadyFinished(Exception):
-    """The checkpoint that is resumed is that of a finished run."""
+class NothingLeftToTrain(Exception):
+    """There is no step to run, see `GradESMixin.nothing_left`. Raised when all callbacks have seen training begin."""
 
 
 class _GradESCallback(TrainerCallback):
@@ -503,6 +516,10 @@ class _GradESCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._begin_training()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.nothing_left:
+            raise NothingLeftToTrain
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._end_step(control)

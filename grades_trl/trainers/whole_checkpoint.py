@@ -1,18 +1,36 @@
-"""Whether a checkpoint is whole. A process that is killed while it saves, or deletes, leaves a part of one."""
+"""Checkpoints that are whole or not there, and whether one is whole: processes are killed while they save or delete.
+
+The Trainer writes a checkpoint file by file where it will be read (5.17). Here it is written beside its place, with a
+list of its files, and renamed when it is complete.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from .checkpoint import STATE_JSON, STATE_TENSORS
 
+if TYPE_CHECKING:
+    from typing import Any as _Trainer
+else:
+    _Trainer = object
+
 logger = logging.getLogger(__name__)
+
+# In the output folder; what is in it is no checkpoint yet, or none any longer. The Trainer uploads nothing that begins
+# with "_".
+SAVING = "_saving"
+MANIFEST = "manifest.json"  # of a checkpoint: file -> size in bytes
 
 # What a run needs to go on as if it had not stopped; the Trainer goes on without, with other weights. It writes
 # trainer_state.json last. (FSDP has folders with weights and optimizer state.)
@@ -25,10 +43,64 @@ NEEDED = {
 }
 
 
+class WholeCheckpoints(_Trainer):
+    """
+    Makes a Trainer's checkpoints whole by a rename: `class MyTrainer(WholeCheckpoints, Trainer)`.
+
+    Older checkpoints are deleted, and the new one is pushed to the hub, when it has its place.
+    """
+
+    _is_saving = False
+
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        place = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        partial = place.parent / SAVING / place.name
+        if self.args.should_save:
+            shutil.rmtree(partial.parent, ignore_errors=True)  # of a process that was killed
+        self.accelerator.wait_for_everyone()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+        finally:
+            self._is_saving = False
+        if self.state.best_model_checkpoint == str(partial):
+            self.state.best_model_checkpoint = str(place)
+        self.accelerator.wait_for_everyone()  # each process has files of its own
+        if self.args.should_save:
+            self.state.save_to_json(str(partial / TRAINER_STATE_NAME))  # with the place of the best one
+            _write_manifest(partial)
+            if place.exists():  # of a run that went on from an older checkpoint; a folder replaces no other
+                os.rename(place, partial.parent / "replaced")
+            os.rename(partial, place)
+            shutil.rmtree(partial.parent)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(place))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(place.parent), self.args.save_total_limit, best, use_mtime=True)
+
+    def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
+        # While it saves, the Trainer also looks here for older checkpoints to delete: there are none.
+        folder = super()._get_output_dir(*args, **kwargs)
+        return os.path.join(folder, SAVING) if self._is_saving else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_saving:  # it uploads in the background, from where the checkpoint stays
+            super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _write_manifest(checkpoint: Path) -> None:
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+    (checkpoint / MANIFEST).write_text(json.dumps({"files": sizes}, indent=2), "utf-8")
+
+
 def what_is_wrong(checkpoint: Path, with_grades: bool) -> str | None:
     """Why a run cannot be resumed from a checkpoint; `None` if it is whole.
 
-    Only the beginnings and ends of large files are read.
+    Only the beginnings and ends of large files are read. One that the stock Trainer has written has no manifest: the
+    files that are there must be readable.
 
     Args:
         checkpoint (`Path`): its folder.
@@ -41,6 +113,13 @@ def what_is_wrong(checkpoint: Path, with_grades: bool) -> str | None:
     for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
         if not _is_readable(file):
             return f"{file.name} is incomplete"
+    if (checkpoint / MANIFEST).exists():
+        for name, size in json.loads((checkpoint / MANIFEST).read_text("utf-8"))["files"].items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found:,} bytes instead of {size:,}"
     for index in checkpoint.glob("*.safetensors.index.json"):
         for shard in set(json.loads(index.read_text("utf-8"))["weight_map"].values()):
             if not (checkpoint / shard).exists():

@@ -30,8 +30,9 @@ back as they were.
 - **full**, **LoRA**, **QLoRA**: it trains. LoRA is what `--use_peft --lora_dropout 0` adapts.
 - **frozen prefix**: backward skips the frozen layers.
 
-**Mixtures of experts.** With LoRA, `--lora_dropout 0` (the default is 0.05) adapts the dense layers and shared experts,
-and `--lora_target_parameters` the experts; the routers are never adapted. "LoRA leaves out" counts what has no adapter.
+**Mixtures of experts.** With LoRA, `--lora_dropout 0` (the default is 0.05) adapts the dense layers and the shared
+experts, and `--lora_target_parameters` the experts. Routers are never adapted. "LoRA leaves out" counts what has no
+adapter.
 
 A model that is not here may work as well: the table at the start of a run says what was found in it.
 """
