@@ -90,13 +90,21 @@ def test_what_is_frozen_is_not_reduced(runs, name):
     assert plain <= reduced[0] < 1.01 * plain  # FSDP2 pads what it cuts in pieces
 
 
+@pytest.mark.parametrize(("name", "tensors"), [("gain", 28), ("quantized", 56), ("sharded_gain", 28)])
+def test_what_grades_sends_is_a_number_for_each_tensor_and_the_loss(runs, name, tensors):
+    """4 bytes each; FSDP2 also asks whether some process has called a new module. (Held-out scores apart.)"""
+    own = facts(runs, name)["own_bytes"]
+    assert own[1] == 4 * tensors + 4 + 4 * name.startswith("sharded")
+    assert max(own) < 10 * own[1] < facts(runs, name)["bytes"][0]
+
+
 def test_with_nothing_left_to_train_the_run_ends(runs):
     run = facts(runs, "all_frozen")
     assert (run["steps"], run["stop"]) == (5, "all matrices frozen")
 
 
 def test_rank_0_decides_where_bits_differ(runs):
-    """The second process has measured a thousandth of everything, and gains of the other sign."""
+    """By the numbers of the second process nothing would freeze."""
     assert facts(runs, "other_bits")["frozen"] == facts(runs, "resumed_straight")["frozen"] != {}
     assert facts(runs, "other_bits", 1)["gain"] == facts(runs, "resumed_straight")["gain"]
 
