@@ -69,7 +69,7 @@ def main() -> None:
     if tasks and len(models) == 1 and bases[models[0]] != models[0]:
         models = [bases[models[0]], models[0]]
         bases = {name: bases.get(name, name) for name in models}
-        print(f"Scored before and after: {models[0]} is what the adapter was trained on")
+        print(printable(f"Scored before and after: {models[0]} is what the adapter was trained on"))
     seeing = [name for name in models if has_vision(bases[name], training.trust_remote_code)]
     if seeing and seeing != models:
         raise ValueError(f"Some of these models see and some do not: score them apart. Vision: {', '.join(seeing)}")
@@ -152,12 +152,12 @@ def main() -> None:
     write_json(path, record)
     tracking.log_comparison(scores, training.report_to)
     tracking.finish()
-    print(f"\nThe same, with all answers: {path}")
+    print(printable(f"\nThe same, with all answers: {path}"))
     if len(models) == 1:
         other = bases[models[0]] if bases[models[0]] != models[0] else "ANOTHER_MODEL"
         place = sys.argv.index(models[0])
         command = [*this_command(), *sys.argv[1:place], other, *sys.argv[place:]]
-        print(f"Next, side by side: {shlex.join(command)}")
+        print(printable(f"Next, side by side: {shlex.join(command)}"))
     else:
         print(f"Next, is the difference more than chance? Several seeds: {shlex.join(command_of('compare'))} --help")
 

@@ -19,7 +19,7 @@ from grades_trl.recipe.backend import BACKEND  # isort: skip  Unsloth, if it is 
 import vlm.builtin
 from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import parse_scoring
-from grades_trl.recipe.bad_input import run
+from grades_trl.recipe.bad_input import printable, run
 from grades_trl.recipe.console import set_up_console
 from grades_trl.recipe.data import load_data
 from grades_trl.recipe.export import check_request, export
@@ -84,7 +84,7 @@ def main() -> None:
         converter=own.gguf_converter,
     )
     for kind, path in written.items():
-        print(f"{kind}: {path}")
+        print(printable(f"{kind}: {path}"))
 
 
 if __name__ == "__main__":

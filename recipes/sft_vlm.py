@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from grades_trl.extras import installed
 from grades_trl.recipe.arguments import configure_bema, configure_early_stopping, parse
-from grades_trl.recipe.bad_input import run
+from grades_trl.recipe.bad_input import printable, run
 from grades_trl.recipe.card import push, write_card
 from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
@@ -135,7 +135,7 @@ def main() -> None:
             if installed("matplotlib"):
                 sheet = Path(training.output_dir) / "samples.png"
                 save_samples(shown, before, after, sheet)
-                print(f"With their images: {sheet}")
+                print(printable(f"With their images: {sheet}"))
 
     # 5. Save and show the results.
     save_results(trainer, clock, environment, results, recipe, model_args, choice, samples)

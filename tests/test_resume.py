@@ -21,7 +21,7 @@ def train(folder, steps=2, grades=True, **extra):
     rows, (_, tokenizer) = builtin.dates(train=32, test=8)["train"], builtin.tiny_qwen3()
     args = arguments(folder, max_steps=steps, save_strategy="steps", save_steps=1)
     if grades:
-        extra["grades"] = GradESConfig(metric="none", stopping="all_frozen", keep="last")
+        extra["grades"] = GradESConfig()  # as a recipe without flags has it
     trainer = (GradESTrainer if grades else SFTTrainer)(
         model=model_for(tokenizer), args=args, train_dataset=rows, processing_class=tokenizer, **extra
     )

@@ -32,6 +32,12 @@ from grades_trl.report.tracking import Tracker, result_fields
 
 logger = logging.getLogger(__name__)
 
+# Flags that mean one run, and not those that it is compared with: these begin at step 0 and are not uploaded.
+OF_ONE_RUN = (
+    *("output_dir", "overwrite_output_dir", "seed", "grades", "run_name", "resume", "resume_from_checkpoint"),
+    *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision", "export"),
+)
+
 
 def train_and_save(trainer: Any, clock: RunClock, resume_from_checkpoint: str | None) -> bool:
     """Trains, and saves the model as soon as it is trained: before anything that may fail, such as the callbacks of
@@ -49,6 +55,8 @@ def train_and_save(trainer: Any, clock: RunClock, resume_from_checkpoint: str | 
     save_model, callbacks = _SaveModel(trainer, clock), trainer.callback_handler.callbacks
     callbacks.insert(0, save_model)
     callbacks.sort(key=lambda callback: not isinstance(callback, BEMA))  # which gives the model its weights first
+    if trainer.grades_config is None:
+        callbacks.append(_KeepClock(clock))
     with suppress(_AlreadyFinished):
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     if not save_model.saved:
@@ -80,6 +88,30 @@ class _SaveModel(TrainerCallback):
         self._clock.on_train_end(args, state, control)
         self._trainer.save_model(_internal_call=True)  # without the upload of --push_to_hub, which may fail
         self.saved = True
+
+
+class _KeepClock(TrainerCallback):
+    """Keeps the clock of a baseline in its checkpoints, as GradES does it: the seconds of a run that is resumed are
+    those of all its steps."""
+
+    KEY = "clock"  # among the states of callbacks in trainer_state.json
+
+    def __init__(self, clock: RunClock):
+        self._clock = clock
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step and self.KEY in state.stateful_callbacks:
+            self._clock.load_state_dict(state.stateful_callbacks[self.KEY])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            state.stateful_callbacks[self.KEY] = self._clock.state_dict()
+
+    def on_evaluate(self, args, state, control, **kwargs):  # its seconds too; and it may be what decides to save
+        state.stateful_callbacks[self.KEY] = self._clock.state_dict()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.on_step_end(args, state, control)
 
 
 def final_eval(trainer: Any, test: Dataset) -> dict[str, float]:
@@ -171,7 +203,7 @@ def format_run(trainer: Any, results: dict[str, float]) -> str:
         found.append(f"report     {output_dir / 'grades' / 'report.html'}")
     commands = next_commands(output_dir, trainer.grades_config is not None)
     parts += ["\n".join(found), "\n".join(f"{purpose}:\n  {command}" for purpose, command in commands)]
-    return "\n" + "\n\n".join(parts)
+    return printable("\n" + "\n\n".join(parts))
 
 
 def format_results(results: dict[str, float]) -> str:
@@ -190,8 +222,7 @@ def next_commands(output_dir: Path, with_grades: bool) -> list[tuple[str, str]]:
     model again, beside those of the baseline if it is there."""
     commands = []
     if with_grades:
-        of_one_run = ("output_dir", "seed", "grades", "run_name", "resume", "resume_from_checkpoint")
-        _, flags = split_flags(public_argv()[1:], of_one_run)
+        _, flags = split_flags(public_argv()[1:], OF_ONE_RUN)
         compare = [*command_of("compare"), "--recipe", recipe_name(), *flags]
         commands.append(("Was it worth it? Compare it with the baseline", shlex.join(compare)))
     sibling = f"{output_dir}_baseline" if with_grades else str(output_dir).removesuffix("_baseline")

@@ -15,6 +15,7 @@ from trl import ModelConfig, SFTConfig
 
 from grades_trl.config import GradESConfig
 from grades_trl.recipe.arguments import RecipeArguments
+from grades_trl.recipe.other_settings import refuse_another_run_than
 from grades_trl.report.strict_json import write_json
 from grades_trl.trainers.whole_checkpoint import newest_whole, what_is_wrong
 
@@ -34,11 +35,13 @@ def set_up_resume(recipe: RecipeArguments, training: SFTConfig, model_args: Mode
     """Puts the checkpoint to go on from into `training.resume_from_checkpoint` (`None`: the run starts), and writes
     down which run the output folder holds. Arguments as [`arguments.parse`] gives them.
 
-    `auto` and `true` take the newest whole checkpoint of the output folder. Everything else is the folder of one.
+    `auto` and `true` take the newest whole checkpoint of the output folder, and go on with the settings that the run
+    had: a job that is submitted again is the same run. Everything else is the folder of a checkpoint, and settings
+    that may change take effect (see `other_settings.py` and `GradESConfig`).
 
     Raises:
         ValueError: both flags are given; the checkpoint is not whole, or there is none; the output folder holds a run
-            with another model, other data or settings, or one that is not known.
+            with another model, other data or settings, or one that is not known; a setting has changed that may not.
     """
     given = [str(value) for value in (recipe.resume, training.resume_from_checkpoint) if value is not None]
     if len(given) > 1:
@@ -72,6 +75,8 @@ def set_up_resume(recipe: RecipeArguments, training: SFTConfig, model_args: Mode
                 f"the newest whole checkpoint with --resume auto, or start a run from these weights with "
                 f"--model_name_or_path {wanted}."
             )
+        record = checkpoint.parent / SETTINGS
+        refuse_another_run_than(checkpoint, settings, record, grades if recipe.grades else None)
     recipe.resume, training.resume_from_checkpoint = None, None if checkpoint is None else str(checkpoint)
     if recipe.preview:  # it is no run, and what it is asked with would pass for the settings of one
         return
@@ -110,5 +115,6 @@ def _refuse_another_run(output_dir: Path, settings: dict[str, Any]) -> None:
         more = f", and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise ValueError(
             f"{output_dir} holds another run: {', '.join(shown)}{more}. Choose another --output_dir, go on with the "
-            "settings that it had, or delete that folder."
+            "settings that it had, or delete that folder. Some settings may change where a checkpoint is named: "
+            "--resume FOLDER."
         )

@@ -419,7 +419,11 @@ def _details(summary: RunSummary, facts: RecipeFacts) -> str:
     cached = table_section("Caches", caches, ("Outputs of", "Read", "Computed", "Memory", "Saved", "At the end"), 5)
     chosen = [(name, value) for name, value in summary.settings.items() if value is not None]
     settings = table(chosen, caption="Settings of GradES") if chosen else ""
-    inner = f"<h3>GradES, metric {text(summary.metric)}</h3>{settings}"
+    changes = [
+        (f"from step {c.step:,}", f"{c.setting} is {c.after}, and was {c.before}") for c in summary.setting_changes
+    ]
+    changed = table(changes, caption="Settings changed when the run was resumed") if changes else ""
+    inner = f"<h3>GradES, metric {text(summary.metric)}</h3>{settings}{changed}"
     for group, arguments in facts.arguments.items():
         rows = table(list(arguments.items()), caption=f"Arguments: {group}")
         inner += fold(f"All arguments of the {group} ({len(arguments):,})", rows)

@@ -305,6 +305,7 @@ class RunReport:
             peak_memory_mib=self.clock.peak_memory_mib,
             gain=self._gain_table().summary(),
             caches=outcome.caches,
+            setting_changes=outcome.setting_changes,
         )
 
     def write(self, summary: RunSummary) -> None:

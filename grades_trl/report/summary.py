@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from grades_trl.events import SettingChange
 from grades_trl.model.matrices import WeightMatrix
 from grades_trl.report.environment import Environment
 from grades_trl.report.strict_json import jsonable
@@ -46,6 +47,7 @@ class Outcome:
         stop_reason (`str`): see [`stop_reason`].
         weights (`str`): what the model has now: `"last"`, `"best average"` or `"best checkpoint"`.
         steps (`int`): optimizer steps that were run.
+        setting_changes (`list[SettingChange]`): settings that differ from those that the run began with.
         diverged_at (`int` or `None`): the step at which the loss was no longer finite.
         without_gradient (`int`): tracked matrices that no gradient ever reached.
         untracked_parameters (`int`): trained elements outside the tracked matrices.
@@ -60,6 +62,7 @@ class Outcome:
     stop_reason: str
     weights: str
     steps: int
+    setting_changes: list[SettingChange] = field(default_factory=list)
     diverged_at: int | None = None
     without_gradient: int = 0
     untracked_parameters: int = 0
@@ -202,7 +205,8 @@ class RunSummary:
     Attributes:
         environment (`Environment`): model, device, versions.
         metric (`str`): what was measured of the matrices.
-        settings (`dict[str, Any]`): of GradES.
+        settings (`dict[str, Any]`): of GradES, at the end.
+        setting_changes (`list[SettingChange]`): those of them that the run, resumed, did not begin with.
         steps (`int`), total_steps (`int`): optimizer steps that were run, and of the schedule.
         stop_reason (`str`), diverged_at (`int` or `None`), weights (`str`): as in [`Outcome`].
         tracked_matrices (`int`), frozen (`int`), without_gradient (`int`): all tracked matrices, those of them that
@@ -244,6 +248,7 @@ class RunSummary:
     gain: GainSummary | None = None
     results: dict[str, float] = field(default_factory=dict)
     caches: dict[str, CacheSummary] = field(default_factory=dict)
+    setting_changes: list[SettingChange] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON knows it: a number that is not finite is `None`."""
@@ -414,6 +419,7 @@ def format_summary(summary: RunSummary) -> str:
             rows.append(("cache", f"{label}: {_cached(summary.caches[name])}"))
     if summary.gain is not None:
         rows.append(("gain", str(summary.gain)))
+    rows += [("settings", str(change)) for change in summary.setting_changes]
     memory = "not measured" if summary.peak_memory_mib is None else f"{summary.peak_memory_mib:,.0f} MiB"
     rows.append(("memory", f"{memory} at most, on {summary.environment.device}"))
     lines = [f"GradES: {summary.steps:,} of {summary.total_steps:,} steps; {summary.stop_reason}"]

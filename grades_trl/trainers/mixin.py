@@ -155,7 +155,10 @@ class GradESMixin(_Trainer):
         config, score = self.grades_config, None
         self._heldout_rows, self._heldout_passes, self._heldout_cost = 0, 0.0, 0.0
         self._accuracies: list[float] | None = []  # of the micro-batches of a step; `None`: the trainer computes none
-        if config.may_measure_heldout and (config.needs_heldout_rows or self._has_heldout_rows()):
+        # A longer schedule could pay for a held-out score that the run has begun without.
+        begun_without = self._resumed is not None and self._resumed["heldout"] is None
+        wanted = config.needs_heldout_rows or (self._has_heldout_rows() and not begun_without)
+        if config.may_measure_heldout and wanted:
             config, score = self._plan_heldout(config)
         epoch = self._epoch()
         comes_back = epoch is not None and self.state.max_steps > epoch[1]
@@ -224,7 +227,9 @@ class GradESMixin(_Trainer):
             )
             if not config.needs_heldout_rows:
                 return config, None
-        config = dataclasses.replace(config, heldout_every=every)
+        if self._resumed is not None and self._resumed["heldout"] is not None:  # its scores so far are of these rows
+            rows, every = self._resumed["heldout_rows"], self._resumed["settings"]["heldout_every"]
+        config = dataclasses.replace(config, heldout_every=settings["every"] or every)
         if metric == "exact_match":
             self._heldout_rows = rows
         else:
@@ -387,7 +392,8 @@ class GradESMixin(_Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.grades is not None:
             own: dict[str, Any] = {"clock": self._clock, "report": self.report, "divergence": self._divergence}
-            save_state(output_dir, self.grades.state_dict() | {name: it.state_dict() for name, it in own.items()})
+            state = self.grades.state_dict() | {name: it.state_dict() for name, it in own.items()}
+            save_state(output_dir, state | {"heldout_rows": self._heldout_rows})
             self.report.flush()  # a run that is killed is resumed with its history
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -395,6 +401,8 @@ class GradESMixin(_Trainer):
             self._resumed = load_state(checkpoint)
             self._start_grades()
             self.grades.load_state_dict(self._resumed)
+            for change in self.grades.setting_changes[len(self._resumed["setting_changes"]) :]:
+                logger.info("The resumed run has another setting: %s.", change)
             self._divergence.load_state_dict(self._resumed["divergence"])
             self._clock.load_state_dict(self._resumed["clock"])
             before, here = Path(checkpoint).parent / "grades", Path(self.args.output_dir) / "grades"
@@ -447,6 +455,7 @@ class GradESMixin(_Trainer):
             stop_reason=stop_reason(self._clock, state.global_step, state.max_steps, own_reason or None),
             weights=weights,
             steps=state.global_step,
+            setting_changes=list(grades.setting_changes),
             diverged_at=self.diverged_at,
             without_gradient=len(grades.without_gradient),
             untracked_parameters=sum(untracked_parameters(self.model, grades.matrices).values()),
