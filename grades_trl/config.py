@@ -135,9 +135,9 @@ class GradESConfig:
             images reads them. Its files take at most a tenth of the free disk space.
 
     When a run is resumed with other settings, these take effect from its next step on, and `summary.json` says so.
-    These may not change, which is an error: `metric`, `sample_fraction`, `schedule`, `heldout_metric`, `heldout_every`,
-    `heldout_cost`, `heldout_samples` (what is compared would be of another kind), `tau` from a number to `"auto"`, and
-    `alpha` of `"gain"`. A new `tau` or `auto_ratio` holds for what is not frozen yet; `patience` then counts anew.
+    What would compare things of two kinds may not change, and is an error: `metric`, `sample_fraction`, `schedule`,
+    `heldout_metric`, `heldout_every`, `heldout_cost`, `heldout_samples`, `tau` from a number to `"auto"`, and `alpha`
+    of `"gain"`. A new `tau` or `auto_ratio` holds for what is not frozen yet; `patience` then counts anew.
 
     Raises:
         ValueError: a value out of range, or a setting that the chosen metric or stopping rule does not have.

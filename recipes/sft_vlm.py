@@ -31,6 +31,7 @@ from grades_trl.recipe.plan import print_plan
 from grades_trl.recipe.record import record_arguments, samples_of
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
 from grades_trl.recipe.resume import set_up_resume
+from grades_trl.recipe.scored import rows_left
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
 from grades_trl.report.timing import RunClock
@@ -104,7 +105,7 @@ def main() -> None:
     )
     show_progress(trainer)
     choice = choice_flops(trainer)
-    rows = {"train on": len(train), "validate on": len(validation), "test on": len(test)}
+    rows = rows_left(trainer, {"train": train, "validation": validation, "test": test})
     print(format_start(environment, rows, training.output_dir))
     print(format_choice(trainer.model, choice))
     show_example(trainer, {"train": train, "validation": validation}, whole=recipe.preview)
@@ -128,6 +129,7 @@ def main() -> None:
         if len(asked):
             results["final/exact_match"] = exact_match(ask(asked), asked)
             results["final/exact_match_blank_images"] = exact_match(ask(asked, blank=True), asked)
+            results |= dict.fromkeys(("rows/exact_match", "rows/exact_match_blank_images"), len(asked))
         if len(shown):
             after = ask(shown)
             samples = samples_of(shown, before, after)

@@ -214,7 +214,7 @@ def test_a_hostile_string_carries_nothing_out_on_the_terminal(evil, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["recipes/sft_text.py"])
     rows = Dataset.from_dict({"prompt": [evil], "completion": [evil]})
     shown = [
-        format_start(Environment(evil, evil, {}), {evil: 1}, evil),
+        format_start(Environment(evil, evil, {}), {"train": 1}, evil),
         format_samples(rows, {evil: [evil]}),
         format_scores({evil: {evil: 1.0}}),
         format_run(Stub(evil), {evil: 1.0}),

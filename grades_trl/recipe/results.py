@@ -23,10 +23,11 @@ from grades_trl.recipe.choice import ChoiceFlops
 from grades_trl.recipe.comparison import RUN_ID, split_flags
 from grades_trl.recipe.places import command_of, recipe_name
 from grades_trl.recipe.record import command_line, public_argv, resolved_arguments
+from grades_trl.recipe.scored import rows_scored
 from grades_trl.report.environment import Environment
 from grades_trl.report.recipe_facts import RecipeFacts, Sample, write_samples
 from grades_trl.report.strict_json import write_json
-from grades_trl.report.summary import before_and_after, format_summary, run_result
+from grades_trl.report.summary import before_and_after, format_summary, rows_of, run_result
 from grades_trl.report.timing import RunClock
 from grades_trl.report.tracking import Tracker, result_fields
 
@@ -119,7 +120,7 @@ def final_eval(trainer: Any, test: Dataset) -> dict[str, float]:
 
     Returns:
         `dict`: `final/validation_loss`, and of the test half `final/test_loss` and `final/eval_mean_token_accuracy`.
-            Of a run that has diverged, the losses are NaN.
+            Of a run that has diverged, the losses are NaN. `rows/<score>` is the number of rows that a loss is of.
 
     Raises:
         SystemExit: no test example has a reply left within `max_length`.
@@ -129,16 +130,20 @@ def final_eval(trainer: Any, test: Dataset) -> dict[str, float]:
     trainer.remove_callback(EarlyStoppingCallback)  # it would miss "eval_loss" in the scores of the test half
     # With it, the Trainer would score the rows of its first evaluation again, whatever it is given (5.17).
     trainer.args.dataloader_persistent_workers = False
-    validation = trainer.evaluate()
-    scores = trainer.evaluate(test, metric_key_prefix="test")
+    with rows_scored(trainer.model) as of_validation:
+        validation = trainer.evaluate()
+    with rows_scored(trainer.model) as of_test:
+        scores = trainer.evaluate(test, metric_key_prefix="test")
     if "test_loss" not in scores:  # TRL drops examples without a reply, and evaluates none
         raise SystemExit(
             f"test: none of {len(test)} examples has a reply left within --max_length {trainer.args.max_length}. The "
             f"model is in {trainer.args.output_dir}: score it with recipes/evaluate.py and a larger --max_length."
         )
     results = {"final/validation_loss": validation["eval_loss"], "final/test_loss": scores["test_loss"]}
+    results |= {"rows/validation_loss": of_validation.count, "rows/test_loss": of_test.count}
     if "eval_mean_token_accuracy" in scores:  # TRL's own prefix; Unsloth's loss does not have it
         results["final/eval_mean_token_accuracy"] = scores["eval_mean_token_accuracy"]
+        results["rows/eval_mean_token_accuracy"] = of_test.count
     return results
 
 
@@ -207,12 +212,14 @@ def format_run(trainer: Any, results: dict[str, float]) -> str:
 
 
 def format_results(results: dict[str, float]) -> str:
-    """The scores of a run as a table, a line each: before training, where that was measured, and after."""
-    rows = sorted(before_and_after(results))
-    first = 0 if any(before is not None for _, before, _ in rows) else 1
-    lines = [f"{'':<28}" + "".join(f"{when:>12}" for when in ("before", "after")[first:])]
-    for name, *values in rows:
-        cells = ("" if value is None else f"{value:.4g}" for value in values[first:])
+    """The scores of a run as a table, a line each: before training, where that was measured, and after; and how many
+    rows they are of, where it is known."""
+    found, of_rows = sorted(before_and_after(results)), rows_of(results)
+    columns = ["before", "after"][0 if any(before is not None for _, before, _ in found) else 1 :]
+    lines = [f"{'':<28}" + "".join(f"{column:>12}" for column in [*columns, *(["rows"] if of_rows else [])])]
+    for name, *values in found:
+        cells = ["" if value is None else f"{value:.4g}" for value in values[-len(columns) :]]
+        cells += [f"{of_rows[name]:,}"] if name in of_rows else []
         lines.append(f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
 

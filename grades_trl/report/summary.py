@@ -221,7 +221,8 @@ class RunSummary:
             `"encoder"`, and of the leading `"frozen_layers"` of the language tower. Only those that were used.
         peak_memory_mib (`float` or `None`): of training.
         gain (`GainSummary` or `None`): which layers have the gain, if any step was measured.
-        results (`dict[str, float]`): the final scores, once they are known.
+        results (`dict[str, float]`): the final scores, once they are known, and with `rows/` before the name of one,
+            how many rows it is of.
     """
 
     environment: Environment
@@ -266,7 +267,8 @@ class RunResult:
         seconds (`Seconds`): where they went.
         flops (`float` or `None`): in the tracked layers, as a fraction of a baseline over the full schedule.
         validation (`list[Evaluation]`): the validations during training.
-        results (`dict[str, float]`): the final scores.
+        results (`dict[str, float]`): the final scores, and with `rows/` before the name of one, how many rows it is
+            of.
         peak_memory_mib (`float` or `None`): of training.
         warmup_steps (`float`): of the learning rate, as the trainer was given it.
         environment (`Environment`): model, device, versions.
@@ -375,8 +377,14 @@ def stop_reason(clock: RunClock, steps: int, total_steps: int, grades: str | Non
 
 def before_and_after(results: Mapping[str, float]) -> list[tuple[str, float | None, float | None]]:
     """Scores by their names, each before training (`before/x`) and after it (`final/x`, or `x` alone)."""
-    names = dict.fromkeys(key.removeprefix("before/").removeprefix("final/") for key in results)
+    scores = [key for key in results if not key.startswith("rows/")]
+    names = dict.fromkeys(key.removeprefix("before/").removeprefix("final/") for key in scores)
     return [(name, results.get(f"before/{name}"), results.get(f"final/{name}", results.get(name))) for name in names]
+
+
+def rows_of(results: Mapping[str, float]) -> dict[str, int]:
+    """How many rows each score is of, by its name: `rows/x`, where it is known."""
+    return {key.removeprefix("rows/"): int(count) for key, count in results.items() if key.startswith("rows/")}
 
 
 def format_summary(summary: RunSummary) -> str:
