@@ -14,6 +14,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import sort_checkpoints
 from trl import ModelConfig
 
 from grades_trl.recipe.arguments import RecipeArguments, scored_with
@@ -24,6 +25,8 @@ from grades_trl.recipe.comparison import RUN_ID, split_flags
 from grades_trl.recipe.places import command_of, recipe_name
 from grades_trl.recipe.record import command_line, public_argv, resolved_arguments
 from grades_trl.recipe.scored import rows_scored
+from grades_trl.report import tracking
+from grades_trl.report.disk import is_of_the_disk, tolerated
 from grades_trl.report.environment import Environment
 from grades_trl.report.recipe_facts import RecipeFacts, Sample, write_samples
 from grades_trl.report.strict_json import write_json
@@ -55,6 +58,7 @@ def train_and_save(trainer: Any, clock: RunClock, resume_from_checkpoint: str | 
     """
     save_model, callbacks = _SaveModel(trainer, clock), trainer.callback_handler.callbacks
     callbacks.insert(0, save_model)
+    tracking.GroupedWandbCallback.put_into(trainer)  # of a baseline too: no run ends for W&B
     callbacks.sort(key=lambda callback: not isinstance(callback, BEMA))  # which gives the model its weights first
     if trainer.grades_config is None:
         callbacks.append(_KeepClock(clock))
@@ -87,8 +91,30 @@ class _SaveModel(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._clock.on_train_end(args, state, control)
-        self._trainer.save_model(_internal_call=True)  # without the upload of --push_to_hub, which may fail
+        try:
+            self._trainer.save_model(_internal_call=True)  # without the upload of --push_to_hub, which may fail
+        except Exception as error:
+            if not is_of_the_disk(error):
+                raise
+            raise SystemExit(_not_saved(Path(args.output_dir), error)) from error
         self.saved = True
+
+
+def _not_saved(output_dir: Path, error: Exception) -> str:
+    """What to say of a model that did not fit on the disk; half a file is deleted."""
+    torn = max((p for p in output_dir.glob("*") if p.is_file()), key=lambda p: p.stat().st_mtime, default=output_dir)
+    if "model" in torn.name:
+        torn.unlink()
+    checkpoints = sort_checkpoints(str(output_dir))
+    again = (
+        f"run the same command with --resume auto, which goes on from {checkpoints[-1]}"
+        if checkpoints
+        else ("run the same command again, with --save_strategy steps")
+    )
+    return (
+        f"The model is trained, and could not be saved: {torn} did not fit ({error}). Checkpoints are as they were. "
+        f"Make room, and {again}."
+    )
 
 
 class _KeepClock(TrainerCallback):
@@ -184,9 +210,12 @@ def save_results(
     )
     result.id = os.environ.get(RUN_ID, result.id)
     output_dir = Path(trainer.args.output_dir)
-    write_json(output_dir / "result.json", result.to_json() | {"choice": asdict(choice)})
+    # The model is safe, and its scores are shown whatever of this does not fit on the disk.
+    with tolerated(output_dir / "result.json"):
+        write_json(output_dir / "result.json", result.to_json() | {"choice": asdict(choice)})
     if samples:
-        write_samples(output_dir / "samples", list(samples))
+        with tolerated(output_dir / "samples"):
+            write_samples(output_dir / "samples", list(samples))
     tracker, step = Tracker.of(trainer), trainer.state.global_step
     tracker.log_samples(list(samples), step)
     tracker.log_result(result_fields(result), results, step)
@@ -195,7 +224,8 @@ def save_results(
         arguments = resolved_arguments(trainer, recipe, model_args)
         commands = next_commands(output_dir, with_grades=True)
         trainer.report.facts = RecipeFacts(command_line(), arguments, list(samples), commands)
-        trainer.report.write(summary)
+        with tolerated(trainer.report.directory):
+            trainer.report.write(summary)
 
 
 def format_run(trainer: Any, results: dict[str, float]) -> str:

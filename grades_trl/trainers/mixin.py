@@ -15,7 +15,13 @@ import psutil
 import torch
 from transformers import TrainerCallback
 from transformers.integrations.neftune import deactivate_neftune
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput, has_length
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    IntervalStrategy,
+    SaveStrategy,
+    TrainOutput,
+    has_length,
+)
 
 from grades_trl.config import GradESConfig
 from grades_trl.distributed import refuse_several_devices
@@ -32,6 +38,7 @@ from grades_trl.stopping.heldout import name_of, plan
 from .binding import is_sft_trainer, on_sft_trainer, refuse_stale_base
 from .checkpoint import load_renamed_weights, load_state, save_state
 from .divergence import Divergence
+from .full_disk import saved_or_said
 from .heldout import HeldoutAnswers, HeldoutRows, first_dataset, heldout_dataset, nothing_random_moves
 
 if TYPE_CHECKING:
@@ -387,6 +394,12 @@ class GradESMixin(_Trainer):
             logger.info(self.report.console_line(step, events))
 
     # ---- resuming ----
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        best = self.state.best_model_checkpoint
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if not saved_or_said(folder, lambda: super(GradESMixin, self)._save_checkpoint(*args, **kwargs)):
+            self.state.best_model_checkpoint = best
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
