@@ -135,6 +135,11 @@ class GradESConfig:
             Keeps the outputs of a frozen encoder in this folder too, so that the next run with the same encoder and
             images reads them. Its files take at most a tenth of the free disk space.
 
+    When a run is resumed with other settings, these take effect from its next step on, and `summary.json` says so.
+    What would compare things of two kinds may not change, and is an error: `metric`, `sample_fraction`, `schedule`,
+    `heldout_metric`, `heldout_every`, `heldout_cost`, `heldout_samples`, `tau` from a number to `"auto"`, and `alpha`
+    of `"gain"`. A new `tau` or `auto_ratio` holds for what is not frozen yet; `patience` then counts anew.
+
     Raises:
         ValueError: a value out of range, or a setting that the chosen metric or stopping rule does not have.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from grades_trl.config import GradESConfig
 from grades_trl.criteria import CRITERIA, Converged, GainMeter
 from grades_trl.distributed import Reducer, from_main, gathered, is_sharded, reshard, world_size
-from grades_trl.events import FreezeEvent
+from grades_trl.events import FreezeEvent, SettingChange
 from grades_trl.freezing.activation_cache import ActivationCache
 from grades_trl.freezing.encoder_cache import EncoderCache
 from grades_trl.freezing.freeze import Freezer
@@ -23,6 +24,7 @@ from grades_trl.model.flops import StepCosts
 from grades_trl.model.matrices import WeightMatrix, find_matrices, matrices_by_layer, untracked_matrices
 from grades_trl.model.structure import embeddings_train
 from grades_trl.model.towers import towers_of_parameters
+from grades_trl.resumed_settings import changed_settings, resolved_settings
 from grades_trl.stopping import STOPPING_RULES, HeldoutScore, StoppingRule, TrainAccuracy
 from grades_trl.weight_average import WeightAverage
 
@@ -73,6 +75,7 @@ class GradES:
         heldout (`HeldoutScore` or `None`): the held-out scores so far, where they are measured.
         stopping (`StoppingRule`): what decides when the run ends.
         restored_best (`bool`): the model has its best average, of step `heldout.best_step`.
+        setting_changes (`list[SettingChange]`): settings that differ from those of a checkpoint that was resumed.
         prefix (`FrozenPrefix`): the leading layers that backward skips.
 
     Raises:
@@ -125,8 +128,10 @@ class GradES:
             self.stopping_name = "heldout" if self.heldout is not None else fallback
         self.stopping = self._stopping_rule(total_steps)
         self.restored_best = False
+        self.setting_changes: list[SettingChange] = []
 
         self._model = model
+        self._total_steps = total_steps
         self._last_step = 0
         self._finished = False
         self._freezer = Freezer(model, optimizer)
@@ -404,7 +409,9 @@ class GradES:
         tensors = {f"criterion/{name}": t for name, t in of_criterion.items()}
         tensors |= {f"gain/{name}": t for name, t in of_gain.items()}
         state: dict[str, Any] = {
-            "metric": self.config.metric,
+            "settings": resolved_settings(self.config),
+            "setting_changes": [asdict(change) for change in self.setting_changes],
+            "total_steps": self._total_steps,
             "last_step": self._last_step,
             "matrices": list(self.matrices),
             "frozen": dict(self.frozen),
@@ -422,17 +429,16 @@ class GradES:
         return state | {"tensors": tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a run: its frozen matrices are frozen again, everything else goes on where it was.
+        """Restores a run: its frozen matrices are frozen again, everything else goes on where it was. Settings that
+        have changed since then take effect, and are in `setting_changes`.
 
         Raises:
-            ValueError: the state is of another metric, of a run with or without held-out measurements where this is
-                the other, of another held-out metric, or of a model with other matrices.
+            ValueError: a setting has changed that may not (see `GradESConfig`); the state is of a run with or without
+                held-out measurements where this is the other, or of a model with other matrices.
         """
-        if state["metric"] != self.config.metric:
-            raise ValueError(
-                f"The checkpoint was written with metric {state['metric']!r} and this run has "
-                f"{self.config.metric!r}: resume with --metric {state['metric']}."
-            )
+        changed = changed_settings(state, self.config)
+        if state["total_steps"] != self._total_steps:
+            changed["total_steps"] = (state["total_steps"], self._total_steps)
         if (state["heldout"] is None) != (self.heldout is None):
             was, is_now = ("without", "with") if state["heldout"] is None else ("with", "without")
             raise ValueError(
@@ -457,7 +463,10 @@ class GradES:
         self.gain.load_state_dict(state["gain"], tensors_of("gain/"))
         if state["stopping"]["rule"] == self.stopping_name:
             self.stopping.load_state_dict(state["stopping"]["state"])
-        self._last_step, self.restored_best = state["last_step"], state["restored_best"]
+        self._last_step = step = state["last_step"]
+        self.restored_best = state["restored_best"]
+        self.setting_changes = [SettingChange(**change) for change in state["setting_changes"]]
+        self.setting_changes += [SettingChange(step + 1, name, *values) for name, values in changed.items()]
         before = set(state["without_gradient"])
         self._without_gradient = {name: p for name, p in self._without_gradient.items() if name in before}
         if self.average is not None:

@@ -1,8 +1,10 @@
-"""The record of one freeze, or of its end: what the engine returns, the report writes, and a schedule reads back."""
+"""What the engine tells: the record of one freeze, or of its end, which the report writes and a schedule reads back;
+and of a setting that has changed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,23 @@ class FreezeEvent:
     total: int
     reason: str
     unfrozen: bool = False
+
+
+@dataclass(frozen=True)
+class SettingChange:
+    """
+    A setting that a resumed run has changed.
+
+    Attributes:
+        step (`int`): the first optimizer step that the new value holds for.
+        setting (`str`): its name in `GradESConfig`, or `"total_steps"`.
+        before, after: its values.
+    """
+
+    step: int
+    setting: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.setting} is {self.after} from step {self.step} on, and was {self.before}"

@@ -42,6 +42,7 @@ from grades_trl.recipe.comparison import (
     summarize,
 )
 from grades_trl.recipe.places import IS_INSTALLED, RECIPES, ROOT, find_config, this_command
+from grades_trl.recipe.secret import without_secrets
 from grades_trl.report.strict_json import write_json
 
 # Recipe -> subcommand. The command runs the file in recipes/, in a checkout and in an installed package.
@@ -56,12 +57,25 @@ REPLACED = {
     **dict.fromkeys(SCHEDULED, ("metric", *CRITERION_SETTINGS)),
     "paper": ("metric", *CRITERION_SETTINGS, "stopping", "keep", *HELDOUT_SETTINGS),
 }
+# A comparison uploads nothing. So tokens are left out of its records.
+NOT_OF_A_VARIANT = (
+    "push_to_hub",
+    "hub_token",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_private_repo",
+    "hub_revision",
+    "env",
+)
 LAST_LINES = 20  # of the log of a run that failed
 
 
 def main() -> None:
     refuse_several_processes()
     args, recipe_flags = parse()
+    if args.config:  # of the variables that a config file sets, as of tokens, nothing is written down
+        variables = yaml.safe_load(find_config(args.config).read_text("utf-8")).get("env", {})
+        os.environ |= {name: str(value) for name, value in variables.items()}
     output_dir = Path(args.output_dir)
     os.environ["WANDB_RUN_GROUP"] = output_dir.name
     failed = threading.Event()
@@ -103,7 +117,7 @@ def main() -> None:
     if figure is not None:
         draw(runs, summary, figure)
     comparison_page.write(record, figure, output_dir / "compare.html")
-    print(f"\n{markdown(summary)}\n{output_dir / 'compare.html'}")
+    print(printable(f"\n{markdown(summary)}\n{output_dir / 'compare.html'}"))
     if figure is None:
         print(f"It has no figure, which needs matplotlib: {how_to_install('matplotlib')}.")
 
@@ -145,9 +159,17 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     args, recipe_flags = parser.parse_known_args()
     if args.jobs < 1 or min(args.seeds) < 0:
         parser.error("--jobs is at least 1, and --seeds are at least 0")
+    resuming = [
+        flag for flag in split_flags(recipe_flags, ("resume", "resume_from_checkpoint"))[0] if flag[:2] == "--"
+    ]
+    if resuming:
+        parser.error(f"{resuming[0]}: every run of a comparison begins at its first step; leave it out")
+    dashed = [name.replace("_", "-") for name in NOT_OF_A_VARIANT]  # TRL takes both
+    recipe_flags = split_flags(recipe_flags, (*NOT_OF_A_VARIANT, *dashed))[1]
     needing = [variant for variant in FROM_GRADES if variant in args.variants]
     if needing and "grades" not in args.variants:
         parser.error(f"{', '.join(needing)} need the GradES run of the same seed: add grades to --variants")
+    sys.argv[:] = without_secrets(sys.argv)
     return args, recipe_flags
 
 
@@ -163,6 +185,7 @@ def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str,
     """
     folder = Path(args.output_dir) / f"{variant}-seed{seed}"
     config = yaml.safe_load(find_config(args.config).read_text("utf-8")) if args.config else {}
+    config = {name: value for name, value in config.items() if name not in NOT_OF_A_VARIANT}
     made_of: dict[str, Any] = {"config": config, "schedule": None}
     if variant in FROM_GRADES and (grades is None or "skipped" in grades):
         return {"variant": variant, "seed": seed, "skipped": "there is no GradES run to make it from"}
@@ -291,8 +314,8 @@ def variant_flags(
 def describe(run: Run) -> str:
     name = f"{run['variant']:<22} seed {run['seed']}: "
     if "skipped" in run:
-        return name + run["skipped"]
-    return name + (
+        return name + printable(run["skipped"])
+    return name + printable(
         f"{run['steps']:>6,} of {run['total_steps']:,} steps, test loss {run['results']['final/test_loss']:.4f}, "
         f"{run['seconds']['total']:.1f} s, {run['stop_reason']}"
     )

@@ -34,6 +34,7 @@ from grades_trl.recipe.generation import answers, character_error_rate, exact_ma
 from grades_trl.recipe.harness import check_harness, run_tasks
 from grades_trl.recipe.places import command_of, this_command
 from grades_trl.recipe.results import format_scores
+from grades_trl.recipe.scored import rows_scored
 from grades_trl.recipe.trained import base_of, has_vision, load_trained, release
 from grades_trl.report import tracking
 from grades_trl.report.environment import device_name, versions
@@ -71,7 +72,7 @@ def main() -> None:
     if tasks and len(models) == 1 and bases[models[0]] != models[0]:
         models = [bases[models[0]], models[0]]
         bases = {name: bases.get(name, name) for name in models}
-        print(f"Scored before and after: {models[0]} is what the adapter was trained on")
+        print(printable(f"Scored before and after: {models[0]} is what the adapter was trained on"))
     seeing = [name for name in models if has_vision(bases[name], training.trust_remote_code)]
     if seeing and seeing != models:
         raise ValueError(f"Some of these models see and some do not: score them apart. Vision: {', '.join(seeing)}")
@@ -99,6 +100,7 @@ def main() -> None:
     # 3. One model after the other: TRL's evaluation, as during training; then greedy answers; then the tasks, in a
     #    process of their own.
     ask: Any = vlm.generation.answers if vision else answers
+    scored: dict[str, int] = {}
     records, assistant_only_loss = {}, training.assistant_only_loss
     for name in models:
         print(f"\n{printable(name)}", flush=True)
@@ -114,7 +116,8 @@ def main() -> None:
             training.assistant_only_loss = assistant_only_loss and can
             first = test.select([0])  # the trainer wants something to train on
             trainer = SFTTrainer(model, training, train_dataset=first, eval_dataset=test, processing_class=processor)
-            found |= losses(trainer, groups)
+            of_rows, scored[name] = losses(trainer, len(test), groups)
+            found |= of_rows
             given[name] = {k: ask(model, processor, asked[k], max_new_tokens=recipe.max_new_tokens) for k in asked}
             for split, rows in asked.items():
                 kind = split.removeprefix("test")
@@ -148,18 +151,19 @@ def main() -> None:
         print(format_samples(shown, {name: given[name]["test"] for name in models}))
     print(f"\n{format_scores(scores)}")
     record = {"scores": scores, "examples": {split: len(rows) for split, rows in tests.items()}, "answers": given}
+    record |= {"rows_of_losses": scored}
     record |= {"tasks": records, "scored_with": scored_with(recipe, training, model_args), "argv": sys.argv}
     record |= {"device": device_name(), "versions": versions()}
     path = Path(training.output_dir) / "scores.json"
     write_json(path, record)
     tracking.log_comparison(scores, training.report_to)
     tracking.finish()
-    print(f"\nThe same, with all answers: {path}")
+    print(printable(f"\nThe same, with all answers: {path}"))
     if len(models) == 1:
         other = bases[models[0]] if bases[models[0]] != models[0] else "ANOTHER_MODEL"
         place = sys.argv.index(models[0])
         command = [*this_command(), *sys.argv[1:place], other, *sys.argv[place:]]
-        print(f"Next, side by side: {shlex.join(command)}")
+        print(printable(f"Next, side by side: {shlex.join(command)}"))
     else:
         print(f"Next, is the difference more than chance? Several seeds: {shlex.join(command_of('compare'))} --help")
 
@@ -172,18 +176,25 @@ def rows_by_category(test: Dataset, column: str | None) -> dict[str, list[int]]:
     return dict(sorted(groups.items()))
 
 
-def losses(trainer: SFTTrainer, groups: dict[str, list[int]]) -> dict[str, float]:
-    """Loss, perplexity and token accuracy on the trainer's held-out rows, and the losses of each category."""
+def losses(trainer: SFTTrainer, given: int, groups: dict[str, list[int]]) -> tuple[dict[str, float], int]:
+    """Loss, perplexity and token accuracy on the trainer's held-out rows, the losses of each category, and how many
+    rows these are. Fewer than given are said."""
     rows: Any = trainer.eval_dataset
     if groups and len(rows) != sum(map(len, groups.values())):
         raise ValueError("--category_column scores rows one by one, and they are packed: add --packing false.")
     trainer.args.dataloader_persistent_workers = False  # as in `results.final_eval`
-    found = trainer.evaluate()
+    with rows_scored(trainer.model) as scored:
+        found = trainer.evaluate()
     scores = {"test_loss": found["eval_loss"], "perplexity": math.exp(found["eval_loss"])}
     scores["token_accuracy"] = found["eval_mean_token_accuracy"]
+    if scored.count < given:
+        print(
+            f"The losses are of {scored.count:,} of {given:,} rows: the others have no reply left within --max_length "
+            f"{trainer.args.max_length}."
+        )
     for category, indices in groups.items():
         scores[f"{category}/test_loss"] = trainer.evaluate(rows.select(indices))["eval_loss"]
-    return scores
+    return scores, scored.count
 
 
 def by_category(

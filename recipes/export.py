@@ -20,7 +20,7 @@ import vlm.builtin
 from grades_trl.distributed import refuse_several_processes
 from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import parse_scoring
-from grades_trl.recipe.bad_input import run
+from grades_trl.recipe.bad_input import printable, run
 from grades_trl.recipe.console import set_up_console
 from grades_trl.recipe.data import load_data
 from grades_trl.recipe.export import check_request, export
@@ -86,7 +86,7 @@ def main() -> None:
         converter=own.gguf_converter,
     )
     for kind, path in written.items():
-        print(f"{kind}: {path}")
+        print(printable(f"{kind}: {path}"))
 
 
 if __name__ == "__main__":

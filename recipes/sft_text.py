@@ -32,6 +32,7 @@ from grades_trl.recipe.plan import print_plan
 from grades_trl.recipe.record import record_arguments, samples_of
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
 from grades_trl.recipe.resume import mark_finished, set_up_resume
+from grades_trl.recipe.scored import rows_left
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
 from grades_trl.report.timing import RunClock
@@ -107,10 +108,10 @@ def main() -> None:
     )
     show_progress(trainer)
     choice = choice_flops(trainer)
-    rows = {"train on": len(train), "validate on": len(validation), "test on": len(test)}
+    rows = rows_left(trainer, {"train": train, "validation": validation, "test": test})
     print(format_start(environment, rows, training.output_dir))
     print(format_choice(trainer.model, choice))
-    warn_truncated_examples(trainer, {"train": train, "validation": validation})
+    warn_truncated_examples(rows, training.max_length)
     show_example(trainer, {"train": train, "validation": validation}, whole=recipe.preview)
     if recipe.preview:
         return
@@ -133,6 +134,7 @@ def main() -> None:
     samples = []
     if trainer.diverged_at is None:
         results |= {f"final/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}
+        results |= {f"rows/exact_match_{split}": len(rows) for split, rows in asked.items()}
         if shown:
             after = ask(shown)
             samples = samples_of(shown, before, after)

@@ -19,7 +19,7 @@ from datasets import Dataset
 from grades_trl.distributed import is_main, main_first, others_end
 from grades_trl.extras import installed
 from grades_trl.recipe.arguments import configure_bema, configure_early_stopping, parse
-from grades_trl.recipe.bad_input import run
+from grades_trl.recipe.bad_input import printable, run
 from grades_trl.recipe.card import push, write_card
 from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
@@ -32,6 +32,7 @@ from grades_trl.recipe.plan import print_plan
 from grades_trl.recipe.record import record_arguments, samples_of
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
 from grades_trl.recipe.resume import mark_finished, set_up_resume
+from grades_trl.recipe.scored import rows_left
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
 from grades_trl.report.timing import RunClock
@@ -107,7 +108,7 @@ def main() -> None:
     )
     show_progress(trainer)
     choice = choice_flops(trainer)
-    rows = {"train on": len(train), "validate on": len(validation), "test on": len(test)}
+    rows = rows_left(trainer, {"train": train, "validation": validation, "test": test})
     print(format_start(environment, rows, training.output_dir))
     print(format_choice(trainer.model, choice))
     show_example(trainer, {"train": train, "validation": validation}, whole=recipe.preview)
@@ -130,6 +131,7 @@ def main() -> None:
         if len(asked):
             results["final/exact_match"] = exact_match(ask(asked), asked)
             results["final/exact_match_blank_images"] = exact_match(ask(asked, blank=True), asked)
+            results |= dict.fromkeys(("rows/exact_match", "rows/exact_match_blank_images"), len(asked))
         if len(shown):
             after = ask(shown)
             samples = samples_of(shown, before, after)
@@ -137,7 +139,7 @@ def main() -> None:
             if installed("matplotlib") and is_main():
                 sheet = Path(training.output_dir) / "samples.png"
                 save_samples(shown, before, after, sheet)
-                print(f"With their images: {sheet}")
+                print(printable(f"With their images: {sheet}"))
 
     if others_end():
         return  # the main process goes on

@@ -270,7 +270,7 @@ def test_no_escape_sequence_reaches_the_terminal(capsys):
     rows = Dataset.from_dict({"prompt": [f"ask{ESCAPE}"], "completion": [f"say{ESCAPE}"]})
     shown = format_samples(rows, {"after": [f"answer{ESCAPE}"]})
     shown += format_scores({f"model{ESCAPE}": {f"category{ESCAPE}/test_loss": 1.0}})
-    shown += format_start(Environment(f"name{ESCAPE}", "CPU", {}), {"train on": 1}, f"out{ESCAPE}")
+    shown += format_start(Environment(f"name{ESCAPE}", "CPU", {}), {"train": 1}, f"out{ESCAPE}")
     set_up_console()
     logging.getLogger("grades_trl").info(f"of {ESCAPE}")
     shown += capsys.readouterr().err

@@ -18,6 +18,7 @@ from grades_trl.recipe.arguments import RecipeArguments, configure_early_stoppin
 from grades_trl.recipe.backend import BACKENDS
 from grades_trl.recipe.data import load_data, warn_truncated_examples
 from grades_trl.recipe.results import format_scores
+from grades_trl.recipe.scored import rows_left
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo_text.yaml"
 
@@ -302,13 +303,12 @@ def test_examples_that_max_length_truncates_are_a_warning(tmp_path, caplog):
         args = SFTConfig(str(tmp_path), max_length=max_length, use_cpu=True, bf16=False, report_to=[])
         trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=short, processing_class=tokenizer)
         caplog.clear()
-        warn_truncated_examples(trainer, {"train": rows, "validation": short})
+        warn_truncated_examples(rows_left(trainer, {"train": rows, "validation": short, "test": rows}), max_length)
         return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
-    assert report(rows, 40) == [
-        "train: of 4 examples, 2 have no reply left within --max_length 40: dropped. 1 more reach it and may be "
-        "truncated."
-    ]
+    reach = "1 more reach it, of which 1 are cut off, without the end-of-sequence token that ends a reply."
+    found = "of 4 examples, 2 have no reply left within --max_length 40: dropped"
+    assert report(rows, 40) == [f"train: {found}. {reach}", f"test: {found}, and not scored. {reach}"]
     assert report(rows, 200) == report(rows, None) == []
     with pytest.raises(ValueError, match="train: of 2 examples, 2 have no reply left within --max_length 40"):
         report(rows.select([0, 1]), 40)

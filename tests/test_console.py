@@ -8,6 +8,7 @@ from grades_trl import GradESTrainer
 from grades_trl.recipe import builtin
 from grades_trl.recipe.console import format_start, log_entries, show_progress
 from grades_trl.recipe.results import format_results
+from grades_trl.recipe.scored import RowsLeft
 from grades_trl.report.environment import Environment
 from helpers import arguments, model_for, never
 
@@ -58,10 +59,12 @@ def test_lines_in_a_pipe_and_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
 
 
 def test_the_start_and_the_scores_fit_80_columns():
-    start = format_start(Environment("toy", "CPU", {}), {"train on": 1000, "test on": 20}, "outputs/x")
+    start = format_start(
+        Environment("toy", "CPU", {}), {"train": RowsLeft(1000, 1000), "test": RowsLeft(20, 8)}, "outputs/x"
+    )
     assert start.splitlines() == [
         "model      toy, on CPU",
-        "examples   1,000 to train on, 20 to test on",
+        "examples   1,000 to train on, 8 of 20 to test on",
         "results    outputs/x",
     ]
     scores = format_results({"before/exact_match_test": 0.0, "final/exact_match_test": 0.5, "final/test_loss": 1.25})
@@ -71,3 +74,6 @@ def test_the_start_and_the_scores_fit_80_columns():
         ["test_loss", "1.25"],
     ]
     assert format_results({"final/test_loss": 1.0}).split() == ["after", "test_loss", "1"]
+    counted = format_results({"before/a": 0.5, "final/a": 1.0, "final/b": 2.0, "rows/b": 1234})
+    assert counted.split() == ["before", "after", "rows", "a", "0.5", "1", "b", "2", "1,234"]
+    assert max(map(len, counted.splitlines())) <= 80

@@ -301,7 +301,7 @@ def test_the_first_example_is_shown_with_what_it_learns(tmp_path, tokenizer, cap
     assert "<|assistant|>[[second reply<|end|>]]<|user|>three?" in printed
     lengths = sorted(map(len, trainer.train_dataset["input_ids"]))
     assert f"train: 3 rows of {lengths[0]} to 70 tokens, median {lengths[1]}; 0 reach" in printed
-    assert "0 reach --max_length 80 and may be truncated, 1 of 4 have no reply left and are dropped" in printed
+    assert "0 reach --max_length 80 and 0 of them lose their end, 1 of 4 have no reply left and are dropped" in printed
     assert "validation: 6 rows of " in printed
 
 

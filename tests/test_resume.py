@@ -25,7 +25,7 @@ def train(folder, steps=2, grades=True, peft_config=None, eval=(), **changes):
     """Saves after each step. `eval`: what it measures then."""
     dataset, (_, tokenizer) = builtin.dates(train=32, test=8), builtin.tiny_qwen3()
     args = arguments(folder, max_steps=steps, save_strategy="steps", save_steps=1, **changes)
-    extra = {"grades": GradESConfig(metric="none", stopping="all_frozen", keep="last")} if grades else {}
+    extra = {"grades": GradESConfig()} if grades else {}  # as a recipe without flags has it
     trainer = (GradESTrainer if grades else SFTTrainer)(
         model=model_for(tokenizer),
         args=args,

@@ -127,7 +127,7 @@ def test_figures_take_no_more_than_their_share_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "run", object())
     monkeypatch.setattr(Tracker, "log_config", lambda self, config: None)
     monkeypatch.setattr(Tracker, "log_image", lambda self, key, png, step: drawn.append(step))
-    monkeypatch.setattr(run_report.figure, "render", lambda figure: now.__setitem__(0, now[0] + 0.5))
+    monkeypatch.setattr(run_report.figure, "render", lambda figure: now.__setitem__(0, now[0] + 0.5) or b"")
     run = Run(now)
     report = make_report(tmp_path, matrices, run.clock, Tracker.of(trainer_reporting_to(["wandb"])))
     for step, name in enumerate(matrices, 1):

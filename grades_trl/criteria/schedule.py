@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from grades_trl.model.matrices import WeightMatrix
 
 from .base import Converged, Criterion
@@ -50,6 +52,19 @@ class Schedule(Criterion):
                 f"{len(late)} of the {len(self.steps)} matrices of the schedule never freeze: their steps are after "
                 f"the last one, {total_steps}; that of {late[0]} is {self.steps[late[0]]}."
             )
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"steps": self.steps}, {}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for name in [*self.steps, *state["steps"]]:
+            before, now = state["steps"].get(name), self.steps.get(name)
+            if before != now:
+                when = ["never" if step is None else f"at step {step}" for step in (before, now)]
+                raise ValueError(
+                    f"The checkpoint was written with a schedule that freezes {name} {when[0]}, and this one freezes "
+                    f"it {when[1]}: resume with the same schedule. It cannot change in a run, which would be neither."
+                )
 
     def update(self, step: int, live: Collection[str], grad_scale: float) -> list[Converged]:
         # A step that was missed (a run that starts late) counts, too.

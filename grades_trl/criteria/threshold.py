@@ -45,7 +45,7 @@ class ThresholdCriterion(Criterion):
 
     def __init__(self, matrices: dict[str, WeightMatrix], total_steps: int, **settings: Any):
         super().__init__(matrices, total_steps)
-        self.auto_ratio, self.patience = settings["auto_ratio"], settings["patience"]
+        self.tau, self.auto_ratio, self.patience = settings["tau"], settings["auto_ratio"], settings["patience"]
         self.measure_every, self.sample_fraction = settings["measure_every"], settings["sample_fraction"]
         # The rounding guards against 0.55 * 100 being 55.00000000000001.
         self.grace_steps = math.ceil(round(settings["alpha"] * total_steps, 9))
@@ -97,6 +97,8 @@ class ThresholdCriterion(Criterion):
         remembered, tensors = self._measurement.state_dict()
         state = {
             "sample_fraction": self.sample_fraction,
+            "measure_every": self.measure_every,
+            "auto_ratio": self.auto_ratio,
             "taus": self.taus,
             "level": self._level,
             "measurements": self._measurements,
@@ -110,10 +112,16 @@ class ThresholdCriterion(Criterion):
                 f"The checkpoint was written with sample_fraction {state['sample_fraction']} and this run has "
                 f"{self.sample_fraction}: resume with --sample_fraction {state['sample_fraction']}."
             )
-        self.taus = dict(state["taus"])
-        self._level = {name: list(values) for name, values in state["level"].items()}
-        self._measurements, self._below = dict(state["measurements"]), dict(state["below"])
-        self._measurement.load_state_dict(state, tensors)
+        taus = state["taus"]
+        if self.tau == "auto":
+            factor = self.auto_ratio / state["auto_ratio"]
+            self.taus = {name: tau * factor for name, tau in taus.items()}
+            self._level = {name: list(values) for name, values in state["level"].items()}
+        self._measurements = dict(state["measurements"])
+        # Values below another threshold do not count towards this one.
+        self._below = {name: n for name, n in state["below"].items() if self.taus.get(name) == taus.get(name)}
+        if state["measure_every"] == self.measure_every:  # else the neighbouring step is another one
+            self._measurement.load_state_dict(state, tensors)
 
 
 def threshold(tau: Any, tower: str) -> float | None:

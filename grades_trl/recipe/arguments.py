@@ -26,6 +26,7 @@ from grades_trl.model import TOWERS
 from grades_trl.recipe.bad_input import blamed_on
 from grades_trl.recipe.bema import BEMA
 from grades_trl.recipe.places import find_config, this_command
+from grades_trl.recipe.secret import hide_secrets
 from grades_trl.report import tracking
 
 logger = logging.getLogger(__name__)
@@ -277,6 +278,7 @@ def parse(
     if argv and argv[-1] == "--config":
         raise ValueError("--config has no value; expected a YAML file or the name of a config.")
     recipe, grades, model, training = parser.parse_args_and_config(argv)
+    hide_secrets(training)
     _check_ranges(training, model)
     _check_lora(model, flags)
     training.report_to = tracking.drop_if_missing(training.report_to)
@@ -459,6 +461,7 @@ def parse_scoring(
     if not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True, bf16=False, fp16=False)
     *of_script, recipe, model_args, training, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    hide_secrets(training)
     _check_ranges(training, model_args)
     _take_text_field(recipe, training)
     for model, settings in runs.items():

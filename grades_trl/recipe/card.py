@@ -18,7 +18,7 @@ from grades_trl.recipe.arguments import BUILTIN_DATASETS, RecipeArguments
 from grades_trl.recipe.record import command_line
 from grades_trl.recipe.results import format_score
 from grades_trl.report.environment import Environment
-from grades_trl.report.summary import before_and_after
+from grades_trl.report.summary import before_and_after, rows_of
 from grades_trl.report.timing import RunClock
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,9 @@ def _data(recipe: RecipeArguments, seed: int, dataset: Mapping[str, Dataset]) ->
     name = str(recipe.dataset_name)
     kind = "built into the recipes" if name in BUILTIN_DATASETS else "local" if Path(name).exists() else "on the hub"
     sizes = ", ".join(f"{len(rows):,} ({split})" for split, rows in dataset.items())
-    shown = Path(name).name if kind == "local" else name  # a path says more of this machine than of the data
+    shown = (Path(name).name if kind == "local" else name).replace(
+        "`", "'"
+    )  # a path says more of this machine than of the data
     return (
         f"### Data\n\n`{shown}`, {kind}; examples: {sizes}; seed {seed}. Decisions during training were made on "
         "`validation`; `test` was scored once, at the end."
@@ -196,8 +198,9 @@ def _data(recipe: RecipeArguments, seed: int, dataset: Mapping[str, Dataset]) ->
 
 
 def _scores(results: Mapping[str, float]) -> str:
-    lines = ["### Scores", "", "| | before training | after |", "|---|---|---|"]
+    of_rows = rows_of(results)
+    lines = ["### Scores", "", "| | before training | after | rows |", "|---|---|---|---|"]
     for name, *both in before_and_after(results):
         cells = " | ".join("-" if number is None else format_score(name, number) for number in both)
-        lines.append(f"| {name.removeprefix('eval_')} | {cells} |")
+        lines.append(f"| {name.removeprefix('eval_')} | {cells} | {of_rows.get(name, '-')} |")
     return "\n".join(lines)

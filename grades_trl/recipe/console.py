@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -120,15 +121,16 @@ def _joined(entries: dict[str, str], separator: str) -> str:
     return separator.join(f"{name} {value}" for name, value in entries.items())
 
 
-def format_start(environment: Any, splits: dict[str, int], output_dir: str) -> str:
+def format_start(environment: Any, splits: Mapping[str, Any], output_dir: str) -> str:
     """What a run is about to do, in three lines.
 
     Args:
         environment (`Environment`): of the run.
-        splits (`dict[str, int]`): what rows are for -> how many there are.
+        splits (`Mapping[str, RowsLeft]`): split -> its rows, of which some can be too long.
         output_dir (`str`): where results go.
     """
-    rows = ", ".join(f"{count:,} to {purpose}" for purpose, count in splits.items())
+    uses = {"train": "train on", "validation": "validate on", "test": "test on"}
+    rows = ", ".join(f"{splits[split]} to {use}" for split, use in uses.items() if split in splits)
     return printable(
         "\n".join(
             [

@@ -22,6 +22,7 @@ from trl import ModelConfig
 from trl.data_utils import prepare_multimodal_messages
 
 from grades_trl.recipe.arguments import RecipeArguments
+from grades_trl.recipe.bad_input import printable
 from grades_trl.recipe.generation import GREEDY, prompt_text
 from grades_trl.recipe.modelfile import modelfile
 from grades_trl.recipe.models import load_gguf
@@ -270,7 +271,7 @@ def export_run(trainer: Any, recipe: RecipeArguments, args: ModelConfig, test: D
         max_new_tokens=recipe.max_new_tokens,
     )
     for kind, path in written.items():
-        print(f"{kind}: {path}")
+        print(printable(f"{kind}: {path}"))
 
 
 # ---- writing ----

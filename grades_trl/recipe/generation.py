@@ -193,6 +193,7 @@ def _pairs(score: str, answers: list[str], dataset: Dataset) -> list[tuple[str, 
 
 def format_samples(dataset: Dataset, answers: dict[str, list[str]]) -> str:
     """Prompts with what was expected and what was answered, by each of those named in `answers`."""
+    answers = {printable(name): given for name, given in answers.items()}
     width = max(map(len, ["expected", *answers]))
     lines = []
     for i, (prompt, completion) in enumerate(zip(dataset["prompt"], dataset["completion"], strict=True)):

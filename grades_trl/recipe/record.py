@@ -16,11 +16,10 @@ from grades_trl.config import GradESConfig
 from grades_trl.recipe.arguments import RecipeArguments
 from grades_trl.recipe.generation import text_of
 from grades_trl.recipe.places import this_command
+from grades_trl.recipe.secret import is_secret, without_secrets
 from grades_trl.report.recipe_facts import Sample, thumbnail
 from grades_trl.report.strict_json import jsonable
 from grades_trl.report.tracking import Tracker
-
-SECRET = ("token", "password", "secret", "api_key")  # at the end of a name
 
 
 def record_arguments(trainer: Any, recipe: RecipeArguments, model_args: ModelConfig) -> None:
@@ -62,7 +61,7 @@ def arguments_of(
     if grades is not None:
         groups["grades"] = asdict(grades)
     return {
-        group: jsonable({name: value for name, value in of.items() if not name.endswith(SECRET)})
+        group: jsonable({name: value for name, value in of.items() if not is_secret(name)})
         for group, of in groups.items()
     }
 
@@ -74,16 +73,7 @@ def command_line() -> str:
 
 def public_argv() -> list[str]:
     """`sys.argv`, with `***` for every value of a flag that is a secret."""
-    words: list[str] = []
-    for word in sys.argv:
-        flag, equals, _ = word.partition("=")
-        if words and words[-1].startswith("--") and words[-1].endswith(SECRET):
-            words.append("***")
-        elif equals and flag.startswith("--") and flag.endswith(SECRET):
-            words.append(f"{flag}=***")
-        else:
-            words.append(word)
-    return words
+    return without_secrets(sys.argv)
 
 
 def samples_of(rows: Dataset, before: list[str], after: list[str]) -> list[Sample]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import sort_checkpoints
 from trl import ModelConfig
 
 from grades_trl.distributed import launched_processes
@@ -24,15 +25,24 @@ from grades_trl.recipe.comparison import RUN_ID, split_flags
 from grades_trl.recipe.interrupt import EndOnSignal
 from grades_trl.recipe.places import command_of, recipe_name
 from grades_trl.recipe.record import command_line, public_argv, resolved_arguments
+from grades_trl.recipe.scored import rows_scored
+from grades_trl.report import tracking
+from grades_trl.report.disk import is_of_the_disk, tolerated
 from grades_trl.report.environment import Environment
 from grades_trl.report.recipe_facts import RecipeFacts, Sample, write_samples
 from grades_trl.report.strict_json import write_json
-from grades_trl.report.summary import before_and_after, format_summary, run_result
+from grades_trl.report.summary import before_and_after, format_summary, rows_of, run_result
 from grades_trl.report.timing import RunClock
 from grades_trl.report.tracking import Tracker, result_fields
 from grades_trl.trainers.mixin import NothingLeftToTrain
 
 logger = logging.getLogger(__name__)
+
+# Flags that mean one run, and not those that it is compared with: these begin at step 0 and are not uploaded.
+OF_ONE_RUN = (
+    *("output_dir", "overwrite_output_dir", "seed", "grades", "run_name", "resume", "resume_from_checkpoint"),
+    *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision", "export"),
+)
 
 
 def train_and_save(trainer: Any, clock: RunClock, resume_from_checkpoint: str | None) -> None:
@@ -49,7 +59,10 @@ def train_and_save(trainer: Any, clock: RunClock, resume_from_checkpoint: str | 
     """
     save_model, callbacks = _SaveModel(trainer, clock), trainer.callback_handler.callbacks
     callbacks.insert(0, save_model)
+    tracking.GroupedWandbCallback.put_into(trainer)  # of a baseline too: no run ends for W&B
     callbacks.sort(key=lambda callback: not isinstance(callback, BEMA))  # which gives the model its weights first
+    if trainer.grades_config is None:
+        callbacks.append(_KeepClock(clock))
     trainer.add_callback(_EndFinishedRun(trainer))
     ending = EndOnSignal(trainer)
     trainer.add_callback(ending)
@@ -86,7 +99,53 @@ class _SaveModel(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._clock.on_train_end(args, state, control)
-        self._trainer.save_model(_internal_call=True)  # without the upload of --push_to_hub, which may fail
+        try:
+            self._trainer.save_model(_internal_call=True)  # without the upload of --push_to_hub, which may fail
+        except Exception as error:
+            if not is_of_the_disk(error):
+                raise
+            raise SystemExit(_not_saved(Path(args.output_dir), error)) from error
+
+
+def _not_saved(output_dir: Path, error: Exception) -> str:
+    """What to say of a model that did not fit on the disk; half a file is deleted."""
+    torn = max((p for p in output_dir.glob("*") if p.is_file()), key=lambda p: p.stat().st_mtime, default=output_dir)
+    if "model" in torn.name:
+        torn.unlink()
+    checkpoints = sort_checkpoints(str(output_dir))
+    again = (
+        f"run the same command with --resume auto, which goes on from {checkpoints[-1]}"
+        if checkpoints
+        else ("run the same command again, with --save_strategy steps")
+    )
+    return (
+        f"The model is trained, and could not be saved: {torn} did not fit ({error}). Checkpoints are as they were. "
+        f"Make room, and {again}."
+    )
+
+
+class _KeepClock(TrainerCallback):
+    """Keeps the clock of a baseline in its checkpoints, as GradES does it: the seconds of a run that is resumed are
+    those of all its steps."""
+
+    KEY = "clock"  # among the states of callbacks in trainer_state.json
+
+    def __init__(self, clock: RunClock):
+        self._clock = clock
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step and self.KEY in state.stateful_callbacks:
+            self._clock.load_state_dict(state.stateful_callbacks[self.KEY])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            state.stateful_callbacks[self.KEY] = self._clock.state_dict()
+
+    def on_evaluate(self, args, state, control, **kwargs):  # its seconds too; and it may be what decides to save
+        state.stateful_callbacks[self.KEY] = self._clock.state_dict()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.on_step_end(args, state, control)
 
 
 def final_eval(trainer: Any, test: Dataset) -> dict[str, float]:
@@ -94,7 +153,7 @@ def final_eval(trainer: Any, test: Dataset) -> dict[str, float]:
 
     Returns:
         `dict`: `final/validation_loss`, and of the test half `final/test_loss` and `final/eval_mean_token_accuracy`.
-            Of a run that has diverged, the losses are NaN.
+            Of a run that has diverged, the losses are NaN. `rows/<score>` is the number of rows that a loss is of.
 
     Raises:
         SystemExit: no test example has a reply left within `max_length`.
@@ -104,16 +163,20 @@ def final_eval(trainer: Any, test: Dataset) -> dict[str, float]:
     trainer.remove_callback(EarlyStoppingCallback)  # it would miss "eval_loss" in the scores of the test half
     # With it, the Trainer would score the rows of its first evaluation again, whatever it is given (5.17).
     trainer.args.dataloader_persistent_workers = False
-    validation = trainer.evaluate()
-    scores = trainer.evaluate(test, metric_key_prefix="test")
+    with rows_scored(trainer.model) as of_validation:
+        validation = trainer.evaluate()
+    with rows_scored(trainer.model) as of_test:
+        scores = trainer.evaluate(test, metric_key_prefix="test")
     if "test_loss" not in scores:  # TRL drops examples without a reply, and evaluates none
         raise SystemExit(
             f"test: none of {len(test)} examples has a reply left within --max_length {trainer.args.max_length}. The "
             f"model is in {trainer.args.output_dir}: score it with recipes/evaluate.py and a larger --max_length."
         )
     results = {"final/validation_loss": validation["eval_loss"], "final/test_loss": scores["test_loss"]}
+    results |= {"rows/validation_loss": of_validation.count, "rows/test_loss": of_test.count}
     if "eval_mean_token_accuracy" in scores:  # TRL's own prefix; Unsloth's loss does not have it
         results["final/eval_mean_token_accuracy"] = scores["eval_mean_token_accuracy"]
+        results["rows/eval_mean_token_accuracy"] = of_test.count
     return results
 
 
@@ -154,9 +217,12 @@ def save_results(
     )
     result.id = os.environ.get(RUN_ID, result.id)
     output_dir = Path(trainer.args.output_dir)
-    write_json(output_dir / "result.json", result.to_json() | {"choice": asdict(choice)})
+    # The model is safe, and its scores are shown whatever of this does not fit on the disk.
+    with tolerated(output_dir / "result.json"):
+        write_json(output_dir / "result.json", result.to_json() | {"choice": asdict(choice)})
     if samples:
-        write_samples(output_dir / "samples", list(samples))
+        with tolerated(output_dir / "samples"):
+            write_samples(output_dir / "samples", list(samples))
     tracker, step = Tracker.of(trainer), trainer.state.global_step
     tracker.log_samples(list(samples), step)
     tracker.log_result(result_fields(result), results, step)
@@ -165,7 +231,8 @@ def save_results(
         arguments = resolved_arguments(trainer, recipe, model_args)
         commands = next_commands(output_dir, with_grades=True)
         trainer.report.facts = RecipeFacts(command_line(), arguments, list(samples), commands)
-        trainer.report.write(summary)
+        with tolerated(trainer.report.directory):
+            trainer.report.write(summary)
 
 
 def format_run(trainer: Any, results: dict[str, float]) -> str:
@@ -178,16 +245,18 @@ def format_run(trainer: Any, results: dict[str, float]) -> str:
         found.append(f"report     {output_dir / 'grades' / 'report.html'}")
     commands = next_commands(output_dir, trainer.grades_config is not None)
     parts += ["\n".join(found), "\n".join(f"{purpose}:\n  {command}" for purpose, command in commands)]
-    return "\n" + "\n\n".join(parts)
+    return printable("\n" + "\n\n".join(parts))
 
 
 def format_results(results: dict[str, float]) -> str:
-    """The scores of a run as a table, a line each: before training, where that was measured, and after."""
-    rows = sorted(before_and_after(results))
-    first = 0 if any(before is not None for _, before, _ in rows) else 1
-    lines = [f"{'':<28}" + "".join(f"{when:>12}" for when in ("before", "after")[first:])]
-    for name, *values in rows:
-        cells = ("" if value is None else f"{value:.4g}" for value in values[first:])
+    """The scores of a run as a table, a line each: before training, where that was measured, and after; and how many
+    rows they are of, where it is known."""
+    found, of_rows = sorted(before_and_after(results)), rows_of(results)
+    columns = ["before", "after"][0 if any(before is not None for _, before, _ in found) else 1 :]
+    lines = [f"{'':<28}" + "".join(f"{column:>12}" for column in [*columns, *(["rows"] if of_rows else [])])]
+    for name, *values in found:
+        cells = ["" if value is None else f"{value:.4g}" for value in values[-len(columns) :]]
+        cells += [f"{of_rows[name]:,}"] if name in of_rows else []
         lines.append(f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
 
@@ -197,8 +266,7 @@ def next_commands(output_dir: Path, with_grades: bool) -> list[tuple[str, str]]:
     model again, beside those of the baseline if it is there."""
     commands = []
     if with_grades and launched_processes() == 1:  # compare.py trains in one, with another batch then
-        of_one_run = ("output_dir", "seed", "grades", "run_name", "resume", "resume_from_checkpoint")
-        _, flags = split_flags(public_argv()[1:], of_one_run)
+        _, flags = split_flags(public_argv()[1:], OF_ONE_RUN)
         compare = [*command_of("compare"), "--recipe", recipe_name(), *flags]
         commands.append(("Was it worth it? Compare it with the baseline", shlex.join(compare)))
     sibling = f"{output_dir}_baseline" if with_grades else str(output_dir).removesuffix("_baseline")

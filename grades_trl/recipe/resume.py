@@ -19,6 +19,7 @@ from grades_trl.config import GradESConfig
 from grades_trl.distributed import decided_by_main
 from grades_trl.recipe.arguments import RecipeArguments
 from grades_trl.recipe.folder_lock import lock
+from grades_trl.recipe.other_settings import refuse_another_run_than
 from grades_trl.recipe.places import command_of
 from grades_trl.recipe.record import arguments_of, command_line
 from grades_trl.report.strict_json import write_json
@@ -41,7 +42,9 @@ def set_up_resume(recipe: RecipeArguments, training: SFTConfig, model_args: Mode
     output folder, and writes down which run it holds. Arguments as [`arguments.parse`] gives them. Of several
     processes, the main one reads and writes the folder, and all go on from what it has found.
 
-    `auto` and `true` take the newest whole checkpoint of the output folder. Everything else is the folder of one.
+    `auto` and `true` take the newest whole checkpoint of the output folder, and go on with the settings that the run
+    had: a job that is submitted again is the same run. Everything else is the folder of a checkpoint, and settings
+    that may change take effect (see `other_settings.py` and `GradESConfig`).
 
     Returns:
         `bool`: `False` if nothing is to be done: with `auto` or `true`, the run has finished already, as when a job
@@ -49,7 +52,8 @@ def set_up_resume(recipe: RecipeArguments, training: SFTConfig, model_args: Mode
 
     Raises:
         ValueError: both flags are given; the checkpoint is not whole, or there is none; the output folder holds a run
-            with another model, other data or settings, or one that is not known; another process trains into it.
+            with another model, other data or settings, or one that is not known; a setting has changed that may not;
+            another process trains into it.
     """
 
     def find() -> tuple[bool, str | None]:
@@ -86,6 +90,8 @@ def _set_up(recipe: RecipeArguments, training: SFTConfig, model_args: ModelConfi
         if wanted.lower() not in ("false", "none", ""):
             checkpoint = Path(wanted)
             _refuse_part(checkpoint, output_dir, recipe.grades)
+            before = _of_the_run(_record(checkpoint.parent))
+            refuse_another_run_than(checkpoint, before, _of_the_run(arguments), grades if recipe.grades else None)
         if _record(output_dir) and _other_checkpoints(output_dir, checkpoint):
             _refuse_another_run(output_dir, arguments)  # its checkpoints would pass for those of this run
     training.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
@@ -173,5 +179,6 @@ def _refuse_another_run(output_dir: Path, arguments: dict[str, Any]) -> None:
         more = f", and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise ValueError(
             f"{output_dir} holds another run: {', '.join(shown)}{more}. Choose another --output_dir, go on with the "
-            "settings that it had, or delete that folder."
+            "settings that it had, or delete that folder. Some settings may change where a checkpoint is named: "
+            "--resume FOLDER."
         )

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from grades_trl.events import FreezeEvent
 from grades_trl.model.matrices import WeightMatrix
-from grades_trl.report.strict_json import jsonable
+from grades_trl.report.disk import Lines, tolerated
 
 MAX_ROWS = 2000  # steps of history kept per matrix; when full, every other one goes and the stride doubles
 # The files of a run. A checkpoint has a copy of them: those of the run may be torn, or of another run.
@@ -122,6 +122,10 @@ class RunHistory:
         self._gain_path = folder / "gain.parquet"
         self._heldout_path = folder / "heldout.jsonl"
         self._metrics_path = folder / "metrics.jsonl"
+        self.said: set[Path] = set()  # files that could not be written
+        self._events, self._heldout, self._metrics = (
+            Lines(path, self.said) for path in (self._events_path, self._heldout_path, self._metrics_path)
+        )
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._read(resume_step)
@@ -189,7 +193,7 @@ class RunHistory:
             self._check_known([event.matrix for event in events], "record()")
             for event in events:
                 self._note(event)
-            self._append(self._events_path, [asdict(event) for event in events])
+            self._append(self._events, [asdict(event) for event in events])
 
     def record_heldout(self, metric: str, score: float) -> None:
         """Takes in a held-out measurement of the last recorded step; it is on disk when this returns.
@@ -199,7 +203,7 @@ class RunHistory:
             score (`float`): of the held-out rows.
         """
         self.heldout.append(HeldoutPoint(self.step, metric, score))
-        self._append(self._heldout_path, [asdict(self.heldout[-1])])
+        self._append(self._heldout, [asdict(self.heldout[-1])])
 
     def record_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         """Appends what a trainer logs to `metrics.jsonl`, so that a run that reports to no logger keeps it.
@@ -208,7 +212,7 @@ class RunHistory:
             step (`int`): optimizer step.
             metrics (`dict[str, Any]`): by their keys, as `trainer.log` has them.
         """
-        self._append(self._metrics_path, [{"step": step, **metrics}])
+        self._append(self._metrics, [{"step": step, **metrics}])
 
     def event_groups(self) -> list[EventGroup]:
         """The freezes of a run as people tell them: one entry per step, kind of event and reason, in order."""
@@ -260,6 +264,8 @@ class RunHistory:
         `gain.parquet`, if the gain was measured."""
         if self.directory is None:
             return
+        for lines in (self._events, self._heldout, self._metrics):
+            lines.append([])  # there may be room again
         row_steps, table_of_values = self.sampled()
         rows, columns = np.nonzero(~np.isnan(table_of_values))
         values, steps, columns = table_of_values[rows, columns], row_steps[rows], columns.astype(np.int32)
@@ -282,7 +288,8 @@ class RunHistory:
         )
         # Which steps are whole rows: the last value of a matrix stands beside them.
         metadata = {"stride": str(self._stride), "rows": json.dumps(self._row_steps)}
-        _write(table.replace_schema_metadata(metadata), self._history_path)
+        with tolerated(self._history_path, self.said):
+            _write(table.replace_schema_metadata(metadata), self._history_path)
         if self.gains:
             self._write_gains()
 
@@ -303,7 +310,8 @@ class RunHistory:
                 "gain": pa.array([gain for _, _, gain in gains], pa.float64()),
             }
         )
-        _write(table, self._gain_path)
+        with tolerated(self._gain_path, self.said):
+            _write(table, self._gain_path)
 
     def table(self) -> tuple[list[str], list[list]]:
         """One row per matrix, for a W&B Table or a printout.
@@ -328,10 +336,9 @@ class RunHistory:
         values = np.stack(self._rows) if self._rows else np.zeros((0, len(self.matrices)), np.float32)
         return np.array(self._row_steps, np.int64), values
 
-    def _append(self, path: Path, rows: list[dict[str, Any]]) -> None:
+    def _append(self, lines: Lines, rows: list[dict[str, Any]]) -> None:
         if self.directory is not None:
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(jsonable(row), allow_nan=False) + "\n" for row in rows)
+            lines.append(rows)
 
     def _append_row(self, step: int, row: np.ndarray) -> None:
         self._rows.append(row)
@@ -387,8 +394,11 @@ def restore_record(saved: Path, directory: Path) -> None:
 def _write(table: pa.Table, path: Path) -> None:
     """Replaces the file as a whole: a crash while writing must not cost the history so far."""
     partial = path.with_suffix(".partial")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
+    try:
+        pq.write_table(table, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _kept_lines(path: Path, resume_step: int) -> list[dict[str, Any]]:

@@ -34,7 +34,16 @@ from grades_trl.report.elements import (
 )
 from grades_trl.report.history import RunHistory
 from grades_trl.report.recipe_facts import RecipeFacts, Sample
-from grades_trl.report.summary import FINISHED, Flops, GainShare, GainSummary, Heldout, RunSummary, before_and_after
+from grades_trl.report.summary import (
+    FINISHED,
+    Flops,
+    GainShare,
+    GainSummary,
+    Heldout,
+    RunSummary,
+    before_and_after,
+    rows_of,
+)
 from grades_trl.report.timing import Evaluation
 
 MAX_EVENTS = 2000  # rows of a table; the rest is in the files
@@ -222,11 +231,15 @@ def _score_rows(summary: RunSummary) -> list[tuple[str, float | None, float | No
 
 
 def _scores(summary: RunSummary, samples: Sequence[Sample]) -> str:
-    rows = _score_rows(summary)
-    if any(before is not None for _, before, _ in rows):
-        scores = table(rows, ("", "Before", "After"), 2, "Scores before and after training") if rows else ""
-    else:
-        scores = table([(name, after) for name, _, after in rows], ("", "After"), 1, "Scores") if rows else ""
+    rows, of_rows = _score_rows(summary), {name.replace("_", " "): n for name, n in rows_of(summary.results).items()}
+    measured_before = any(before is not None for _, before, _ in rows)
+    header = ("", *(["Before"] if measured_before else []), "After", *(["Rows"] if of_rows else []))
+    cells = [
+        (name, *([before] if measured_before else []), after, *([of_rows.get(name)] if of_rows else []))
+        for name, before, after in rows
+    ]
+    caption = "Scores before and after training" if measured_before else "Scores"
+    scores = table(cells, header, len(header) - 1, caption) if rows else ""
     inner = scores
     if samples:
         right = sum(sample.is_right for sample in samples)
@@ -420,7 +433,11 @@ def _details(summary: RunSummary, facts: RecipeFacts) -> str:
     cached = table_section("Caches", caches, ("Outputs of", "Read", "Computed", "Memory", "Saved", "At the end"), 5)
     chosen = [(name, value) for name, value in summary.settings.items() if value is not None]
     settings = table(chosen, caption="Settings of GradES") if chosen else ""
-    inner = f"<h3>GradES, metric {text(summary.metric)}</h3>{settings}"
+    changes = [
+        (f"from step {c.step:,}", f"{c.setting} is {c.after}, and was {c.before}") for c in summary.setting_changes
+    ]
+    changed = table(changes, caption="Settings changed when the run was resumed") if changes else ""
+    inner = f"<h3>GradES, metric {text(summary.metric)}</h3>{settings}{changed}"
     for group, arguments in facts.arguments.items():
         rows = table(list(arguments.items()), caption=f"Arguments: {group}")
         inner += fold(f"All arguments of the {group} ({len(arguments):,})", rows)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from grades_trl.extras import how_to_install, installed
 from grades_trl.model.flops import TokenCounter, forward_flops, read_flops, step_flops
 from grades_trl.model.matrices import WeightMatrix, layers_in_order
 from grades_trl.report import page
+from grades_trl.report.disk import tolerated
 from grades_trl.report.environment import Environment
 from grades_trl.report.gain import GainTable
 from grades_trl.report.history import RunHistory
@@ -194,9 +196,11 @@ class RunReport:
         if self._tracker.is_on and share - self._share_in_figure >= FIGURE_EVERY and self._may_draw():
             start = time.perf_counter()
             with self.clock.overhead():
-                self._tracker.log_image("grades/timeline", figure.render(figure.draw(self._history)), step)
-                if self._history.gains:
-                    self._tracker.log_image("grades/gain_heatmap", self._draw_gain(), step)
+                timeline = self._drawn(lambda: figure.draw(self._history))
+                gain = self._drawn(lambda: heatmap.draw(self._gain_table())) if self._history.gains else None
+                for key, image in (("grades/timeline", timeline), ("grades/gain_heatmap", gain)):
+                    if image is not None:
+                        self._tracker.log_image(key, image, step)
             self._share_in_figure = share
             self._figure_seconds += time.perf_counter() - start
 
@@ -318,6 +322,7 @@ class RunReport:
             peak_memory_mib=self.clock.peak_memory_mib,
             gain=self._gain_table().summary(),
             caches=outcome.caches,
+            setting_changes=outcome.setting_changes,
         )
 
     def write(self, summary: RunSummary) -> None:
@@ -327,20 +332,24 @@ class RunReport:
         if self.directory is None:
             return
         self.flush()
-        write_json(self.directory / "summary.json", summary.to_json())
+        files = self.directory
+        with self._tolerated("summary.json"):
+            write_json(files / "summary.json", summary.to_json())
         png = gain = None
         if installed("matplotlib"):
-            png = figure.render(figure.draw(self._history))
-            (self.directory / "timeline.png").write_bytes(png)
-            gain = self._draw_gain() if self._history.gains else None
+            png = self._drawn(lambda: figure.draw(self._history))
+            gain = self._drawn(lambda: heatmap.draw(self._gain_table())) if self._history.gains else None
         elif not self._said_no_figures:
             self._said_no_figures = True
             logger.warning(f"The report has no figures, which need matplotlib: {how_to_install('matplotlib')}.")
-        if gain is not None:
-            (self.directory / "gain.png").write_bytes(gain)
+        for name, image in (("timeline.png", png), ("gain.png", gain)):
+            if image is not None:
+                with self._tolerated(name):
+                    (files / name).write_bytes(image)
         evaluations = self.clock.evaluations
         text = page.build(self._history, summary, png, gain, evaluations=evaluations, facts=self.facts)
-        (self.directory / "report.html").write_text(text, encoding="utf-8")
+        with self._tolerated("report.html"):
+            (files / "report.html").write_text(text, encoding="utf-8")
         if self._tracker.is_on and not self._in_wandb:
             self._in_wandb = True
             step = self._history.step
@@ -435,8 +444,18 @@ class RunReport:
         """Leading layers that backward skips although nothing has been frozen: they do not train in the baseline."""
         return next((state["layers"] for state in self._states if not state["frozen"]), {})
 
-    def _draw_gain(self) -> bytes:
-        return figure.render(heatmap.draw(self._gain_table()))
+    def _tolerated(self, name: str) -> AbstractContextManager[None]:
+        return tolerated((self.directory or Path()) / name, self._history.said)
+
+    def _drawn(self, draw: Callable[[], Any]) -> bytes | None:
+        """A figure as PNG; `None`, and one line says so, if it cannot be drawn: no run ends for that."""
+        try:
+            return figure.render(draw())
+        except Exception as error:
+            if not self._said_no_figures:
+                self._said_no_figures = True
+                logger.warning(f"A figure could not be drawn ({type(error).__name__}: {error}). All else goes on.")
+            return None
 
     def _gain_table(self) -> GainTable:
         """The gain of every measured step, and what each layer cost in it."""

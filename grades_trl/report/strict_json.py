@@ -36,5 +36,9 @@ def write_json(path: Path, value: Any) -> None:
     """Writes `jsonable(value)` to `path`, which is replaced as a whole: a run that is killed leaves no torn file."""
     text = json.dumps(jsonable(value), indent=2, allow_nan=False, ensure_ascii=False)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the original one does not name the file

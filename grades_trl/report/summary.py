@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from grades_trl.events import SettingChange
 from grades_trl.model.matrices import WeightMatrix
 from grades_trl.report.environment import Environment
 from grades_trl.report.strict_json import jsonable
@@ -47,6 +48,7 @@ class Outcome:
         stop_reason (`str`): see [`stop_reason`].
         weights (`str`): what the model has now: `"last"`, `"best average"` or `"best checkpoint"`.
         steps (`int`): optimizer steps that were run.
+        setting_changes (`list[SettingChange]`): settings that differ from those that the run began with.
         diverged_at (`int` or `None`): the step at which the loss was no longer finite.
         without_gradient (`int`): tracked matrices that no gradient ever reached.
         untracked_parameters (`int`): trained elements outside the tracked matrices.
@@ -61,6 +63,7 @@ class Outcome:
     stop_reason: str
     weights: str
     steps: int
+    setting_changes: list[SettingChange] = field(default_factory=list)
     diverged_at: int | None = None
     without_gradient: int = 0
     untracked_parameters: int = 0
@@ -203,7 +206,8 @@ class RunSummary:
     Attributes:
         environment (`Environment`): model, device, versions.
         metric (`str`): what was measured of the matrices.
-        settings (`dict[str, Any]`): of GradES.
+        settings (`dict[str, Any]`): of GradES, at the end.
+        setting_changes (`list[SettingChange]`): those of them that the run, resumed, did not begin with.
         steps (`int`), total_steps (`int`): optimizer steps that were run, and of the schedule.
         stop_reason (`str`), diverged_at (`int` or `None`), weights (`str`): as in [`Outcome`].
         tracked_matrices (`int`), frozen (`int`), without_gradient (`int`): all tracked matrices, those of them that
@@ -218,7 +222,8 @@ class RunSummary:
             `"encoder"`, and of the leading `"frozen_layers"` of the language tower. Only those that were used.
         peak_memory_mib (`float` or `None`): of training.
         gain (`GainSummary` or `None`): which layers have the gain, if any step was measured.
-        results (`dict[str, float]`): the final scores, once they are known.
+        results (`dict[str, float]`): the final scores, once they are known, and with `rows/` before the name of one,
+            how many rows it is of.
     """
 
     environment: Environment
@@ -245,6 +250,7 @@ class RunSummary:
     gain: GainSummary | None = None
     results: dict[str, float] = field(default_factory=dict)
     caches: dict[str, CacheSummary] = field(default_factory=dict)
+    setting_changes: list[SettingChange] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON knows it: a number that is not finite is `None`."""
@@ -262,7 +268,8 @@ class RunResult:
         seconds (`Seconds`): where they went.
         flops (`float` or `None`): in the tracked layers, as a fraction of a baseline over the full schedule.
         validation (`list[Evaluation]`): the validations during training.
-        results (`dict[str, float]`): the final scores.
+        results (`dict[str, float]`): the final scores, and with `rows/` before the name of one, how many rows it is
+            of.
         peak_memory_mib (`float` or `None`): of training.
         warmup_steps (`float`): of the learning rate, as the trainer was given it.
         environment (`Environment`): model, device, versions.
@@ -371,8 +378,14 @@ def stop_reason(clock: RunClock, steps: int, total_steps: int, grades: str | Non
 
 def before_and_after(results: Mapping[str, float]) -> list[tuple[str, float | None, float | None]]:
     """Scores by their names, each before training (`before/x`) and after it (`final/x`, or `x` alone)."""
-    names = dict.fromkeys(key.removeprefix("before/").removeprefix("final/") for key in results)
+    scores = [key for key in results if not key.startswith("rows/")]
+    names = dict.fromkeys(key.removeprefix("before/").removeprefix("final/") for key in scores)
     return [(name, results.get(f"before/{name}"), results.get(f"final/{name}", results.get(name))) for name in names]
+
+
+def rows_of(results: Mapping[str, float]) -> dict[str, int]:
+    """How many rows each score is of, by its name: `rows/x`, where it is known."""
+    return {key.removeprefix("rows/"): int(count) for key, count in results.items() if key.startswith("rows/")}
 
 
 def format_summary(summary: RunSummary) -> str:
@@ -404,6 +417,7 @@ def format_summary(summary: RunSummary) -> str:
             rows.append(("cache", f"{label}: {_cached(summary.caches[name])}"))
     if summary.gain is not None:
         rows.append(("gain", str(summary.gain)))
+    rows += [("settings", str(change)) for change in summary.setting_changes]
     memory = "not measured" if summary.peak_memory_mib is None else f"{summary.peak_memory_mib:,.0f} MiB"
     rows.append(("memory", f"{memory} at most, on {summary.environment.device}"))
     lines = [f"GradES: {summary.steps:,} of {summary.total_steps:,} steps; {summary.stop_reason}"]

@@ -11,7 +11,8 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def start(output_dir: str, run_name: str | None = None) -> str:
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_DIR", output_dir)
     Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
-    if not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False):
+    if not os.environ.get("WANDB_MODE") and not _logged_in():
         os.environ["WANDB_MODE"] = "offline"
         wandb.teardown()  # login() has read the environment; init() must read it again
         folder = os.environ["WANDB_DIR"]
@@ -69,13 +70,48 @@ def start(output_dir: str, run_name: str | None = None) -> str:
     return run_name or Path(output_dir).name
 
 
+def _logged_in() -> bool:
+    try:
+        return bool(wandb.login(prompt=False))
+    except wandb.Error as error:  # it asks the server whether the key is right
+        logger.warning(f"W&B cannot be reached ({str(error)[:300]}).")
+        return False
+
+
 def finish() -> None:
     """Ends the run, if there is one: what is recorded is complete when this returns."""
     if installed("wandb") and wandb.run is not None:
-        wandb.finish()
+        with said_once("W&B"):
+            wandb.finish()
     trackio = sys.modules.get("trackio")
     if trackio is not None and trackio.context_vars.current_run.get() is not None:
         trackio.finish()
+
+
+_said: set[str] = set()
+
+
+@contextmanager
+def said_once(name: str) -> Iterator[None]:
+    """Turns an error of a logger (a server that is away, a full disk) into a warning, the first time: no run ends for
+    that."""
+    try:
+        yield
+    except Exception as error:
+        if name not in _said:
+            _said.add(name)
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning(f"{name} has failed ({reason[:300]}): what it records is incomplete. All else goes on.")
+
+
+def _offline(error: Exception) -> None:
+    """Records in files what was to go to a server that cannot be reached."""
+    folder = os.environ.get("WANDB_DIR", ".")
+    logger.warning(
+        f"W&B cannot be reached ({str(error)[:300]}), recording offline. Later: wandb sync {folder}/wandb/*"
+    )
+    wandb.teardown()
+    os.environ["WANDB_MODE"] = "offline"
 
 
 class GroupedWandbCallback(WandbCallback):
@@ -90,7 +126,30 @@ class GroupedWandbCallback(WandbCallback):
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [cls() if type(callback) is WandbCallback else callback for callback in callbacks]
 
+    def setup(self, args, state, model, **kwargs):
+        try:
+            super().setup(args, state, model, **kwargs)
+        except wandb.Error as error:
+            _offline(error)
+            super().setup(args, state, model, **kwargs)
+
+    def on_train_begin(self, *args, **kwargs):
+        with said_once("W&B"):
+            super().on_train_begin(*args, **kwargs)
+
+    def on_save(self, *args, **kwargs):
+        with said_once("W&B"):
+            super().on_save(*args, **kwargs)
+
+    def on_train_end(self, *args, **kwargs):
+        with said_once("W&B"):
+            super().on_train_end(*args, **kwargs)
+
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+        with said_once("W&B"):
+            self._log(args, state, control, model, logs, **kwargs)
+
+    def _log(self, args, state, control, model, logs, **kwargs):
         grades = {key: value for key, value in logs.items() if key.startswith("grades/")}
         scores = {key: value for key, value in logs.items() if key.startswith("test_")}
         others = {key: value for key, value in logs.items() if key not in grades and key not in scores}
@@ -114,7 +173,11 @@ def log_comparison(scores: dict[str, dict[str, float]], report_to: Sequence[str]
     """
     if "wandb" not in report_to:
         return
-    run = wandb.run or wandb.init(name=os.environ.get("WANDB_NAME"))
+    try:
+        run = wandb.run or wandb.init(name=os.environ.get("WANDB_NAME"))
+    except wandb.Error as error:
+        _offline(error)
+        run = wandb.init(name=os.environ.get("WANDB_NAME"))
     run.summary.update({f"{model}/{name}": value for model, found in scores.items() for name, value in found.items()})
     names = dict.fromkeys(name for found in scores.values() for name in found)
     rows = [[name, *(found.get(name) for found in scores.values())] for name in names]
@@ -217,9 +280,10 @@ class Tracker:
         self._each("report", directory)
 
     def _each(self, what: str, *arguments: Any) -> None:
-        for logger in self._loggers:
-            if logger.is_on:
-                getattr(logger, what)(*arguments)
+        for tracker in self._loggers:
+            if tracker.is_on:
+                with said_once(type(tracker).__name__.strip("_")):
+                    getattr(tracker, what)(*arguments)
 
 
 class _Wandb:

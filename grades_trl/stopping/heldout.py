@@ -86,9 +86,12 @@ class HeldoutScore(StoppingRule):
             self.evals_since_best += 1
         if is_best:
             self.best_score, self._loss_of_best, self.best_step = score, loss, step
-        if self.evals_since_best >= self.patience:
-            self.reason = f"held-out {name_of(self.metric)} stopped improving"
+        self._update_reason()
         return is_best
+
+    def _update_reason(self) -> None:
+        ended = self.evals_since_best >= self.patience
+        self.reason = f"held-out {name_of(self.metric)} stopped improving" if ended else ""
 
     def is_below_best(self, score: float, loss: float = 0.0) -> bool:
         """Whether a score is worse than the best one, or no number."""
@@ -102,7 +105,7 @@ class HeldoutScore(StoppingRule):
         return (-score if self.metric == "loss" else score), -loss
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("metric", "score", "best_score", "best_step", "evals_since_best", "measurements", "reason")
+        names = ("metric", "score", "best_score", "best_step", "evals_since_best", "measurements")
         state = {name: getattr(self, name) for name in names}
         return state | {"loss_of_best": None if self.best_score is None else self._loss_of_best}
 
@@ -121,6 +124,7 @@ class HeldoutScore(StoppingRule):
         loss = state.pop("loss_of_best")
         vars(self).update(state)
         self._loss_of_best = math.inf if loss is None else loss
+        self._update_reason()  # the patience may be another one
 
 
 def name_of(metric: str) -> str:

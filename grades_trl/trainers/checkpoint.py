@@ -25,11 +25,8 @@ def save_state(folder: str | Path, state: dict[str, Any], rank: int = 0, shards:
     Path(folder).mkdir(exist_ok=True)
     of_values, of_tensors = _files(folder, rank)
     save_file(tensors, of_tensors)
-    record = {
-        "version": VERSION,
-        "sha256": {of_values.name: _sha256_of(values), of_tensors.name: _sha256(of_tensors)},
-        "state": values,
-    }
+    values["sha256"] = _sha256(of_tensors)
+    record = {"version": VERSION, "sha256": _sha256_of(values), "state": values}
     of_values.write_text(json.dumps(record, allow_nan=False), "utf-8")
 
 
@@ -52,22 +49,30 @@ def load_state(folder: str | Path, rank: int = 0, shards: int = 1) -> dict[str, 
             "GradES, start a new run from its weights (model_name_or_path); to go on without, pass grades=None "
             "(--grades false)."
         )
-    written = _read(folder, 0)["shards"]
+    written = read_values(folder)["shards"]
     if written != shards:
         raise ValueError(
             f"{folder} was written with the model in {written} piece{'s' if written > 1 else ''}, and this run has it "
             f"in {shards}: resume with FSDP, or without, and with as many processes as before."
         )
-    return _read(folder, rank) | {"tensors": load_file(_files(folder, rank)[1])}
+    values, tensors = read_values(folder, rank), _files(folder, rank)[1]
+    if not tensors.exists():
+        raise ValueError(f"{tensors} is missing. {_delete(folder)}")
+    if values.pop("sha256") != _sha256(tensors):
+        raise ValueError(_damaged(tensors))
+    return values | {"tensors": load_file(tensors)}
 
 
-def _read(folder: str | Path, rank: int) -> dict[str, Any]:
-    """The values of the state of a process, when its two files are what was written."""
-    path, tensors = _files(folder, rank)
-    delete = f"Delete {folder}, and resume from the checkpoint before it (--resume auto takes it)."
-    for file in (path, tensors):
-        if not file.exists():
-            raise ValueError(f"{file} is missing. {delete}")
+def read_values(folder: str | Path, rank: int = 0) -> dict[str, Any]:
+    """The values of a state, without its tensors.
+
+    Raises:
+        ValueError: the file is missing, no state of GradES, of a newer version, or not what was written.
+    """
+    path, _ = _files(folder, rank)
+    delete = _delete(folder)
+    if not path.exists():
+        raise ValueError(f"{path} is missing. {delete}")
     try:
         record = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -79,11 +84,17 @@ def _read(folder: str | Path, rank: int) -> dict[str, Any]:
             f"{path} was written by a newer version of grades_trl: its state has version {record['version']}, and "
             f"this one reads {VERSION}. Update grades_trl."
         )
-    sums = record.get("sha256", {})
-    for file, found in ((path, _sha256_of(record.get("state"))), (tensors, _sha256(tensors))):
-        if sums.get(file.name) != found:
-            raise ValueError(f"{file} is damaged, or of another checkpoint: its checksum is wrong. {delete}")
+    if record.get("sha256") != _sha256_of(record.get("state")):
+        raise ValueError(_damaged(path))
     return record["state"]
+
+
+def _delete(folder: str | Path) -> str:
+    return f"Delete {folder}, and resume from the checkpoint before it (--resume auto takes it)."
+
+
+def _damaged(file: Path) -> str:
+    return f"{file} is damaged, or of another checkpoint: its checksum is wrong. {_delete(file.parent)}"
 
 
 def _sha256(path: Path) -> str:

@@ -178,7 +178,10 @@ class GradESMixin(WholeCheckpoints):
         config, score = self.grades_config, None
         self._heldout_rows, self._heldout_passes, self._heldout_cost = 0, 0.0, 0.0
         self._accuracies: list[float] | None = []  # of the micro-batches of a step; `None`: the trainer computes none
-        if config.may_measure_heldout and (config.needs_heldout_rows or self._has_heldout_rows()):
+        # A longer schedule could pay for a held-out score that the run has begun without.
+        begun_without = self._resumed is not None and self._resumed["heldout"] is None
+        wanted = config.needs_heldout_rows or (self._has_heldout_rows() and not begun_without)
+        if config.may_measure_heldout and wanted:
             config, score = self._plan_heldout(config)
         epoch = self._epoch()
         comes_back = epoch is not None and self.state.max_steps > epoch[1]
@@ -253,7 +256,9 @@ class GradESMixin(WholeCheckpoints):
             )
             if not config.needs_heldout_rows:
                 return config, None
-        config = dataclasses.replace(config, heldout_every=every)
+        if self._resumed is not None and self._resumed["heldout"] is not None:  # its scores so far are of these rows
+            rows, every = self._resumed["heldout_rows"], self._resumed["settings"]["heldout_every"]
+        config = dataclasses.replace(config, heldout_every=settings["every"] or every)
         if metric == "exact_match":
             self._heldout_rows = rows
         else:
@@ -418,6 +423,7 @@ class GradESMixin(WholeCheckpoints):
         if self.grades is not None:
             own: dict[str, Any] = {"clock": self._clock, "report": self.report, "divergence": self._divergence}
             state = self.grades.state_dict() | {name: it.state_dict() for name, it in own.items()}
+            state |= {"heldout_rows": self._heldout_rows}
             if is_main() or is_sharded(self.model.parameters()):
                 save_state(output_dir, state, *self._shard)
             if is_main():
@@ -433,6 +439,8 @@ class GradESMixin(WholeCheckpoints):
             self._resumed = load_state(checkpoint, *self._shard)
             self._start_grades()
             self.grades.load_state_dict(self._resumed)
+            for change in self.grades.setting_changes[len(self._resumed["setting_changes"]) :]:
+                logger.info("The resumed run has another setting: %s.", change)
             self._divergence.load_state_dict(self._resumed["divergence"])
             self._clock.load_state_dict(self._resumed["clock"])
             if is_main():
@@ -489,6 +497,7 @@ class GradESMixin(WholeCheckpoints):
             stop_reason=stop_reason(self._clock, state.global_step, state.max_steps, own_reason or None),
             weights=weights,
             steps=state.global_step,
+            setting_changes=list(grades.setting_changes),
             diverged_at=self.diverged_at,
             without_gradient=len(grades.without_gradient),
             untracked_parameters=sum(untracked_parameters(self.model, grades.matrices).values()),

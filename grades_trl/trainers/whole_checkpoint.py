@@ -18,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
+from grades_trl.distributed import world_size
+from grades_trl.report.disk import is_of_the_disk
+
 from .checkpoint import STATE_JSON, STATE_TENSORS
 
 if TYPE_CHECKING:
@@ -47,7 +50,8 @@ class WholeCheckpoints(_Trainer):
     """
     Makes a Trainer's checkpoints whole by a rename: `class MyTrainer(WholeCheckpoints, Trainer)`.
 
-    Older checkpoints are deleted, and the new one is pushed to the hub, when it has its place.
+    Older checkpoints are deleted, and the new one is pushed to the hub, when it has its place. One that does not fit on
+    the disk is said, and training goes on, with the earlier ones.
     """
 
     _is_saving = False
@@ -55,6 +59,22 @@ class WholeCheckpoints(_Trainer):
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         place = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         partial = place.parent / SAVING / place.name
+        best = self.state.best_model_checkpoint
+        try:
+            self._save_whole(place, partial, model, trial, *args, **kwargs)
+        except Exception as error:
+            if world_size() > 1 or not is_of_the_disk(error):  # the other processes would wait for this one
+                raise
+            self.state.best_model_checkpoint = best
+            files = [path for path in partial.rglob("*") if path.is_file()]
+            torn = max(files, key=lambda path: path.stat().st_mtime, default=partial)
+            logger.warning(
+                f"{place} was not saved: {torn.name} did not fit on the disk ({error}). Training goes on, and earlier "
+                "checkpoints stay. Make room before the end: the model has to be saved."
+            )
+            shutil.rmtree(partial.parent, ignore_errors=True)
+
+    def _save_whole(self, place: Path, partial: Path, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         if self.args.should_save:
             shutil.rmtree(partial.parent, ignore_errors=True)  # of a process that was killed
         self.accelerator.wait_for_everyone()

@@ -11,11 +11,11 @@ import logging
 import re
 from typing import Any
 
-import pyarrow.compute as pc
 from datasets import Dataset
 from tqdm.auto import tqdm
 
 from grades_trl.recipe.bad_input import printable
+from grades_trl.recipe.scored import RowsLeft
 
 from .errors import DataError
 from .formats import ROLES, SYSTEM_ROLES, count_placeholders, text_columns, text_of_content
@@ -227,27 +227,23 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def warn_truncated_examples(trainer: Any, given: dict[str, Dataset]) -> None:
+def warn_truncated_examples(rows: dict[str, RowsLeft], max_length: int | None) -> None:
     """Warns of examples that `max_length` truncates. TRL drops those that lose their whole reply without a word.
 
     Args:
-        trainer: an SFTTrainer, which has prepared its data.
-        given (`dict[str, Dataset]`): what it was given as `train` and `validation`.
+        rows (`dict[str, RowsLeft]`): split -> what is left of it, see [`scored.rows_left`].
+        max_length (`int` or `None`): as in the training arguments.
 
     Raises:
-        [`DataError`]: nothing is left to train on, or to validate on.
+        [`DataError`]: nothing is left to train on, to validate on, or to test on.
     """
-    length = trainer.args.max_length
-    if length is None or trainer.args.packing:  # packing puts several examples into a row
-        return
-    for split, prepared in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
-        dropped = len(given[split]) - len(prepared)
-        tables = prepared.select_columns("input_ids").with_format("arrow").iter(1000)
-        full = sum(pc.sum(pc.equal(pc.list_value_length(table["input_ids"]), length)).as_py() for table in tables)
-        found = f"{split}: of {len(given[split]):,} examples, {dropped:,} have no reply left"
-        if len(prepared) == 0:
-            raise DataError(f"{found} within --max_length {length}: raise it.")
-        if dropped or full:
-            logger.warning(
-                f"{found} within --max_length {length}: dropped. {full:,} more reach it and may be truncated."
-            )
+    for split, of in rows.items():
+        found = f"{split}: of {of.given:,} examples, {of.given - of.left:,} have no reply left"
+        if of.left == 0:
+            raise DataError(f"{found} within --max_length {max_length}: raise it.")
+        if of.left < of.given or of.full:
+            used = "dropped" if split == "train" else "dropped, and not scored"
+            warning = f"{found} within --max_length {max_length}: {used}. {of.full:,} more reach it"
+            if of.cut:
+                warning += f", of which {of.cut:,} are cut off, without the end-of-sequence token that ends a reply"
+            logger.warning(f"{warning}.")

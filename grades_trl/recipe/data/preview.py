@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from grades_trl.recipe.bad_input import printable
+from grades_trl.recipe.scored import rows_left
 from grades_trl.trainers.heldout import nothing_random_moves
 
 from .errors import DataError
@@ -157,7 +158,7 @@ def _lengths(trainer: Any, given: dict[str, Dataset]) -> list[str]:
     limit = trainer.args.max_length
     if "input_ids" not in trainer.train_dataset.column_names:
         return [_lengths_with_images(trainer, limit)]
-    lines = []
+    lines, left = [], rows_left(trainer, given)
     for split, prepared in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
         if prepared is None or split not in given:
             continue
@@ -167,11 +168,9 @@ def _lengths(trainer: Any, given: dict[str, Dataset]) -> list[str]:
         if trainer.args.packing:
             line += f", packed from {len(given[split]):,} examples"
         elif limit is not None:
-            full = sum(length >= limit for length in lengths)
-            line += f"; {full:,} reach --max_length {limit} and may be truncated"
-            line += (
-                f", {len(given[split]) - len(prepared):,} of {len(given[split]):,} have no reply left and are dropped"
-            )
+            rows = left[split]
+            line += f"; {rows.full:,} reach --max_length {limit} and {rows.cut:,} of them lose their end"
+            line += f", {rows.given - rows.left:,} of {rows.given:,} have no reply left and are dropped"
         lines.append(line)
     return lines
 
