@@ -50,8 +50,8 @@ class WholeCheckpoints(_Trainer):
     """
     Makes a Trainer's checkpoints whole by a rename: `class MyTrainer(WholeCheckpoints, Trainer)`.
 
-    Older checkpoints are deleted, and the new one is pushed to the hub, when it has its place. One that does not fit on
-    the disk is said, and training goes on, with the earlier ones.
+    Older checkpoints are deleted, and the new one is pushed to the hub, when it has its place. One that does not fit
+    on the disk is said, and training goes on, with the earlier ones.
     """
 
     _is_saving = False
