@@ -69,16 +69,19 @@ scattered = []  # bytes of the gradients that FSDP2 has reduced since the last s
 sent = []  # bytes that GradES has broadcast or gathered since the last step
 
 
-def count_what_grades_sends():
-    def counted(own, position):
-        def count(*args, **kwargs):
-            sent.append(args[position].numel() * args[position].element_size())
+class Counted:
+    """torch.distributed for GradES alone: TRL gathers its metrics, too."""
+
+    def __getattr__(self, name):
+        own = getattr(torch.distributed, name)
+        if name not in ("broadcast", "all_gather"):
+            return own
+
+        def counted(*args, **kwargs):
+            sent.append(args[-1].numel() * args[-1].element_size())
             return own(*args, **kwargs)
 
-        return count
-
-    torch.distributed.broadcast = counted(torch.distributed.broadcast, 0)
-    torch.distributed.all_gather = counted(torch.distributed.all_gather, 1)
+        return counted
 
 
 def count_what_is_scattered():
@@ -484,7 +487,7 @@ def main(folder, names):
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format=f"[{processes.rank()}] %(message)s")
     logging.getLogger("grades_trl").setLevel(logging.INFO)
-    count_what_grades_sends()
+    processes.dist = Counted()
     if SHARDED:
         count_what_is_scattered()
     for name in names:
