@@ -15,6 +15,7 @@ from grades_trl.recipe.resume import set_up_resume
 from grades_trl.report import run_report
 from grades_trl.report.summary import format_summary
 from grades_trl.report.timing import RunClock
+from grades_trl.trainers.checkpoint import read_values
 from helpers import arguments, model_for, qwen3
 
 
@@ -247,7 +248,7 @@ def test_seconds_and_flops_are_those_of_all_steps(tmp_path, text, grades):
     if grades is None:
         first = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["clock"]
     else:
-        first = json.loads((checkpoint / "grades_state.json").read_text())["clock"]
+        first = read_values(checkpoint)["clock"]
     trainer, clock = run("run", checkpoint=str(checkpoint))
     seconds = clock.seconds
     parts = [seconds.training, seconds.validation, seconds.saving, seconds.grades]
