@@ -187,6 +187,7 @@ class GradESMixin(_Trainer):
             if config.activation_cache_mib or config.encoder_cache_dir:
                 logger.warning("With torch_compile, no outputs of frozen layers are cached.")
         text_config = self.model.config.get_text_config() if hasattr(self.model, "config") else None
+        self._skipped_updates, self._loss_scale = 0, 1.0
         self._divergence = Divergence(getattr(text_config, "vocab_size", None))
         if self.grades.average is not None and self.grades.average.host_bytes > 2**30:
             logger.info(
@@ -301,6 +302,9 @@ class GradESMixin(_Trainer):
         )
 
     def _end_step(self, control: Any) -> None:
+        if self.accelerator.scaler is not None:
+            # Fused optimizers skip an update themselves, and accelerate does not see it; the scale falls in any case.
+            self._skipped_updates += self.accelerator.scaler.get_scale() < self._loss_scale
         if self._divergence.since is not None:
             self.diverged_at = self._divergence.since
             control.should_training_stop = True
@@ -376,8 +380,8 @@ class GradESMixin(_Trainer):
     def _grades_step(self, loss: torch.Tensor) -> None:
         step, scaler = self.state.global_step + 1, self.accelerator.scaler
         with self._clock.overhead():
-            scale = scaler.get_scale() if scaler is not None else 1.0
-            events = self.grades.step(step, grad_scale=scale, train_accuracy=self._train_accuracy())
+            self._loss_scale = scaler.get_scale() if scaler is not None else 1.0
+            events = self.grades.step(step, grad_scale=self._loss_scale, train_accuracy=self._train_accuracy())
         self._divergence.update(step, loss.item())  # the Trainer waits for it next
         if scaler is not None and self.grades.done and all(p.grad is None for p in self.model.parameters()):
             # A scaler refuses to step an optimizer when no tensor has a gradient: the run ends without that step.
@@ -406,7 +410,8 @@ class GradESMixin(_Trainer):
         if self.grades is not None:
             own: dict[str, Any] = {"clock": self._clock, "report": self.report, "divergence": self._divergence}
             state = self.grades.state_dict() | {name: it.state_dict() for name, it in own.items()}
-            save_state(output_dir, state | {"heldout_rows": self._heldout_rows})
+            numbers = {"heldout_rows": self._heldout_rows, "skipped_updates": self._skipped_updates}
+            save_state(output_dir, state | numbers)
             self.report.flush()  # a run that is killed is resumed with its history
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -417,6 +422,7 @@ class GradESMixin(_Trainer):
             for change in self.grades.setting_changes[len(self._resumed["setting_changes"]) :]:
                 logger.info("The resumed run has another setting: %s.", change)
             self._divergence.load_state_dict(self._resumed["divergence"])
+            self._skipped_updates = self._resumed["skipped_updates"]
             self._clock.load_state_dict(self._resumed["clock"])
             before, here = Path(checkpoint).parent / "grades", Path(self.args.output_dir) / "grades"
             if before.is_dir() and not here.exists():  # resumed into another folder: what happened so far comes along
@@ -470,6 +476,8 @@ class GradESMixin(_Trainer):
             steps=state.global_step,
             setting_changes=list(grades.setting_changes),
             diverged_at=self.diverged_at,
+            losses_not_finite=self._divergence.not_finite,
+            skipped_updates=self._skipped_updates,
             without_gradient=len(grades.without_gradient),
             untracked_parameters=sum(untracked_parameters(self.model, grades.matrices).values()),
             heldout_examples=self._heldout_rows,
