@@ -284,7 +284,10 @@ def exit_if_diverged(trainer: Any, results: dict[str, float]) -> None:
     """
     if trainer.diverged_at is None and all(map(math.isfinite, results.values())):
         return
-    since = "" if trainer.diverged_at is None else f" at step {trainer.diverged_at}"
+    logs = trainer.state.log_history  # of a baseline they tell; the Trainer leaves NaN out of losses, not of norms
+    bad = [row["step"] for row in logs if not math.isfinite(row.get("grad_norm", 0.0) + row.get("loss", 0.0))]
+    step = trainer.diverged_at if trainer.diverged_at is not None else min(bad, default=None)
+    since = "" if step is None else f" at step {step}"
     raise SystemExit(
         f"The run has diverged{since}: its model is of no use. Lower --learning_rate (it was "
         f"{trainer.args.learning_rate:g}) or raise --warmup_steps, and look at the rows of that step."

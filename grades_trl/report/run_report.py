@@ -323,6 +323,8 @@ class RunReport:
             gain=self._gain_table().summary(),
             caches=outcome.caches,
             setting_changes=outcome.setting_changes,
+            losses_not_finite=outcome.losses_not_finite,
+            skipped_updates=outcome.skipped_updates,
         )
 
     def write(self, summary: RunSummary) -> None:

@@ -50,6 +50,8 @@ class Outcome:
         steps (`int`): optimizer steps that were run.
         setting_changes (`list[SettingChange]`): settings that differ from those that the run began with.
         diverged_at (`int` or `None`): the step at which the loss was no longer finite.
+        losses_not_finite (`int`): optimizer steps whose loss was no finite number.
+        skipped_updates (`int`): optimizer steps whose update the loss scaler of fp16 skipped, after an overflow.
         without_gradient (`int`): tracked matrices that no gradient ever reached.
         untracked_parameters (`int`): trained elements outside the tracked matrices.
         heldout_examples (`int`): examples of one held-out measurement; 0 if there is none.
@@ -65,6 +67,8 @@ class Outcome:
     steps: int
     setting_changes: list[SettingChange] = field(default_factory=list)
     diverged_at: int | None = None
+    losses_not_finite: int = 0
+    skipped_updates: int = 0
     without_gradient: int = 0
     untracked_parameters: int = 0
     heldout_examples: int = 0
@@ -222,6 +226,7 @@ class RunSummary:
             `"encoder"`, and of the leading `"frozen_layers"` of the language tower. Only those that were used.
         peak_memory_mib (`float` or `None`): of training.
         gain (`GainSummary` or `None`): which layers have the gain, if any step was measured.
+        losses_not_finite (`int`), skipped_updates (`int`): as in [`Outcome`].
         results (`dict[str, float]`): the final scores, once they are known, and with `rows/` before the name of one,
             how many rows it is of.
     """
@@ -251,6 +256,8 @@ class RunSummary:
     results: dict[str, float] = field(default_factory=dict)
     caches: dict[str, CacheSummary] = field(default_factory=dict)
     setting_changes: list[SettingChange] = field(default_factory=list)
+    losses_not_finite: int = 0
+    skipped_updates: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON knows it: a number that is not finite is `None`."""
@@ -418,6 +425,10 @@ def format_summary(summary: RunSummary) -> str:
     if summary.gain is not None:
         rows.append(("gain", str(summary.gain)))
     rows += [("settings", str(change)) for change in summary.setting_changes]
+    if summary.losses_not_finite:
+        rows.append(("numbers", f"the loss of {summary.losses_not_finite:,} steps was no finite number"))
+    if summary.skipped_updates:
+        rows.append(("numbers", f"{summary.skipped_updates:,} updates were skipped: gradients overflowed in fp16"))
     memory = "not measured" if summary.peak_memory_mib is None else f"{summary.peak_memory_mib:,.0f} MiB"
     rows.append(("memory", f"{memory} at most, on {summary.environment.device}"))
     lines = [f"GradES: {summary.steps:,} of {summary.total_steps:,} steps; {summary.stop_reason}"]

@@ -48,7 +48,7 @@ class Evaluation:
     Attributes:
         step (`int`): optimizer step after which it was evaluated.
         seconds (`float`): since training began, at its end.
-        eval_loss (`float` or `None`): its loss, if the trainer computed one.
+        eval_loss (`float` or `None`): its loss, if the trainer computed one, and it is a finite number.
         dataset (`str` or `None`): its key in a dict of validation sets.
     """
 
@@ -167,10 +167,11 @@ class RunClock(TrainerCallback):
             return
         self._state.validation += self._advance(synchronise=True)
         prefix = next((key for key in metrics if key.endswith("_runtime")), "eval_runtime").removesuffix("_runtime")
+        loss = metrics.get(f"{prefix}_loss")
         entry = Evaluation(
             state.global_step,
             self._state.total,
-            metrics.get(f"{prefix}_loss"),
+            loss if loss is not None and math.isfinite(loss) else None,
             prefix.removeprefix("eval_") if prefix.startswith("eval_") else None,
         )
         self._state.evaluations.append(asdict(entry))

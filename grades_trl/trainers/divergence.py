@@ -22,6 +22,7 @@ class Divergence:
 
     Attributes:
         since (`int` or `None`): the first optimizer step of the divergence.
+        not_finite (`int`): optimizer steps so far whose loss was no finite number.
     """
 
     def __init__(self, vocab_size: int | None):
@@ -29,9 +30,11 @@ class Divergence:
         self._began: int | None = None
         self._first = True
         self.since: int | None = None
+        self.not_finite = 0
 
     def update(self, step: int, loss: float) -> None:
         """Takes in the loss of an optimizer step."""
+        self.not_finite += not math.isfinite(loss)
         if self._first and math.isfinite(loss) and loss > self._limit:
             self._limit = math.inf
         self._first = False
@@ -45,9 +48,9 @@ class Divergence:
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""
         limit = self._limit if math.isfinite(self._limit) else None
-        return {"limit": limit, "began": self._began, "first": self._first}
+        return {"limit": limit, "began": self._began, "first": self._first, "not_finite": self.not_finite}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
         self._limit = math.inf if state["limit"] is None else state["limit"]
-        self._began, self._first = state["began"], state["first"]
+        self._began, self._first, self.not_finite = state["began"], state["first"], state["not_finite"]

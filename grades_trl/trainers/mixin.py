@@ -209,6 +209,7 @@ class GradESMixin(WholeCheckpoints):
         if is_sharded(self.model.parameters()) and (config.activation_cache_mib or config.encoder_cache_dir):
             logger.warning("With FSDP, no outputs of frozen layers are cached.")
         text_config = self.model.config.get_text_config() if hasattr(self.model, "config") else None
+        self._skipped_updates, self._loss_scale = 0, 1.0
         self._divergence = Divergence(getattr(text_config, "vocab_size", None))
         if self.grades.average is not None and self.grades.average.host_bytes > 2**30:
             logger.info(
@@ -322,6 +323,9 @@ class GradESMixin(WholeCheckpoints):
         )
 
     def _end_step(self, control: Any) -> None:
+        if self.accelerator.scaler is not None:
+            # Fused optimizers skip an update themselves, and accelerate does not see it; the scale falls in any case.
+            self._skipped_updates += self.accelerator.scaler.get_scale() < self._loss_scale
         if self._divergence.since is not None:
             self.diverged_at = self._divergence.since
             control.should_training_stop = True
@@ -399,8 +403,8 @@ class GradESMixin(WholeCheckpoints):
     def _grades_step(self, loss: torch.Tensor) -> None:
         step, scaler = self.state.global_step + 1, self.accelerator.scaler
         with self._clock.overhead():
-            scale = scaler.get_scale() if scaler is not None else 1.0
-            events = self.grades.step(step, grad_scale=scale, train_accuracy=self._train_accuracy())
+            self._loss_scale = scaler.get_scale() if scaler is not None else 1.0
+            events = self.grades.step(step, grad_scale=self._loss_scale, train_accuracy=self._train_accuracy())
         self._divergence.update(step, gathered(loss.detach().float()).mean().item())  # the Trainer waits for it next
         if scaler is not None and self.grades.done and all(p.grad is None for p in self.model.parameters()):
             # A scaler refuses to step an optimizer when no tensor has a gradient: the run ends without that step.
@@ -423,7 +427,7 @@ class GradESMixin(WholeCheckpoints):
         if self.grades is not None:
             own: dict[str, Any] = {"clock": self._clock, "report": self.report, "divergence": self._divergence}
             state = self.grades.state_dict() | {name: it.state_dict() for name, it in own.items()}
-            state |= {"heldout_rows": self._heldout_rows}
+            state |= {"heldout_rows": self._heldout_rows, "skipped_updates": self._skipped_updates}
             if is_main() or is_sharded(self.model.parameters()):
                 save_state(output_dir, state, *self._shard)
             if is_main():
@@ -442,6 +446,7 @@ class GradESMixin(WholeCheckpoints):
             for change in self.grades.setting_changes[len(self._resumed["setting_changes"]) :]:
                 logger.info("The resumed run has another setting: %s.", change)
             self._divergence.load_state_dict(self._resumed["divergence"])
+            self._skipped_updates = self._resumed["skipped_updates"]
             self._clock.load_state_dict(self._resumed["clock"])
             if is_main():
                 restore_record(Path(checkpoint) / "grades", Path(self.args.output_dir) / "grades")
@@ -499,6 +504,8 @@ class GradESMixin(WholeCheckpoints):
             steps=state.global_step,
             setting_changes=list(grades.setting_changes),
             diverged_at=self.diverged_at,
+            losses_not_finite=self._divergence.not_finite,
+            skipped_updates=self._skipped_updates,
             without_gradient=len(grades.without_gradient),
             untracked_parameters=sum(untracked_parameters(self.model, grades.matrices).values()),
             heldout_examples=self._heldout_rows,
