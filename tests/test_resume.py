@@ -202,7 +202,7 @@ def damage(file):
     ],
 )
 def test_a_damaged_a_foreign_and_a_newer_state_are_named(run, change, said):
-    assert load_state(run / "checkpoint-2")["metric"] == "gain"
+    assert load_state(run / "checkpoint-2")["settings"]["metric"] == "gain"
     change(run / "checkpoint-2")
     with pytest.raises(ValueError, match=said) as error:
         load_state(run / "checkpoint-2")
