@@ -124,11 +124,12 @@ def give_gradients(model, generator):
 
 def test_a_thousand_freezes(tmp_path):
     model, generator = Stack(1000), torch.Generator().manual_seed(0)
+    clean = hooks_and_forwards(model)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = {f"layers.{i}.proj": i // 10 + 1 for i in range(1000)}
     config = GradESConfig(metric="schedule", schedule=schedule, stopping="all_frozen", keep="last")
     grades = GradES(model, config, 100, optimizer)
-    clean, events = hooks_and_forwards(model), []
+    events = []
     give_gradients(model, generator)
     optimizer.step()  # state for all
     for step in range(1, 101):
