@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import runpy
 import shutil
 import socket
 import subprocess
@@ -504,3 +505,9 @@ def test_a_real_comparison_that_is_resumed(tmp_path):
     assert failed.returncode != 0
     assert "baseline, seed 0 failed. The end of out/baseline-seed0/log.txt" in failed.stderr
     assert "tau is 'often'; expected a number" in failed.stderr
+
+
+def test_the_page_of_results_has_the_tables_of_the_records():
+    """After a change of a record: python benchmarks/results_page.py."""
+    written = runpy.run_path(str(ROOT / "benchmarks" / "results_page.py"))
+    assert written["page"]() == written["PAGE"].read_text("utf-8")

@@ -115,7 +115,7 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
         by_seed.setdefault(run["seed"], {})[run["variant"]] = run
     variants: dict[str, Any] = {}
     for variant in (variant for variant in VARIANTS if any(run["variant"] == variant for run in runs)):
-        numbers = [_numbers(run, by_seed[run["seed"]]) for run in scored if run["variant"] == variant]
+        numbers = [numbers_of(run, by_seed[run["seed"]]) for run in scored if run["variant"] == variant]
         if numbers:
             variants[variant] = {key: _mean_and_sd([of_run[key] for of_run in numbers]) for key in numbers[0]}
             variants[variant]["runs"] = len(numbers)
@@ -124,7 +124,7 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
     return {"variants": variants, "seeds": [{"seed": seed, **_against(of_seed)} for seed, of_seed in by_seed.items()]}
 
 
-def _numbers(run: Run, of_seed: dict[str, Run]) -> dict[str, float | None]:
+def numbers_of(run: Run, of_seed: dict[str, Run]) -> dict[str, float | None]:
     """The numbers of a run that are averaged over seeds."""
     lengths = [other["total_steps"] for name, other in of_seed.items() if name != "baseline_matched_flops"]
     schedule = max(lengths, default=run["total_steps"])

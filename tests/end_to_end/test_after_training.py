@@ -109,13 +109,13 @@ def test_a_terminal_without_the_characters_of_a_row(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("grades", ["true", "false"])
-def test_a_finished_run_that_is_requeued_changes_nothing(run, tmp_path, grades):
+def test_the_last_checkpoint_of_a_finished_run_gives_its_model_and_scores_again(run, tmp_path, grades):
     flags = f"--save_strategy steps --save_steps 3 --report_to none --grades {grades}"
     run("sft_text.py", QUICK, flags)
-    before, scores = weights(tmp_path), (tmp_path / "out" / "result.json").read_bytes()
+    before, scores = weights(tmp_path), result(tmp_path)["results"]
     printed = run("sft_text.py", QUICK, flags, "--resume_from_checkpoint out/checkpoint-3")
-    assert "Nothing is left to train: out has the model" in printed
-    assert (tmp_path / "out" / "result.json").read_bytes() == scores
+    assert "All steps of this run have been done" in printed
+    assert result(tmp_path)["results"] == scores
     assert all(tensor.equal(before[name]) for name, tensor in weights(tmp_path).items())
 
 

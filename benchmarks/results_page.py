@@ -1,0 +1,124 @@
+"""Write the tables of docs/results.md, and its picture, from the committed comparisons in benchmarks/results.
+
+  python benchmarks/results_page.py
+
+Each record is the compare.json of `recipes/compare.py`, committed as `compare_<config>.json`.
+"""
+
+import json
+import shlex
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from grades_trl.recipe.comparison import VARIANTS, draw, numbers_of
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE, PICTURE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md", "images/compare_demo_vlm.png"
+BEGIN, END = "<!-- written by benchmarks/results_page.py -->\n", "<!-- end -->"
+# Record -> heading, and what it shows.
+TITLES = {
+    "demo_vlm": (
+        "A new task: answer in another form",
+        "The demo. A tiny LLaVA that reads handwritten numbers as 372 learns to answer 3-7-2: the vision tower knows "
+        "the images, and hardly needs to move. 1,000 images, all parameters.",
+    ),
+    "demo_vlm_controls": (
+        "The same, beside more controls",
+        "`nothing_frozen`: what the average of the weights and the ending do alone. `vision_frozen`: the tower frozen "
+        "from the first step. `random_order`, `bottom_up`: the freezes of GradES, of other matrices.",
+    ),
+    "demo_vlm_lora": ("The same, with LoRA", "Adapters of rank 16 on all linear layers, learning rate 4e-3."),
+    "vlm_new_images": (
+        "New images: the vision tower has to move",
+        "The same model learns to read inverted images. Here it must *not* be frozen, and by default it is not.",
+    ),
+    "dates_150": (
+        "Few examples: a run that overfits",
+        "A tiny Qwen3 learns to write dates as ISO 8601 from 150 examples, from scratch; 600 steps are 128 epochs.",
+    ),
+}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Median and range of every variant over its seeds, as Markdown."""
+    by_seed: dict[int, dict[str, Any]] = {}
+    for run in record["runs"]:
+        by_seed.setdefault(run["seed"], {})[run["variant"]] = run
+    lines = ["| variant | seeds | steps | FLOPs | test loss | exact match, % |", "|---|---|---|---|---|---|"]
+    for variant in (name for name in VARIANTS if any(name in of_seed for of_seed in by_seed.values())):
+        found = [numbers_of(of_seed[variant], of_seed) for of_seed in by_seed.values() if variant in of_seed]
+        exact = [100 * number for run in found if (number := run["exact_match"]) is not None]
+        cells = [
+            spread((run["steps"] for run in found), ",.0f"),
+            spread((run["flops"] for run in found), ".2f"),
+            spread((run["test_loss"] for run in found), ".3f"),
+            spread(exact, ".1f"),
+        ]
+        lines.append(f"| `{variant}` | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: Iterable[float | None], form: str) -> str:
+    """Median and range."""
+    found = [value for value in values if value is not None]
+    middle, low, high = (format(value, form) for value in (statistics.median(found), min(found), max(found)))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def seed_by_seed(record: dict[str, Any]) -> str:
+    """Points of exact match of GradES above each other variant, seed by seed."""
+    exact = {(run["variant"], run["seed"]): numbers_of(run, {})["exact_match"] for run in record["runs"]}
+    lines = []
+    for other in ("baseline", "baseline_matched_flops"):
+        pairs = [(number, exact.get((other, seed))) for (name, seed), number in exact.items() if name == "grades"]
+        points = [f"{100 * (own - its):+.1f}" for own, its in pairs if own is not None and its is not None]
+        if points:
+            lines.append(f"Points of exact match above `{other}`, seed by seed: {', '.join(points)}.")
+    return "  \n".join(lines)
+
+
+def command(record: dict[str, Any]) -> str:
+    """The command that makes a record."""
+    seeds = [str(entry["seed"]) for entry in record["seeds"]]
+    words = [
+        "python",
+        "recipes/compare.py",
+        "--recipe",
+        record["recipe"],
+        "--config",
+        record["config"],
+        *record["flags"],
+    ]
+    return shlex.join([*words, "--seeds", *seeds, "--variants", *record["variants"]])
+
+
+def section(name: str) -> str:
+    """One comparison: heading, what it shows, table, command."""
+    record = json.loads((RESULTS / f"compare_{name}.json").read_text("utf-8"))
+    title, text = TITLES[name]
+    picture = (
+        f"\n![Loss against time, and where the time went, of each variant]({PICTURE})\n" if name == "demo_vlm" else ""
+    )
+    seeds = seed_by_seed(record)
+    parts = [f"## {title}", text, table(record), seeds, f"```bash\n{command(record)}\n```"]
+    return "\n\n".join(part for part in parts if part) + "\n" + picture
+
+
+def page() -> str:
+    """The whole page with its tables as the records have them."""
+    text = PAGE.read_text("utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    names = [name for name in TITLES if (RESULTS / f"compare_{name}.json").exists()]
+    return before + BEGIN + "\n" + "\n".join(map(section, names)) + "\n" + END + after
+
+
+def main() -> None:
+    PAGE.write_text(page(), "utf-8")
+    record = json.loads((RESULTS / "compare_demo_vlm.json").read_text("utf-8"))
+    draw(record["runs"], record, PAGE.parent / PICTURE)
+
+
+if __name__ == "__main__":
+    main()
