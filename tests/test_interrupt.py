@@ -64,6 +64,14 @@ def straight(tmp_path_factory):
     return train(tmp_path_factory.mktemp("straight"))
 
 
+@pytest.fixture(autouse=True)
+def no_signal_is_ignored():
+    """A shell that starts the tests in the background lets them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["recipes/sft_text.py", "--seed", "3", "--resume", "old", "--hub_token", "x"])

@@ -60,6 +60,7 @@ def load_state(folder: str | Path, rank: int = 0, shards: int = 1) -> dict[str, 
         raise ValueError(f"{tensors} is missing. {_delete(folder)}")
     if values.pop("sha256") != _sha256(tensors):
         raise ValueError(_damaged(tensors))
+    del values["shards"]
     return values | {"tensors": load_file(tensors)}
 
 
