@@ -95,6 +95,7 @@ class EndOnSignal(TrainerCallback):
         if getattr(self._trainer, "grades_summary", None) is not None:
             lines.append(f"report     {Path(args.output_dir) / 'grades' / 'report.html'}")
         print(printable("\n".join([*lines, "", f"Resume it:\n  {command}"])), flush=True)
+        self._trainer.accelerator.wait_for_everyone()  # torchrun kills all processes when one of them has ended
         raise SystemExit(128 + received)
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
