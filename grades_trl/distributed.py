@@ -1,4 +1,5 @@
-"""Several processes, each with a copy of the model (DDP): what they agree on, who writes, and what a freeze owes DDP.
+"""Several processes, with a copy of the model each (DDP) or a piece of it (FSDP2): what they agree on, who writes, and
+what a freeze owes DDP.
 
 The one place that knows `torch.distributed`. Every function here works in a run of one process too, and sends nothing
 there. What sends something has to be called by all processes, in the same order.
@@ -80,6 +81,13 @@ def gathered(numbers: Tensor) -> Tensor:
     found = [torch.empty_like(numbers) for _ in range(world_size())]
     dist.all_gather(found, numbers)
     return torch.stack(found)
+
+
+def in_any(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set in any process. `device` is the one that the model runs on."""
+    if world_size() == 1:
+        return flag
+    return bool(gathered(torch.tensor(float(flag), device=device)).any())
 
 
 def gathered_objects(value: T) -> list[T]:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grades_trl.config import GradESConfig
 from grades_trl.criteria import CRITERIA, Converged, GainMeter
-from grades_trl.distributed import Reducer, from_main, gathered, is_sharded, reshard, world_size
+from grades_trl.distributed import Reducer, from_main, in_any, is_sharded, reshard, world_size
 from grades_trl.events import FreezeEvent, SettingChange
 from grades_trl.freezing.activation_cache import ActivationCache
 from grades_trl.freezing.encoder_cache import EncoderCache
@@ -237,10 +237,7 @@ class GradES:
     def _some_process_has_new_calls(self) -> bool:
         """Of a sharded model, which needs the same frozen prefix everywhere: the backward pass of a layer gathers its
         weights from all processes. Copies of a model may skip other layers each."""
-        if not self._is_sharded:
-            return False
-        device = next(self._model.parameters()).device
-        return bool(gathered(torch.tensor(float(self.prefix.has_new_calls), device=device)).any())
+        return self._is_sharded and in_any(self.prefix.has_new_calls, next(self._model.parameters()).device)
 
     def _measure_heldout_score(self, step: int) -> None:
         heldout, average = self.heldout, self.average

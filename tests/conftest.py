@@ -14,6 +14,14 @@ torch.set_num_threads(1)
 datasets.disable_progress_bars()
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Drawing them takes longer than a tiny run."""
+    from grades_trl.report import run_report
+
+    monkeypatch.setattr(run_report, "installed", lambda module: False)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Path of the embedded text model and its tokenizer, saved as a hub repository is laid out."""

@@ -208,6 +208,18 @@ def never(**changes) -> GradESConfig:
     return GradESConfig(**({"metric": "grad_change", "tau": 0.0, "alpha": 0.0} | changes))
 
 
+# Of every tiny run, with the config of any trainer
+QUIETLY_ON_CPU = {
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
 def arguments(output_dir, **changes) -> SFTConfig:
     defaults = {
         "output_dir": str(output_dir),
@@ -215,15 +227,8 @@ def arguments(output_dir, **changes) -> SFTConfig:
         "per_device_train_batch_size": 8,
         "learning_rate": 2e-3,
         "weight_decay": 0.1,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
     }
-    return SFTConfig(**(defaults | changes))
+    return SFTConfig(**(defaults | QUIETLY_ON_CPU | changes))
 
 
 def model_for(tokenizer, **changes) -> T.Qwen3ForCausalLM:

@@ -19,19 +19,9 @@ from trl import (
 
 from grades_trl import GradESConfig, GradESMixin, GradESTrainer
 from grades_trl.recipe import builtin
-from helpers import LORA, arguments, model_for, qwen3
+from helpers import LORA, QUIETLY_ON_CPU, arguments, model_for, qwen3
 
-COMMON = {
-    "max_steps": 6,
-    "per_device_train_batch_size": 4,
-    "bf16": False,
-    "use_cpu": True,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-}
+COMMON = {"max_steps": 6, "per_device_train_batch_size": 4} | QUIETLY_ON_CPU
 PAIRS = {"prompt": ["1 May 1998 "] * 16, "chosen": ["1998-05-01"] * 16, "rejected": ["1998-05-02"] * 16}
 LABELLED = {"prompt": ["1 May 1998 "] * 16, "completion": ["1998-05-01"] * 16, "label": [True, False] * 8}
 

@@ -12,10 +12,11 @@ from trl import SFTTrainer
 from grades_trl import GradES, GradESConfig, GradESTrainer
 from grades_trl.recipe import builtin
 from grades_trl.recipe.results import exit_if_diverged
-from grades_trl.report import run_report
 from grades_trl.report.summary import format_summary
 from grades_trl.trainers.checkpoint import read_values
 from helpers import IDS, arguments, model_for, qwen3, same, weights
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 METRICS = ("grad_change", "grad_norm", "weight_change", "gain")
 
@@ -91,11 +92,6 @@ def test_a_part_whose_gradients_overflow_freezes_with_the_others_never(metric):
 
 
 # ---- in a trainer ----
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(run_report, "installed", lambda module: False)
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,12 @@ from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import parse
 from grades_trl.recipe.results import next_commands, train_and_save
 from grades_trl.recipe.resume import set_up_resume
-from grades_trl.report import run_report
 from grades_trl.report.summary import format_summary
 from grades_trl.report.timing import RunClock
 from grades_trl.trainers.checkpoint import read_values
 from helpers import arguments, model_for, qwen3
 
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """Drawing them takes longer than these runs."""
-    monkeypatch.setattr(run_report, "installed", lambda module: False)
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module")

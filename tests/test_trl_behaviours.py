@@ -14,15 +14,11 @@ from trl import SFTConfig, SFTTrainer
 
 from grades_trl import GradESTrainer
 from grades_trl.recipe import builtin
-from grades_trl.report import run_report
 from helpers import arguments, losses, model_for, never, same, weights
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 GRADES = pytest.mark.parametrize("grades", [None, never()], ids=["off", "measuring"])
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(run_report, "installed", lambda module: False)
 
 
 @pytest.fixture(scope="module")

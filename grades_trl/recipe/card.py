@@ -188,9 +188,8 @@ def _data(recipe: RecipeArguments, seed: int, dataset: Mapping[str, Dataset]) ->
     name = str(recipe.dataset_name)
     kind = "built into the recipes" if name in BUILTIN_DATASETS else "local" if Path(name).exists() else "on the hub"
     sizes = ", ".join(f"{len(rows):,} ({split})" for split, rows in dataset.items())
-    shown = (Path(name).name if kind == "local" else name).replace(
-        "`", "'"
-    )  # a path says more of this machine than of the data
+    shown = Path(name).name if kind == "local" else name  # a path says more of this machine than of the data
+    shown = shown.replace("`", "'")
     return (
         f"### Data\n\n`{shown}`, {kind}; examples: {sizes}; seed {seed}. Decisions during training were made on "
         "`validation`; `test` was scored once, at the end."

@@ -13,10 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
-from grades_trl.distributed import gathered
+from grades_trl.distributed import in_any
 from grades_trl.recipe.bad_input import printable
 from grades_trl.recipe.comparison import split_flags
 from grades_trl.recipe.places import this_command
@@ -104,7 +103,8 @@ class EndOnSignal(TrainerCallback):
         loader.worker_init_fn = functools.partial(_begin_worker, loader.worker_init_fn)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._is_asked(args) and not control.should_training_stop:
+        asked = in_any(self.received is not None, args.device)  # they must end in the same step
+        if asked and not control.should_training_stop:
             self._ends = control.should_save = True
             args.save_only_model = False  # nothing could be resumed
 
@@ -116,10 +116,6 @@ class EndOnSignal(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self._ends:  # the epoch has not ended: what comes at its end is not due
             control.should_log = control.should_evaluate = control.should_save = False
-
-    def _is_asked(self, args: Any) -> bool:
-        """Whether any process is: they must end in the same step."""
-        return bool(gathered(torch.tensor(self.received is not None, device=args.device)).any())
 
 
 def _begin_worker(own: Callable[[int], None] | None, worker: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,13 @@ from grades_trl.trainers.checkpoint import read_values
 MAY_CHANGE = (
     *("max_steps", "num_train_epochs", "eval_", "do_eval", "per_device_eval_batch_size", "gradient_checkpointing"),
     *("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "torch_"),
-    *("plan", "preview", "export"),
 )
+
+
+def changes(names: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What the first five settings were and are, and how many more there are."""
+    shown = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in names[:5])
+    return f"{shown}, and {len(names) - 5} more" if len(names) > 5 else shown
 
 
 def refuse_another_run_than(
@@ -47,11 +53,10 @@ def refuse_another_run_than(
             "other run from the beginning, in another --output_dir and without --resume."
         )
     if changed:
-        shown = ", ".join(f"{name} was {before[name]!r} and is {settings[name]!r}" for name in changed[:5])
-        more = f", and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise ValueError(
-            f"--resume {checkpoint} is of another run: {shown}{more}. These cannot change in a run: go on with what "
-            f"it had, or start one from these weights with --model_name_or_path {checkpoint}."
+            f"--resume {checkpoint} is of another run: {changes(changed, before, settings)}. These "
+            f"cannot change in a run: go on with what it had, or start one from these weights with "
+            f"--model_name_or_path {checkpoint}."
         )
     if grades is not None:
         changed_settings(read_values(checkpoint), grades)

@@ -19,7 +19,7 @@ from grades_trl.config import GradESConfig
 from grades_trl.distributed import decided_by_main
 from grades_trl.recipe.arguments import RecipeArguments
 from grades_trl.recipe.folder_lock import lock
-from grades_trl.recipe.other_settings import refuse_another_run_than
+from grades_trl.recipe.other_settings import changes, refuse_another_run_than
 from grades_trl.recipe.places import command_of
 from grades_trl.recipe.record import arguments_of, command_line
 from grades_trl.report.strict_json import write_json
@@ -105,10 +105,9 @@ def _set_up(recipe: RecipeArguments, training: SFTConfig, model_args: ModelConfi
 
 
 def mark_finished(training: SFTConfig) -> None:
-    """Writes down that all of a run is done: training, scores, exports, the upload."""
+    """Writes down that all of a run is done: training, scores, exports, the upload. For the main process."""
     output_dir = Path(training.output_dir)
-    if training.process_index == 0:
-        write_json(output_dir / ARGUMENTS, _record(output_dir) | {"finished": True})
+    write_json(output_dir / ARGUMENTS, _record(output_dir) | {"finished": True})
 
 
 def _other_checkpoints(output_dir: Path, checkpoint: Path | None) -> list[Path]:
@@ -152,7 +151,7 @@ def _refuse_part(checkpoint: Path, output_dir: Path, with_grades: bool) -> None:
 
 
 def _of_the_run(arguments: dict[str, Any]) -> dict[str, Any]:
-    """All settings that make the run, of all groups, as JSON gives them back."""
+    """All settings that make the run, of all groups."""
     groups = [group for group in arguments.values() if isinstance(group, dict)]
     settings = {name: value for group in groups for name, value in group.items()}
     return {name: value for name, value in settings.items() if not name.startswith(NOT_OF_THE_RUN)}
@@ -171,14 +170,13 @@ def _refuse_another_run(output_dir: Path, arguments: dict[str, Any]) -> None:
                 "on from (--resume FOLDER), or choose another --output_dir."
             )
         return
-    before, settings = _of_the_run(record), _of_the_run(json.loads(json.dumps(arguments)))
+    before, settings = _of_the_run(record), _of_the_run(arguments)
     # A setting that only one version has makes no other run.
     changed = [name for name in settings if name in before and before[name] != settings[name]]
     if changed:
-        shown = [f"{name} was {before[name]!r} and is {settings[name]!r}" for name in changed[:5]]
-        more = f", and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise ValueError(
-            f"{output_dir} holds another run: {', '.join(shown)}{more}. Choose another --output_dir, go on with the "
-            "settings that it had, or delete that folder. Some settings may change where a checkpoint is named: "
+            f"{output_dir} holds another run: {changes(changed, before, settings)}. Choose another "
+            "--output_dir, go on with the settings that it had, or delete that folder. "
+            "Some settings may change where a checkpoint is named: "
             "--resume FOLDER."
         )

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-UNLEARNED = -100
+from grades_trl.trainers.heldout import IGNORED
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ScoredRows:
         labels, positions = inputs.get("labels"), inputs.get("position_ids")
         if not isinstance(labels, torch.Tensor):
             return
-        is_learned = labels != UNLEARNED
+        is_learned = labels != IGNORED
         if positions is not None and positions.shape == labels.shape and labels.shape[0] == 1:  # several in a row
             row = (positions[0] == 0).cumsum(0)
             self.count = self.count + len(torch.unique(row[is_learned[0]]))

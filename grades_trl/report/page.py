@@ -170,9 +170,8 @@ def _was_it_worth_it(summary: RunSummary) -> list[str]:
     else:
         sure = 1 + max(0.02, speedup.margin or 0.0)
         verdict = "Yes, in time" if ratio > sure else "No, in time" if ratio < 1 / sure else "No difference in time"
-        unsure = "" if speedup.margin is None else f" (+/- {ratio * speedup.margin:.2f})"
         told.append(
-            f"{verdict}: {times(ratio)}{unsure} against the whole schedule without freezing. Steps were "
+            f"{verdict}: {speedup.in_words} against the whole schedule without freezing. Steps were "
             f"{times(speedup.cheaper_steps.ratio)} as fast, and {show(speedup.steps_not_run.steps)} were not run."
         )
     if flops is not None:

@@ -439,22 +439,16 @@ def format_summary(summary: RunSummary) -> str:
 
 def speedup_in_words(speedup: Speedup) -> str:
     """How many times faster than the whole schedule, how sure that is, and by what, with the seconds saved."""
-    ratio, margin, cheaper, not_run = (
-        speedup.against_full_schedule,
-        speedup.margin,
-        speedup.cheaper_steps,
-        speedup.steps_not_run,
-    )
-    if ratio is None or cheaper.ratio is None:
+    cheaper, not_run = speedup.cheaper_steps, speedup.steps_not_run
+    if cheaper.ratio is None or not speedup.in_words:
         also = f"; {not_run.steps:,} steps were not run" if not_run.steps else ""
         return f"not measurable: steps before the first freeze are too few, or vary too much{also}"
-    unsure = "" if margin is None else f" (+/- {ratio * margin:.2f})"
     parts = [f"steps {cheaper.ratio:.2f}x as fast{_saved(cheaper)}"]
     if not_run.steps:
         parts.append(f"{not_run.steps:,} steps not run{_saved(not_run)}")
     if speedup.validation_not_run.evaluations:
         parts.append(f"validation not run{_saved(speedup.validation_not_run)}")
-    return f"{ratio:.2f}x{unsure} against the whole schedule: {', '.join(parts)}"
+    return f"{speedup.in_words} against the whole schedule: {', '.join(parts)}"
 
 
 def _saved(part: Any) -> str:

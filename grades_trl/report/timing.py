@@ -439,6 +439,14 @@ class Speedup:
     against_full_schedule: float | None = None
     margin: float | None = None
 
+    @property
+    def in_words(self) -> str:
+        """`against_full_schedule` with its margin; empty if it could not be measured."""
+        ratio = self.against_full_schedule
+        if ratio is None:
+            return ""
+        return f"{ratio:.2f}x" if self.margin is None else f"{ratio:.2f}x (+/- {ratio * self.margin:.2f})"
+
 
 def speedup(clock: RunClock, total_steps: int) -> Speedup:
     """The speed-up of a run over a baseline of `total_steps`, from the baseline steps that it began with itself.

@@ -81,7 +81,7 @@ class GradESMixin(WholeCheckpoints):
     Raises:
         TypeError: `grades` is no `GradESConfig`.
         ValueError: the model has nothing to track, or a tau or schedule does not fit it; held-out rows are needed and
-            missing; DeepSpeed, FSDP, or several GPUs in one process.
+            missing; DeepSpeed, the first version of FSDP, or several GPUs in one process.
     """
 
     def __init__(

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
+import helpers
 from grades_trl import GradESConfig, GradESTrainer
 from grades_trl import distributed as processes
 from grades_trl.criteria import measurement
@@ -101,23 +102,8 @@ def arguments(folder, **changes):
     of_run = {"per_device_train_batch_size": 8 // processes.launched_processes()}
     if changes.get("gradient_accumulation_steps") == 2:
         of_run["per_device_train_batch_size"] //= 2
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": 12,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 2e-3,
-        "weight_decay": 0.1,
-        "lr_scheduler_type": "constant",
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "max_length": None,
-    }
-    return SFTConfig(**(defaults | of_run | changes))
+    defaults = {"per_device_eval_batch_size": 4, "lr_scheduler_type": "constant", "max_length": None}
+    return helpers.arguments(folder, **(defaults | of_run | changes))
 
 
 class Bytes(TrainerCallback):

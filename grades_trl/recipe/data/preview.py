@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from grades_trl.recipe.bad_input import printable
 from grades_trl.recipe.scored import rows_left
-from grades_trl.trainers.heldout import nothing_random_moves
+from grades_trl.trainers.heldout import IGNORED, nothing_random_moves
 
 from .errors import DataError
 from .formats import text_of_content
@@ -24,7 +24,6 @@ CHECKED = 8  # rows whose learned tokens are compared with their replies
 MEASURED = 64  # rows with images whose tokens `--preview` counts: each has to be processed for that
 LINE = 100  # characters of an end of the example in the line that is always shown
 BEGIN, END = "[[", "]]"
-UNLEARNED = -100
 
 
 def show_example(trainer: Any, given: dict[str, Dataset], whole: bool = False) -> None:
@@ -47,7 +46,7 @@ def show_example(trainer: Any, given: dict[str, Dataset], whole: bool = False) -
         batches = [(row, *_batch(trainer, row)) for row in _evenly(len(rows), CHECKED)]
     first_ids, first_labels = batches[0][1:]
 
-    learned = sum(label != UNLEARNED for label in first_labels)
+    learned = sum(label != IGNORED for label in first_labels)
     print(f"First example, {len(first_ids):,} tokens, of which {learned:,} are learned, in {BEGIN} {END}:")
     text = printable(marked(first_ids, first_labels, tokenizer))
     print(f"\n{text}\n" if whole else f"  {_shortened(text)}")
@@ -78,7 +77,7 @@ def marked(ids: list[int], labels: list[int], tokenizer: Any) -> str:
         tokenizer: which has made them.
     """
     text = ""
-    for is_learned, run in itertools.groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != UNLEARNED):
+    for is_learned, run in itertools.groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORED):
         piece = _decoded([token for token, _ in run], tokenizer)
         text += f"{BEGIN}{piece}{END}" if is_learned else piece
     return text
@@ -104,7 +103,7 @@ def _shortened(text: str) -> str:
 def _check(rows: Dataset, row: int, ids: list[int], labels: list[int], tokenizer: Any, max_length: int | None) -> None:
     """Compares the learned tokens with the replies of the row; packed rows have no replies of their own."""
     here = f"train: row {row} as it is prepared (the first is 0)"
-    learned = [token for token, label in zip(ids, labels, strict=True) if label != UNLEARNED]
+    learned = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
     cut_off = max_length is not None and len(ids) >= max_length
     if not learned and cut_off:
         raise DataError(f"{here}: --max_length {max_length} ends before its reply, so nothing is learned: raise it")
@@ -117,7 +116,7 @@ def _check(rows: Dataset, row: int, ids: list[int], labels: list[int], tokenizer
     if not example or cut_off:
         return
     learned_text = squeezed(tokenizer.decode(learned))
-    rest = [token for token, label in zip(ids, labels, strict=True) if label == UNLEARNED]
+    rest = [token for token, label in zip(ids, labels, strict=True) if label == IGNORED]
     unlearned_text = squeezed(tokenizer.decode(rest))
     replies = [_as_decoded(reply, tokenizer) for reply in _texts(example, "reply")]
     for prompt in _texts(example, "prompt"):
