@@ -99,7 +99,7 @@ def section(name: str) -> str:
     record = json.loads((RESULTS / f"compare_{name}.json").read_text("utf-8"))
     title, text = TITLES[name]
     picture = (
-        f"\n![Loss against time, and where the time went, of each variant]({PICTURE})\n" if name == "demo_vlm" else ""
+        f"\n![Test loss and exact match of each run against its FLOPs]({PICTURE})\n" if name == "demo_vlm" else ""
     )
     seeds = seed_by_seed(record)
     parts = [f"## {title}", text, table(record), seeds, f"```bash\n{command(record)}\n```"]
@@ -117,7 +117,7 @@ def page() -> str:
 def main() -> None:
     PAGE.write_text(page(), "utf-8")
     record = json.loads((RESULTS / "compare_demo_vlm.json").read_text("utf-8"))
-    draw(record["runs"], record, PAGE.parent / PICTURE)
+    draw(record, PAGE.parent / PICTURE)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def main() -> None:
     (output_dir / "compare.md").write_text(markdown(summary), encoding="utf-8")
     figure = output_dir / "compare.png" if installed("matplotlib") else None
     if figure is not None:
-        draw(runs, summary, figure)
+        draw(record, figure)
     comparison_page.write(record, figure, output_dir / "compare.html")
     print(printable(f"\n{markdown(summary)}\n{output_dir / 'compare.html'}"))
     if figure is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
+from PIL import Image
 
 from grades_trl.recipe import data
 from grades_trl.recipe.arguments import configure_bema, parse
@@ -119,8 +120,10 @@ def test_tables_and_figure(tmp_path):
     assert lines[6][:2] == ["random_order", "not applicable: nothing froze"]
     assert lines[-2] == ["0", "0.4000", "0.4000", "yes", "50%", "+0.0500", "-0.1000"]
     assert lines[-1][-1] == "-"
-    draw(RUNS, summary, tmp_path / "compare.png")
-    assert (tmp_path / "compare.png").stat().st_size > 10_000
+    for jobs, panels in ((1, 3), (2, 2)):  # no times of runs that slowed each other down
+        path = tmp_path / f"{jobs}.png"
+        draw({**summary, "jobs": jobs, "runs": RUNS}, path)
+        assert Image.open(path).width == panels * 660
 
 
 def test_a_comparison_without_baseline_or_validation():

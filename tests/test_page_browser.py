@@ -64,7 +64,7 @@ def comparison(tmp_path_factory):
     directory = tmp_path_factory.mktemp("comparison")
     record = json.loads(COMPARISON.read_text("utf-8"))
     record["runs"].append({"variant": "baseline", "seed": 9, "skipped": LONG})
-    draw(record["runs"], record, directory / "compare.png")
+    draw(record, directory / "compare.png")
     comparison_page.write(record, directory / "compare.png", directory / "compare.html")
     return directory / "compare.html"
 

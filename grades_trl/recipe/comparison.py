@@ -270,8 +270,13 @@ def _table(header: tuple[str, ...], rows: list[list[str]]) -> str:
     )
 
 
-def draw(runs: list[Run], summary: dict[str, Any], path: Path) -> None:
-    """Saves a figure: on the left, what each run reached in what time; on the right, where the time went.
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Saves a figure: what each run reached at what cost in FLOPs, in loss and in right answers; and where the time
+    went, if the runs were made one after the other.
+
+    Args:
+        record (`dict[str, Any]`): what `compare.json` holds.
+        path (`Path`): of the figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -279,40 +284,50 @@ def draw(runs: list[Run], summary: dict[str, Any], path: Path) -> None:
     require("matplotlib", "Figures")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
-    runs = [run for run in runs if "skipped" not in run]
-    figure = Figure(figsize=(12, 4.8), facecolor="white", layout="constrained")
+    by_seed: dict[int, dict[str, Run]] = {}
+    for run in record["runs"]:
+        if "skipped" not in run:
+            by_seed.setdefault(run["seed"], {})[run["variant"]] = run
+    drawn = [variant for variant, numbers in record["variants"].items() if "skipped" not in numbers]
+    found = {v: [numbers_of(of_seed[v], of_seed) for of_seed in by_seed.values() if v in of_seed] for v in drawn}
+    panels = [("test_loss", "test loss", 1)]
+    if any(numbers["exact_match"] is not None for of_variant in found.values() for numbers in of_variant):
+        panels.append(("exact_match", "exact match, %", 100))
+    with_times = record["jobs"] == 1  # side by side, runs slow each other down
+    count = len(panels) + with_times
+    figure = Figure(figsize=(6 * count, 4.8), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for run in runs:
-        if run["variant"] in ("baseline", "grades") and run["validation"]:
-            curve = [(entry["seconds"], entry["eval_loss"]) for entry in run["validation"]]
-            left.plot(*zip(*curve, strict=True), color=COLORS_AND_MARKS[run["variant"]][0], linewidth=0.7, alpha=0.6)
-    drawn = [variant for variant, numbers in summary["variants"].items() if "skipped" not in numbers]
-    for variant in drawn:
-        points = [
-            (run["seconds"]["total"], run["results"]["final/test_loss"]) for run in runs if run["variant"] == variant
-        ]
-        color, mark = COLORS_AND_MARKS[variant]
-        left.scatter(*zip(*points, strict=True), color=color, marker=mark, label=variant, s=34, zorder=3)
-    left.set(xlabel="seconds of training, validation included", ylabel="loss", yscale="log")
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter(NullFormatter())
-    left.set_title("Test loss (points), validation loss of baseline and grades (lines)", fontsize=10)
-    left.legend(frameon=False, fontsize=9)
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for ax, (key, label, factor) in zip(axes, panels, strict=False):
+        for variant in drawn:
+            points = [(n["flops"], factor * score) for n in found[variant] if (score := n[key]) is not None]
+            color, mark = COLORS_AND_MARKS[variant]
+            if points:
+                ax.scatter(*zip(*points, strict=True), color=color, marker=mark, label=variant, s=22, alpha=0.5)
+                middle = [statistics.median(numbers) for numbers in zip(*points, strict=True)]
+                ax.scatter(*middle, color=color, marker=mark, s=130, edgecolor="white", zorder=3)
+        ax.set(xlabel="FLOPs of the run, as a fraction of the whole baseline's", ylabel=label)
+        ax.set_xlim(left=0)
+        ax.grid(color="#e4e7eb", linewidth=0.6)
+        ax.set_axisbelow(True)
+    axes[0].set_title("Each run is a small mark, the median of its seeds a large one", fontsize=10, loc="left")
+    axes[0].legend(frameon=False, fontsize=9)
+    if with_times:
+        _draw_times(axes[-1], drawn, record["variants"])
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
 
+
+def _draw_times(ax: Any, drawn: list[str], variants: dict[str, Any]) -> None:
     start = [0.0] * len(drawn)
     for part, shade in zip(PARTS, ("#9aa5b1", "#e69f00", "#e4e7eb", "#0072b2"), strict=True):
-        widths = [summary["variants"][variant][f"{part}_seconds"]["mean"] for variant in drawn]
+        widths = [variants[variant][f"{part}_seconds"]["mean"] for variant in drawn]
         label = "GradES" if part == "grades" else part
-        right.barh(drawn, widths, left=start, color=shade, label=label, height=0.6)
+        ax.barh(drawn, widths, left=start, color=shade, label=label, height=0.6)
         start = [a + b for a, b in zip(start, widths, strict=True)]
-    right.invert_yaxis()
-    right.set(xlabel="seconds, mean over seeds")
-    right.set_title("Where the time went", fontsize=10)
-    right.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, -0.28), ncols=4)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    ax.invert_yaxis()
+    ax.set(xlabel="seconds, mean over seeds")
+    ax.set_title("Where the time went", fontsize=10, loc="left")
+    ax.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, -0.28), ncols=4)

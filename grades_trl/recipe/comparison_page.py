@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from grades_trl.recipe.comparison import VARIANTS, Run, exact_match
+from grades_trl.recipe.comparison import VARIANTS, Run, exact_match, flops_of_run
 from grades_trl.report.elements import command, document, fold, percent, plot, seconds, section, table, text, times
 
 # Whether freezing does more than these do is the question of a comparison.
@@ -28,12 +28,13 @@ def build(record: dict[str, Any], png: bytes | None) -> str:
     seeds, runs = len({run["seed"] for run in ran}), len(record["runs"])
     each = f"{seeds} seed{'s' if seeds != 1 else ''}"
     over = f"Comparison of {len(record['variants'])} variants with {each}: {model}, on {device}"
+    cost = "time" if record.get("jobs") == 1 else "FLOPs"  # side by side, runs slow each other down
     answers = (
         f"<section><div class=answers><div><h2>What happened</h2>{_what_happened(record, ran)}</div>"
-        f"<div><h2>Was it worth it?</h2>{_was_it_worth_it(ran)}</div>"
-        f"<div><h2>What next?</h2>{_paragraphs(_what_next(ran))}</div></div></section>"
+        f"<div><h2>Was it worth it?</h2>{_was_it_worth_it(ran, cost)}</div>"
+        f"<div><h2>What next?</h2>{_paragraphs(_what_next(ran, cost))}</div></div></section>"
     )
-    alt = "On the left, the test loss and the time of every run; on the right, where the time of each variant went"
+    alt = "Test loss and exact match of every run against its FLOPs"
     parts = [
         answers,
         section("Every run", "" if png is None else plot(png, alt)),
@@ -43,17 +44,18 @@ def build(record: dict[str, Any], png: bytes | None) -> str:
         f"<section>{fold(f'All runs ({runs:,})', _runs(record['runs']))}</section>",
         section("Settings and versions", _settings(record, environment)),
     ]
-    return document(f"Comparison: {model} - GradES", over, headline(ran), parts)
+    return document(f"Comparison: {model} - GradES", over, headline(ran, cost), parts)
 
 
-def headline(ran: list[Run]) -> str:
-    """GradES against the baseline, in one sentence."""
+def headline(ran: list[Run], cost: str) -> str:
+    """GradES against the baseline, in one sentence. `cost` is `"time"` or `"FLOPs"`."""
     if not _of(ran, "grades") or not _of(ran, "baseline"):
         names = list(dict.fromkeys(run["variant"] for run in ran))
         return f"A comparison of {', '.join(names)}" if names else "No run has scores"
-    ratio = _mean(_pairs(ran, "baseline", _seconds, divide=True))
-    losses = _pairs(ran, "baseline", _test_loss)
-    return f"GradES took {ratio:.0%} of the baseline's time; its test loss was {_direction(losses, 'lower', 'higher')}"
+    losses, matches = _pairs(ran, "baseline", _test_loss), _pairs(ran, "baseline", exact_match)
+    told = f"GradES took {_share(ran, 'baseline', cost)} of the baseline's {cost}; its test loss was "
+    told += _direction(losses)
+    return f"{told}, its exact match {_direction(matches)}" if matches else told
 
 
 def _of(ran: list[Run], variant: str) -> dict[int, Run]:
@@ -68,6 +70,27 @@ def _seconds(run: Run) -> float:
     return run["seconds"]["total"]
 
 
+def _flops(run: Run) -> float:
+    return flops_of_run(run) * run["total_steps"]
+
+
+def _share(ran: list[Run], other: str, cost: str) -> str:
+    """The cost of GradES as a fraction of that of another variant, in percent."""
+    return format(_mean(_ratios(ran, other, cost)), ".0%")
+
+
+def _better(ran: list[Run], other: str) -> float | None:
+    """By how much GradES is better than another variant: in exact match where there is one, else in test loss."""
+    matches, losses = _pairs(ran, other, exact_match), _pairs(ran, other, _test_loss)
+    if matches:
+        return _mean(matches)
+    return -_mean(losses) if losses else None
+
+
+def _ratios(ran: list[Run], other: str, cost: str) -> list[float]:
+    return _pairs(ran, other, _seconds if cost == "time" else _flops, divide=True)
+
+
 def _pairs(ran: list[Run], other: str, number: Any, divide: bool = False) -> list[float]:
     """GradES minus another variant, or divided by it, for every seed that has both."""
     grades, others = _of(ran, "grades"), _of(ran, other)
@@ -80,17 +103,17 @@ def _mean(values: list[float]) -> float:
     return statistics.fmean(values)
 
 
-def _direction(differences: list[float], less: str, more: str) -> str:
+def _direction(differences: list[float]) -> str:
     """In how many seeds, in words."""
     below, above, count = sum(d < 0 for d in differences), sum(d > 0 for d in differences), len(differences)
     if not count:
         return "not measured"
     if not below and not above:
         return "the same"
-    seeds = "the one seed" if count == 1 else f"all {count} seeds"
+    seeds = {1: "the one seed", 2: "both seeds"}.get(count, f"all {count} seeds")
     if count in (below, above):
-        return f"{less if below else more} in {seeds}"
-    return f"{less} in {below} of {count} seeds, {more} in {above}"
+        return f"{'lower' if below else 'higher'} in {seeds}"
+    return f"higher in {above} of {count} seeds, lower in {below}"
 
 
 def _paragraphs(sentences: list[str]) -> str:
@@ -111,7 +134,7 @@ def _what_happened(record: dict[str, Any], ran: list[Run]) -> str:
     return _paragraphs(told)
 
 
-def _was_it_worth_it(ran: list[Run]) -> str:
+def _was_it_worth_it(ran: list[Run], cost: str) -> str:
     if not _of(ran, "grades"):
         return "<p>There is no GradES run to compare with.</p>"
     told = []
@@ -119,45 +142,36 @@ def _was_it_worth_it(ran: list[Run]) -> str:
         losses = _pairs(ran, other, _test_loss)
         if not losses:
             continue
-        ratio = _mean(_pairs(ran, other, _seconds, divide=True))
         sentence = (
-            f"Against {other}: {ratio:.0%} of its time, test loss {_mean(losses):+.4f} "
-            f"({_direction(losses, 'lower', 'higher')})"
+            f"Against {other}: {_share(ran, other, cost)} of its {cost}, test loss {_mean(losses):+.4f} "
+            f"({_direction(losses)})"
         )
         matches = _pairs(ran, other, exact_match)
         if matches:
             points = [100 * match for match in matches]
-            sentence += f", exact match {_mean(points):+.1f} points ({_direction(points, 'lower', 'higher')})"
+            sentence += f", exact match {_mean(points):+.1f} points ({_direction(points)})"
         told.append(f"{sentence}.")
     return _paragraphs(told or ["There is no other variant to compare with."])
 
 
-def _what_next(ran: list[Run]) -> list[str]:
+def _what_next(ran: list[Run], cost: str) -> list[str]:
     told, count = [], len(_of(ran, "grades"))
-    matched, none = _pairs(ran, "baseline_matched_flops", _test_loss), _pairs(ran, "nothing_frozen", _test_loss)
-    if matched and _mean(matched) >= 0:
+    matched, none = _better(ran, "baseline_matched_flops"), _better(ran, "nothing_frozen")
+    if matched is not None:
         told.append(
-            "A baseline that is shortened to the same FLOPs does as well here: take the shorter schedule, without "
-            "GradES."
+            "GradES does better here than a baseline that is shortened to the same FLOPs."
+            if matched > 0
+            else "A baseline that is shortened to the same FLOPs does as well here: train that one, without GradES."
         )
-    elif matched:
-        ratio = _mean(_pairs(ran, "baseline_matched_flops", _seconds, divide=True))
-        told.append(
-            f"GradES does better here than a baseline that is shortened to the same FLOPs, in {ratio:.0%} of its time."
-        )
-    if none:
-        ratio = _mean(_pairs(ran, "nothing_frozen", _seconds, divide=True))
-        brings = f"{ratio:.0%} of the time, test loss {_mean(none):+.4f}"
-        if ratio >= 1 and _mean(none) >= 0:
-            told.append(
-                f"Freezing itself brought nothing here ({brings}): --metric none keeps the average of the weights and "
-                "the ending."
-            )
+    if none is not None:
+        ratio = _mean(_ratios(ran, "nothing_frozen", cost))
+        if ratio >= 1 and none <= 0:
+            told.append("Freezing itself brought nothing here: --metric none keeps the average and the ending.")
         else:
-            told.append(f"What freezing itself brings, against the same run without it: {brings}.")
+            told.append(f"Freezing itself brings the cost to {ratio:.0%} of the {cost} of the same run without it.")
     if count < 3:
         told.append("Add seeds with --seeds 0 1 2: fewer than three cannot tell a difference from chance.")
-    if not matched:
+    if matched is None:
         told.append("Add the variant baseline_matched_flops: freezing must earn its place against fewer steps.")
     return told
 
