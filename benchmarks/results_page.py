@@ -1,6 +1,8 @@
-"""Write the tables of docs/results.md, and its picture, from the committed comparisons in benchmarks/results.
+"""Write the tables of docs/results.md from the committed comparisons in benchmarks/results.
 
   python benchmarks/results_page.py
+
+benchmarks/pictures.py makes the images.
 
 Each record is the compare.json of `recipes/compare.py`, committed as `compare_<config>.json`.
 """
@@ -12,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from grades_trl.recipe.comparison import VARIANTS, draw, numbers_of
+from grades_trl.recipe.comparison import VARIANTS, numbers_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, PICTURE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md", "images/compare_demo_vlm.png"
@@ -116,8 +118,6 @@ def page() -> str:
 
 def main() -> None:
     PAGE.write_text(page(), "utf-8")
-    record = json.loads((RESULTS / "compare_demo_vlm.json").read_text("utf-8"))
-    draw(record["runs"], record, PAGE.parent / PICTURE)
 
 
 if __name__ == "__main__":

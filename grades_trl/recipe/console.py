@@ -51,7 +51,7 @@ def show_progress(trainer: Any) -> None:
     at most; everything that is logged goes to W&B and the like.
 
     Args:
-        trainer: with `grades`, as a `GradESTrainer` has it.
+        trainer: with `grades`, as a `GradESTrainer` has it; any, if it only evaluates.
     """
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
