@@ -1,12 +1,14 @@
 """Hides messages of the libraries beneath, in a recipe: each by an entry of its own, with the reason why that is safe.
 
-All others are shown, and `--debug` shows these too. To import this module hides them. The recipes do that before they
+All others are shown, and `--debug` shows these too. To import this module hides them, and the progress bars of all
+libraries where stderr is no terminal. The recipes do that before they
 import transformers, since some messages come when a library is imported; nothing else in `grades_trl` imports it.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from typing import NamedTuple
@@ -45,6 +47,11 @@ HIDDEN = (
         r"\[RANK \d+\] You are using packing, but the attention implementation is not set to .*",
         "the same fact again, see above",
     ),
+    Message(
+        "transformers.tokenization_utils_tokenizers",
+        r"Ignoring clean_up_tokenization_spaces=True for BPE tokenizer .*",
+        "it ignores a setting in the tokenizer's files that would spoil answers; nothing is to be done",
+    ),
 )
 
 
@@ -56,6 +63,9 @@ class _Hide(logging.Filter):
 
 _HIDE = _Hide()
 
+
+if not sys.stderr.isatty():  # a bar would fill a file with copies of itself; tqdm reads this when it is imported
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 if FLAG not in sys.argv:
     for message in HIDDEN:
