@@ -12,6 +12,7 @@ from bitsandbytes import _ops, functional
 from bitsandbytes.backends.cpu import ops
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from transformers.trainer_utils import sort_checkpoints
 from trl import SFTTrainer
 
 from grades_trl.recipe import builtin, packed, quiet
@@ -38,7 +39,13 @@ def printed(tmp_path_factory):
         patch.setattr(quiet, "HIDDEN", ())
         for name in ("trl", "bitsandbytes", "transformers"):
             patch.setattr(logging.getLogger(name), "handlers", [collect])
-        SFTTrainer(model_for(tokenizer), args, train_dataset=dataset["train"], processing_class=tokenizer)
+        model = model_for(tokenizer)
+        trainer = SFTTrainer(model, args, train_dataset=dataset["train"], processing_class=tokenizer)
+        without_head = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+        trainer._issue_warnings_after_load(model.load_state_dict(without_head, strict=False))
+        for step in (1, 2):
+            (tmp_path_factory.getbasetemp() / "saved" / f"checkpoint-{step}").mkdir(parents=True)
+        sort_checkpoints(str(tmp_path_factory.getbasetemp() / "saved"), use_mtime=True)
         # It looks for its kernel when it is imported, on processors that could use it
         patch.setattr(functional, "has_avx512bf16", lambda: True)
         patch.setattr(_ops, "register_kernel", lambda *args: lambda kernel: kernel)

@@ -48,6 +48,16 @@ HIDDEN = (
         "the same fact again, see above",
     ),
     Message(
+        "transformers.trainer",
+        r"There were missing keys in the checkpoint model loaded: \['lm_head\.weight'\]\.",
+        "a checkpoint leaves the output layer out if it is the input embedding, which it has",
+    ),
+    Message(
+        "transformers.trainer_utils",
+        r"mtime may not be reliable on this filesystem, falling back to numerical ordering",
+        "checkpoints that were saved within a second are told apart by their steps, which is right",
+    ),
+    Message(
         "transformers.tokenization_utils_tokenizers",
         r"Ignoring clean_up_tokenization_spaces=True for BPE tokenizer .*",
         "it ignores a setting in the tokenizer's files that would spoil answers; nothing is to be done",
