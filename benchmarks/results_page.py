@@ -1,8 +1,11 @@
-"""Write the tables of docs/results.md, and its picture, from the committed comparisons in benchmarks/results.
+"""Write the tables of docs/results.md from the committed comparisons in benchmarks/results.
 
   python benchmarks/results_page.py
 
-Each record is the compare.json of `recipes/compare.py`, committed as `compare_<config>.json`.
+benchmarks/pictures.py makes the images.
+
+Each record is the compare.json of `recipes/compare.py`, committed as `compare_<name>.json`. The pictures are made by
+`benchmarks/pictures.py`.
 """
 
 import json
@@ -12,10 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from grades_trl.recipe.comparison import VARIANTS, draw, numbers_of
+from grades_trl.recipe.comparison import VARIANTS, numbers_of
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE, PICTURE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md", "images/compare_demo_vlm.png"
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- written by benchmarks/results_page.py -->\n", "<!-- end -->"
 # Record -> heading, and what it shows.
 TITLES = {
@@ -98,26 +101,20 @@ def section(name: str) -> str:
     """One comparison: heading, what it shows, table, command."""
     record = json.loads((RESULTS / f"compare_{name}.json").read_text("utf-8"))
     title, text = TITLES[name]
-    picture = (
-        f"\n![Test loss and exact match of each run against its FLOPs]({PICTURE})\n" if name == "demo_vlm" else ""
-    )
-    seeds = seed_by_seed(record)
-    parts = [f"## {title}", text, table(record), seeds, f"```bash\n{command(record)}\n```"]
-    return "\n\n".join(part for part in parts if part) + "\n" + picture
+    picture = f"![Test loss and exact match of each run against its FLOPs](images/compare_{name}.png)"
+    parts = [f"## {title}", text, table(record), seed_by_seed(record), picture, f"```bash\n{command(record)}\n```"]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def page() -> str:
     """The whole page with its tables as the records have them."""
     text = PAGE.read_text("utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    names = [name for name in TITLES if (RESULTS / f"compare_{name}.json").exists()]
-    return before + BEGIN + "\n" + "\n".join(map(section, names)) + "\n" + END + after
+    return before + BEGIN + "\n" + "\n".join(map(section, TITLES)) + "\n" + END + after
 
 
 def main() -> None:
     PAGE.write_text(page(), "utf-8")
-    record = json.loads((RESULTS / "compare_demo_vlm.json").read_text("utf-8"))
-    draw(record, PAGE.parent / PICTURE)
 
 
 if __name__ == "__main__":

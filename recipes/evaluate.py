@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grades_trl.recipe.quiet  # noqa: F401  isort: skip  before transformers
+
 import torch
 from datasets import Dataset
 from trl import SFTTrainer
@@ -28,10 +30,11 @@ from grades_trl.distributed import refuse_several_processes
 from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import parse_scoring, scored_with
 from grades_trl.recipe.bad_input import printable, run
-from grades_trl.recipe.console import set_up_console
+from grades_trl.recipe.console import set_up_console, show_progress
 from grades_trl.recipe.data import load_data, whole_conversations_problem
 from grades_trl.recipe.generation import answers, character_error_rate, exact_match, format_samples
 from grades_trl.recipe.harness import check_harness, run_tasks
+from grades_trl.recipe.packed import warn_if_packed_examples_mix
 from grades_trl.recipe.places import command_of, this_command
 from grades_trl.recipe.results import format_scores
 from grades_trl.recipe.scored import rows_scored
@@ -111,11 +114,13 @@ def main() -> None:
             )
             if model.num_parameters() < 10_000_000:
                 torch.set_num_threads(1)  # faster than more, on matrices this small
+            warn_if_packed_examples_mix(model, training, "transformers")
             # As in training, where this model's chat template can. With images the rows of one reply never are.
             can = not (vision or whole_conversations_problem(processor))
             training.assistant_only_loss = assistant_only_loss and can
             first = test.select([0])  # the trainer wants something to train on
             trainer = SFTTrainer(model, training, train_dataset=first, eval_dataset=test, processing_class=processor)
+            show_progress(trainer)
             of_rows, scored[name] = losses(trainer, len(test), groups)
             found |= of_rows
             given[name] = {k: ask(model, processor, asked[k], max_new_tokens=recipe.max_new_tokens) for k in asked}

@@ -28,6 +28,7 @@ from grades_trl.recipe.data import load_data, show_example, training_rows, warn_
 from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import answers, exact_match, format_samples
 from grades_trl.recipe.models import check_model, load_model, make_trainable
+from grades_trl.recipe.packed import warn_if_packed_examples_mix
 from grades_trl.recipe.plan import print_plan
 from grades_trl.recipe.record import record_arguments, samples_of
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
@@ -53,6 +54,8 @@ def main() -> None:
     if recipe.plan:
         print_plan(recipe, training, model_args, grades, builtin.DATASETS, builtin.tiny_qwen3)
         return
+    if training.ddp_find_unused_parameters is None:
+        training.ddp_find_unused_parameters = False  # as with checkpointing: in text, each has a gradient in each step
     early_stopping = configure_early_stopping(recipe, training)
     check_model(model_args, vision=False, trust_remote_code=training.trust_remote_code)
 
@@ -84,6 +87,7 @@ def main() -> None:
             max_length=training.max_length,
             seed=training.seed,
         )
+    warn_if_packed_examples_mix(model, training, BACKEND)
     train = training_rows(train, tokenizer, training, recipe.train_on)
     check_exports(recipe, model_args, BACKEND)
     environment, clock = Environment.gather(model), RunClock()

@@ -6,7 +6,7 @@ from transformers import ProgressCallback
 
 from grades_trl import GradESTrainer
 from grades_trl.recipe import builtin
-from grades_trl.recipe.console import format_start, log_entries, show_progress
+from grades_trl.recipe.console import _joined, format_start, log_entries, show_progress
 from grades_trl.recipe.results import format_results
 from grades_trl.recipe.scored import RowsLeft
 from grades_trl.report.environment import Environment
@@ -23,12 +23,15 @@ LOGS = {
 GRADES = {"grades/step_speedup": 1.687, "grades/heldout_exact_match": 0.5, "grades/frozen_fraction": 0.5}
 
 
-def test_a_log_line_has_six_entries_at_most():
-    assert log_entries(LOGS) == {"loss": "0.8048", "learning rate": "0.0012", "epoch": "1.88"}
+def test_a_log_line_has_five_entries_and_80_columns_at_most():
+    assert log_entries(LOGS) == {"loss": "0.8048", "lr": "0.0012", "epoch": "1.88"}
     full = log_entries(LOGS | GRADES, (3, 6))
-    assert list(full) == ["loss", "learning rate", "frozen", "step", "held-out exact match", "epoch"]
-    assert full["frozen"] == "3/6" and full["step"] == "1.69x faster" and full["held-out exact match"] == "0.5"
-    assert "step" not in log_entries(LOGS | GRADES, (0, 6))  # nothing that GradES could have made faster
+    assert list(full) == ["loss", "frozen", "speed", "held-out exact match"]
+    assert full["frozen"] == "3/6" and full["speed"] == "1.69x" and full["held-out exact match"] == "0.5"
+    for held_out in ({"grades/heldout_exact_match": 0.51234}, {}):
+        long = log_entries(LOGS | {"grades/step_speedup": 1.687} | held_out, (30, 51))
+        assert len("step 120  " + _joined(long, "  ")) <= 80
+    assert "speed" not in log_entries(LOGS | GRADES, (0, 6))  # nothing that GradES could have made faster
 
 
 def test_validation_has_a_line_of_its_own_and_the_end_of_training_none():

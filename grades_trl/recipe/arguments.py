@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -507,7 +508,8 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32, width=119)
+        columns = shutil.get_terminal_size((119, 0)).columns  # 119 in a pipe
+        super().__init__(prog, max_help_position=32, width=min(columns, 119))
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         # "None" says nothing; where it stands for a default of its own, the help has that.
@@ -522,6 +524,10 @@ def _hide_rare_flags(parser: argparse.ArgumentParser, shown: set[str]) -> None:
         action.option_strings = [o for o in action.option_strings if "-" not in o[2:]]
         if action.choices and len(list(action.choices)) > 5:
             action.metavar = action.dest.upper()
+        elif action.const is True:
+            action.metavar = "true|false"
+        elif action.type in (int, float):
+            action.metavar = "N" if action.type is int else "X"
         elif not action.choices and len(action.dest) > 12:  # `--dest DEST` would take a line of its own
             action.metavar = "X"
     parser._action_groups.sort(key=lambda group: group.title not in ("positional arguments", "recipe", "GradES"))

@@ -6,14 +6,11 @@ it is imported at all. Hence this module reads the command line when it is impor
 
 import importlib.util
 import itertools
-import logging
 import sys
 
+import grades_trl.recipe.quiet  # noqa: F401  before any library that it hides messages of
 from grades_trl.recipe.bad_input import bad_input_ends_here, blamed_on
 from grades_trl.recipe.places import find_config
-
-# Whenever it is imported on a CPU, bitsandbytes offers a faster kernel that has to be downloaded.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 BACKENDS = ("auto", "unsloth", "transformers")
 

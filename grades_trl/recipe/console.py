@@ -47,11 +47,11 @@ class _TqdmHandler(logging.Handler):
 def show_progress(trainer: Any) -> None:
     """Gives a trainer the progress bar and the log lines of a recipe, in place of those of Transformers.
 
-    The bar carries the loss, what is frozen, the speed-up of a step and the held-out score. A log line has six entries
-    at most; everything that is logged goes to W&B and the like.
+    The bar carries the loss, what is frozen, the speed-up of a step and the held-out score. A log line has five
+    entries at most; everything that is logged goes to W&B and the like.
 
     Args:
-        trainer: with `grades`, as a `GradESTrainer` has it.
+        trainer: with `grades`, as a `GradESTrainer` has it; any, if it only evaluates.
     """
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -82,13 +82,13 @@ class _Progress(ProgressCallback):
         entries = log_entries(logs or {}, frozen)
         if not entries:
             return
-        self._entries |= {name: value for name, value in entries.items() if name not in ("learning rate", "epoch")}
+        self._entries |= {name: value for name, value in entries.items() if name not in ("lr", "epoch")}
         self.training_bar.set_postfix_str(_joined(self._entries, ", "))
         tqdm.write(f"step {state.global_step:>{len(str(state.max_steps))}}  {_joined(entries, '  ')}", file=sys.stderr)
 
 
 def log_entries(logs: dict[str, Any], frozen: tuple[int, int] | None = None) -> dict[str, str]:
-    """The six entries that a log line shows at most, as text; none for what the end of a run shows anyway.
+    """The entries of a log line, as text: five at most, in 80 columns; none for what the end of a run shows anyway.
 
     Args:
         logs (`dict[str, Any]`): as the trainer logs them: of training (with `loss`), or of a validation.
@@ -96,19 +96,20 @@ def log_entries(logs: dict[str, Any], frozen: tuple[int, int] | None = None) -> 
     """
     entries: dict[str, str] = {}
     if "loss" in logs:
+        held_out = next((key for key in logs if key.startswith("grades/heldout_")), None)
         entries["loss"] = f"{float(logs['loss']):.4g}"
-        if "learning_rate" in logs:
-            entries["learning rate"] = f"{float(logs['learning_rate']):.2g}"
+        # With a held-out score, learning rate and epoch would make the line longer than 80 columns.
+        if "learning_rate" in logs and held_out is None:
+            entries["lr"] = f"{float(logs['learning_rate']):.2g}"
         if frozen is not None:
             entries["frozen"] = f"{frozen[0]}/{frozen[1]}"
         if "grades/step_speedup" in logs and frozen is not None and frozen[0]:
-            entries["step"] = f"{logs['grades/step_speedup']:.2f}x faster"
-        held_out = next((key for key in logs if key.startswith("grades/heldout_")), None)
+            entries["speed"] = f"{logs['grades/step_speedup']:.2f}x"
         if held_out is not None:
             name = held_out.removeprefix("grades/heldout_").replace("_", " ")
             entries[f"held-out {name}"] = f"{logs[held_out]:.4g}"
-        if "epoch" in logs:
-            entries["epoch"] = f"{logs['epoch']:.2f}"
+        elif "epoch" in logs:
+            entries["epoch"] = f"{logs['epoch']:.3g}"
         return entries
     for key, value in logs.items():
         if key.startswith("eval_") and key.endswith("loss") and len(entries) < 6:

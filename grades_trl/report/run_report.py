@@ -268,7 +268,7 @@ class RunReport:
     def console_line(self, step: int, events: list[FreezeEvent]) -> str:
         """What froze in a step, or trains again, and why, in one line."""
         verb = "training again" if events[0].unfrozen else "froze"
-        why = f" for {events[0].reason}" if events[0].tau is None else ""
+        why = f" ({events[0].reason})" if events[0].tau is None else ""
         what = self._history.in_words(events)
         return f"step {step}: {verb} {what}{why}; {len(self._frozen)} of {len(self._matrices)} frozen"
 

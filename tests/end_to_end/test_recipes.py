@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,20 @@ def run(recipe, *flags, cwd):
     )
 
 
+# What a run of a recipe may say on stderr: these lines, and none of another library.
+OURS = (
+    r"W&B: not logged in, recording offline\.",
+    r"step +\d+(: froze |: training again |  loss |  validation loss )",
+    r"\d+ training examples are too few to measure a held-out ",
+    r"The (held-out |run end|outputs of the frozen )",
+    r"(tau|Thresholds) ",
+)
+
+
 def succeeded(done):
     """What was printed and logged."""
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert [line for line in done.stderr.splitlines() if not re.match("|".join(OURS), line)] == []
     return done.stdout + done.stderr
 
 
