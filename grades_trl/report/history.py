@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from grades_trl.durable import put_in_place
 from grades_trl.events import FreezeEvent
 from grades_trl.model.matrices import WeightMatrix
 from grades_trl.report.disk import Lines, tolerated
@@ -396,7 +396,7 @@ def _write(table: pa.Table, path: Path) -> None:
     partial = path.with_suffix(".partial")
     try:
         pq.write_table(table, partial)
-        put_in_place(partial, path)
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
