@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -183,7 +184,7 @@ def test_ignored_signals_stay_so_and_other_threads_change_nothing():
     before = [signal.getsignal(each) for each in SIGNALS]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and `&` in a script do it
     try:
-        with EndOnSignal(None).handlers():
+        with EndOnSignal(SimpleNamespace(_get_dataloader=None)).handlers():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) is not before[0]
     finally:
@@ -191,7 +192,7 @@ def test_ignored_signals_stay_so_and_other_threads_change_nothing():
     seen = []
 
     def inside():
-        with EndOnSignal(None).handlers():
+        with EndOnSignal(SimpleNamespace(_get_dataloader=None)).handlers():
             seen.extend(signal.getsignal(each) for each in SIGNALS)
 
     thread = threading.Thread(target=inside)
