@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections import UserDict
 from typing import Any
 
 import torch
@@ -72,37 +73,54 @@ def refuse_lost_gradients(model: nn.Module) -> list[RemovableHandle]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    return [layer.register_forward_pre_hook(_refuse, with_kwargs=True) for layer in layers]
+    refuse = functools.partial(_refuse, {})
+    return [layer.register_forward_pre_hook(refuse, with_kwargs=True) for layer in layers]
 
 
-def _refuse(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def _refuse(
+    writers: dict[int, dict[Any, Any]], layer: Any, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
     function: Any = getattr(layer, "_gradient_checkpointing_func", None)
     is_torch_s = getattr(getattr(function, "func", None), "__module__", "") == "torch.utils.checkpoint"
     is_on = layer.gradient_checkpointing and layer.training and is_torch_s
     # With gradients it is the backward pass that calls the layer, or the checkpointing is another one.
     if not is_on or torch.is_grad_enabled() or not function.keywords.get("use_reentrant", True):
-        return
-    by_name = [name for name, value in kwargs.items() if _hands_on(value)]
+        return None
+    by_name = [name for name, value in kwargs.items() if _requires_grad(value)]
     if by_name:
-        problem = f"gets {' and '.join(by_name)} by name"
-    elif any(p.requires_grad for p in layer.parameters()) and not any(_requires_grad(value) for value in args):
-        problem = "gets nothing that requires a gradient"
-    else:
-        return
-    raise ValueError(
+        raise _lost(layer, f"gets {' and '.join(by_name)} by name")
+    if any(p.requires_grad for p in layer.parameters()) and not any(map(_requires_grad, args)):
+        raise _lost(layer, "gets nothing that requires a gradient")
+    shared = {}
+    for name, value in kwargs.items():
+        if isinstance(value, dict | UserDict) and (not value or id(value) in writers):  # the layers fill it
+            shared[name] = _Shared(value, layer, name, writers.setdefault(id(value), {}))
+    return args, kwargs | shared
+
+
+class _Shared(UserDict):
+    """What a layer sees of a dict that layers share. It may not read what another one has computed."""
+
+    def __init__(self, shared: Any, layer: Any, name: str, writers: dict[Any, Any]):
+        self.data = shared
+        self._layer, self._name, self._writers = layer, name, writers
+
+    def __setitem__(self, key: Any, item: Any) -> None:
+        self._writers[key] = self._layer
+        self.data[key] = item
+
+    def __getitem__(self, key: Any) -> Any:
+        if self._writers.get(key, self._layer) is not self._layer:
+            raise _lost(self._layer, f"reads what other layers have put into {self._name}")
+        return self.data[key]
+
+
+def _lost(layer: Any, problem: str) -> ValueError:
+    return ValueError(
         f"Reentrant gradient checkpointing loses gradients of this model: {type(layer).__name__} {problem}. Set "
         "gradient_checkpointing_kwargs={'use_reentrant': False} "
         "(--gradient_checkpointing_kwargs '{\"use_reentrant\": false}'), or gradient_checkpointing=False."
     )
-
-
-def _hands_on(value: Any) -> bool:
-    """Whether a layer reads what others have computed from an argument that checkpointing does not see."""
-    if isinstance(value, list | tuple):
-        return any(map(_hands_on, value))
-    if isinstance(value, Mapping):  # filled by other layers, without gradients
-        return len(value) > 0
-    return _requires_grad(value)
 
 
 def _requires_grad(value: Any) -> bool:
