@@ -115,14 +115,15 @@ def sizes(**changes):
     return SMALL | {"num_hidden_layers": 4} | changes
 
 
-def bloom():
+def bloom(dropout=0.0):
     config = {"vocab_size": 64, "hidden_size": 32, "n_layer": 4, "n_head": 4}
-    return T.BloomForCausalLM(T.BloomConfig(**config, hidden_dropout=0.0, attention_dropout=0.0))
+    return T.BloomForCausalLM(T.BloomConfig(**config, hidden_dropout=dropout, attention_dropout=dropout))
 
 
-def falcon():
+def falcon(dropout=0.0, **changes):
     config = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
-    return T.FalconForCausalLM(T.FalconConfig(**config, hidden_dropout=0.0, attention_dropout=0.0))
+    config |= {"hidden_dropout": dropout, "attention_dropout": dropout}
+    return T.FalconForCausalLM(T.FalconConfig(**config | changes))
 
 
 def gemma3():
@@ -137,14 +138,22 @@ def gemma3n():
     return T.Gemma3nForCausalLM(T.Gemma3nTextConfig(**config, **per_layer, **shared))
 
 
+def gemma4(**changes):
+    config = sizes(head_dim=8, pad_token_id=0, layer_types=["sliding_attention", "full_attention"] * 2)
+    per_layer = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+    heads = {"global_head_dim": 8, "num_global_key_value_heads": 2}
+    return T.Gemma4ForCausalLM(T.Gemma4TextConfig(**config | per_layer | heads | changes))
+
+
 def opt():
     config = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "ffn_dim": 48, "num_attention_heads": 4}
     return T.OPTForCausalLM(T.OPTConfig(**config, max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.1))
 
 
-def phimoe():
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.1}
-    return T.PhimoeForCausalLM(T.PhimoeConfig(**sizes(pad_token_id=0), **experts))
+def phimoe(**jitter):
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    noise = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0} | jitter
+    return T.PhimoeForCausalLM(T.PhimoeConfig(**sizes(pad_token_id=0), **experts, **noise))
 
 
 def bart():
@@ -194,11 +203,21 @@ def router_loss():
         pytest.param(lambda: qwen3(num_hidden_layers=4, attention_dropout=0.1), RANDOM, id="dropout"),
         pytest.param(lambda: qwen3_moe(num_hidden_layers=4), "", id="moe"),
         pytest.param(router_loss, MORE, id="moe_router_loss"),
-        pytest.param(phimoe, RANDOM, id="moe_jitter"),
+        # PhiMoE samples its experts in training, jitter or not.
+        pytest.param(phimoe, RANDOM, id="phimoe"),
+        pytest.param(lambda: phimoe(router_jitter_noise=0.1), RANDOM, id="phimoe_router_jitter"),
+        pytest.param(lambda: phimoe(input_jitter_noise=0.1), RANDOM, id="phimoe_input_jitter"),
         pytest.param(falcon, "", id="falcon"),  # its layers return a tuple with one tensor
-        pytest.param(bloom, SEVERAL, id="bloom"),
+        pytest.param(lambda: falcon(alibi=True, parallel_attn=False), "", id="falcon_rw"),
+        pytest.param(lambda: falcon(new_decoder_architecture=True, num_kv_heads=2), "", id="falcon_40b"),
+        pytest.param(lambda: falcon(dropout=0.1), RANDOM, id="falcon_dropout"),
+        pytest.param(bloom, SEVERAL, id="bloom"),  # its layers return their attention weights too
+        pytest.param(lambda: bloom(dropout=0.1), SEVERAL, id="bloom_dropout"),
         pytest.param(gemma3, "", id="gemma3"),
         pytest.param(gemma3n, SEVERAL, id="gemma3n"),
+        pytest.param(gemma4, "", id="gemma4"),
+        pytest.param(lambda: gemma4(num_kv_shared_layers=2), MORE, id="gemma4_shared_keys"),
+        pytest.param(lambda: gemma4(attention_dropout=0.1), RANDOM, id="gemma4_dropout"),
         pytest.param(opt, RANDOM, id="opt"),
         pytest.param(bart, "several lists", id="bart"),
         pytest.param(SharesKeys, MORE, id="shared_keys"),

@@ -15,6 +15,7 @@ from grades_trl.recipe.bema import BEMA
 from grades_trl.recipe.models import make_trainable
 from grades_trl.recipe.results import train_and_save
 from grades_trl.report.timing import RunClock
+from grades_trl.trainers.whole_checkpoint import what_is_wrong
 from helpers import arguments, model_for, qwen3, same, weights
 
 
@@ -97,5 +98,41 @@ def test_nothing_else_decides_which_weights_are_kept(tmp_path):
     for flags in ([], ["--grades", "false", "--early_stopping_patience", "3"]):
         with pytest.raises(ValueError, match=r"bema decides which weights are kept.*add --grades false"):
             configured("--bema", "true", *flags)
-    with pytest.raises(ValueError, match="bema cannot be resumed"):
+    with pytest.raises(ValueError, match=r"x/bema_state\.safetensors is missing: the checkpoint was written without"):
         configured("--bema", "true", "--grades", "false", "--resume_from_checkpoint", "x")
+
+
+def recipe_run(folder, checkpoint=None, peft=False, **changes):
+    """A run of a recipe with --bema."""
+    dataset, tokenizer = builtin.dates(train=64, test=2), builtin.tiny_qwen3()[1]
+    clock, bema = RunClock(), BEMA(None if checkpoint is None else str(checkpoint))
+    trainer = GradESTrainer(
+        model=make_trainable(model_for(tokenizer), ModelConfig(use_peft=peft, lora_r=2)),
+        args=arguments(folder, max_steps=6, save_strategy="steps", save_steps=3, **changes),
+        train_dataset=dataset["train"],
+        processing_class=tokenizer,
+        grades=None,
+        callbacks=[clock, bema],
+    )
+    train_and_save(trainer, clock, None if checkpoint is None else str(checkpoint))
+    return weights(trainer.model)
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_a_resumed_run_equals_the_straight_one(tmp_path, peft):
+    straight = recipe_run(tmp_path / "straight", peft=peft)
+    first = tmp_path / "straight" / "checkpoint-3"
+    assert what_is_wrong(first, with_grades=False) is None
+    assert same(recipe_run(tmp_path / "resumed", first, peft), straight)
+    assert same(recipe_run(tmp_path / "completed", tmp_path / "straight" / "checkpoint-6", peft), straight)
+    (first / "bema_state.safetensors").unlink()
+    assert what_is_wrong(first, with_grades=False) == "bema_state.safetensors is missing"
+
+
+def test_averages_of_other_weights_are_refused(tmp_path):
+    bema, model = BEMA(), qwen3()
+    run(bema, model)
+    bema.save_state(tmp_path)
+    model.model.embed_tokens.requires_grad_(False)
+    with pytest.raises(ValueError, match="averages of other weights than train now"):
+        BEMA(str(tmp_path)).on_train_begin(None, SimpleNamespace(global_step=6), None, model=model)

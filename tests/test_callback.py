@@ -1,7 +1,9 @@
 """Other front doors: the callback in trainers that are not subclassed, and the mixin where axolotl looks for it."""
 
 import importlib
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -111,8 +113,76 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path):
 
     plain(tmp_path / "stock", **saving).train()
     other = plain(tmp_path / "stock", callbacks=[GradESCallback(CONFIGS["paper"])], **saving)
-    with pytest.raises(ValueError, match=r"has no grades_state\.json: it was written without GradES"):
+    with pytest.raises(ValueError, match=r"checkpoint-6/grades_state\.json is missing: .* written without GradESCall"):
         other.train(resume_from_checkpoint=str(tmp_path / "stock" / "checkpoint-6"))
+
+
+SAVING = {"args": {"save_strategy": "steps", "save_steps": 6}}
+
+
+def resume(folder, checkpoint=6):
+    trainer = plain(folder, callbacks=[GradESCallback(CONFIGS["lower"])], **SAVING)
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{checkpoint}"))
+    return weights(trainer.model)
+
+
+KILL = """
+import os, sys
+import grades_trl.trainers.callback as callback, grades_trl.trainers.checkpoint as checkpoint
+from pathlib import Path
+from test_callback import CONFIGS, SAVING, GradESCallback, plain
+
+def kill(*args, **kwargs):
+    os.kill(os.getpid(), 9)
+
+setattr(*{"before": (callback, "save_state"), "between": (checkpoint, "put_in_place")}[sys.argv[2]], kill)
+plain(Path(sys.argv[1]), callbacks=[GradESCallback(CONFIGS["lower"])], **SAVING).train(
+    resume_from_checkpoint=sys.argv[3] if len(sys.argv) > 3 else None
+)
+"""
+
+
+def killed(folder, when, *resumed):
+    """A run that is killed when the Trainer has written its next checkpoint, and GradES has not."""
+    words = [sys.executable, "-c", KILL, str(folder), when, *map(str, resumed)]
+    done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True)
+    assert done.returncode == -9, done.stderr.decode()
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_kill_after_the_trainer_has_written_its_checkpoint_is_an_error_on_resume(tmp_path, when):
+    killed(tmp_path, when)
+    assert (tmp_path / "checkpoint-6" / "trainer_state.json").exists()
+    with pytest.raises(ValueError, match=r"checkpoint-6/grades_state\.json is missing: the run was killed while it"):
+        resume(tmp_path)
+
+
+def test_a_kill_while_a_checkpoint_is_overwritten_is_an_error_on_resume(tmp_path):
+    straight = plain(tmp_path, callbacks=[GradESCallback(CONFIGS["lower"])], **SAVING)
+    straight.train()
+    assert same(resume(tmp_path, 12), weights(straight.model))
+    killed(tmp_path, "before", tmp_path / "checkpoint-6")  # in the checkpoint of step 12
+    with pytest.raises(ValueError, match=r"checkpoint-12/grades_state\.json is of another run than trainer_state"):
+        resume(tmp_path, 12)
+    assert same(resume(tmp_path), weights(straight.model))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("grades_state.json", b"", r"grades_state\.json is damaged: it is no JSON"),
+        ("grades_state.json", b'{"version": 9}', r"grades_state\.json was written by a newer version"),
+        ("grades_state.safetensors", b"", r"grades_state\.safetensors is damaged, or of another checkpoint"),
+        ("grades_state.safetensors", None, r"grades_state\.safetensors is missing"),
+    ],
+    ids=["empty", "newer", "torn", "missing"],
+)
+def test_a_damaged_state_is_an_error_that_names_its_file(tmp_path, name, content, message):
+    plain(tmp_path, callbacks=[GradESCallback(CONFIGS["lower"])], **SAVING).train()
+    file = tmp_path / "checkpoint-6" / name
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        resume(tmp_path)
 
 
 @pytest.mark.parametrize(

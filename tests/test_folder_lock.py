@@ -1,8 +1,10 @@
 """One folder, one run."""
 
+import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,3 +58,21 @@ def test_a_folder_that_cannot_be_locked_is_used_and_said(tmp_path, monkeypatch, 
     lock(tmp_path)
     assert "cannot be locked ([Errno 95] Operation not supported)" in caplog.text
     assert folder_lock._held
+
+
+def test_on_windows_a_byte_behind_the_text_is_locked(tmp_path, monkeypatch):
+    """With a stand-in for its module: what another process holds is refused, by the same words."""
+    places = []
+
+    def locking(descriptor, mode, count):
+        places.append((os.lseek(descriptor, 0, os.SEEK_CUR), mode, count))
+        if len(places) > 1:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
+    lock(tmp_path)
+    monkeypatch.setattr(folder_lock, "_held", {})  # of another process
+    with pytest.raises(ValueError, match=f"is in use: process {os.getpid()} on "):
+        lock(tmp_path)
+    assert places == [(2**30, 2, 1)] * 2

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -119,6 +120,30 @@ def test_the_data_loader_s_processes_do_not_end_before_the_run(tmp_path, command
     assert capfd.readouterr().err.count("training ends after this step") == 1
 
 
+@pytest.mark.parametrize("persistent", [False, True], ids=["new_workers", "persistent_workers"])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_those_of_an_evaluation_neither(tmp_path, command_line, number, persistent):
+    class SendToAllInEvaluation(TrainerCallback):
+        evaluated = 0
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            if not self.evaluated:
+                workers = [str(worker.pid) for worker in psutil.Process().children()]
+                assert len(workers) >= 4  # of training and of evaluation, and of earlier tests
+                subprocess.run(["kill", f"-{int(number)}", *workers])
+                time.sleep(0.3)
+                os.kill(os.getpid(), number)
+            self.evaluated += 1
+
+    signals = SendToAllInEvaluation()
+    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": persistent}
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, signals, grades=None, **workers, eval_strategy="steps", eval_steps=2)
+    assert ended.value.code == 128 + number
+    assert signals.evaluated == 2  # 16 rows
+    assert newest_whole(tmp_path, with_grades=False) == tmp_path / "checkpoint-3"
+
+
 def test_a_second_signal_ends_at_once(tmp_path, command_line):
     before = [signal.getsignal(each) for each in SIGNALS]
     with pytest.raises(KeyboardInterrupt):
@@ -159,7 +184,7 @@ def test_ignored_signals_stay_so_and_other_threads_change_nothing():
     before = [signal.getsignal(each) for each in SIGNALS]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and `&` in a script do it
     try:
-        with EndOnSignal(None).handlers():
+        with EndOnSignal(SimpleNamespace(_get_dataloader=None)).handlers():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) is not before[0]
     finally:
@@ -167,7 +192,7 @@ def test_ignored_signals_stay_so_and_other_threads_change_nothing():
     seen = []
 
     def inside():
-        with EndOnSignal(None).handlers():
+        with EndOnSignal(SimpleNamespace(_get_dataloader=None)).handlers():
             seen.extend(signal.getsignal(each) for each in SIGNALS)
 
     thread = threading.Thread(target=inside)

@@ -11,8 +11,9 @@ from trl import SFTTrainer
 
 from grades_trl import GradES, GradESConfig, GradESTrainer
 from grades_trl.recipe import builtin
-from grades_trl.recipe.results import exit_if_diverged
+from grades_trl.recipe.results import exit_if_diverged, final_eval, train_and_save
 from grades_trl.report.summary import format_summary
+from grades_trl.report.timing import RunClock
 from grades_trl.trainers.checkpoint import read_values
 from helpers import IDS, arguments, model_for, qwen3, same, weights
 
@@ -109,7 +110,7 @@ def rows_of(lengths, learned=True):
 
 
 def trainer_for(folder, tokenizer, rows, grades, cls=None, evaluated=None, **changes):
-    extra = {} if cls is SFTTrainer else {"grades": grades}
+    extra = {} if cls is not None and not issubclass(cls, GradESTrainer) else {"grades": grades}
     settings = {"max_steps": 8, "dataset_kwargs": {"skip_prepare_dataset": True}, "shuffle_dataset": False}
     return (cls or GradESTrainer)(
         model=model_for(tokenizer),
@@ -185,13 +186,41 @@ def test_a_loss_that_is_no_number_for_good_ends_the_run_and_says_since_when(
     assert "10 steps was no finite number" in " ".join(format_summary(trainer.grades_summary).split())
 
 
-def test_a_baseline_that_has_diverged_says_since_when(tmp_path, tokenizer):
-    rows = rows_of([12] * 64)
-    cls = Poisoned(GradESTrainer, math.nan, lambda step: step >= 3)
-    trainer = trainer_for(tmp_path, tokenizer, rows, None, cls)
-    trainer.train()
-    with pytest.raises(SystemExit, match="diverged at step 3"):
-        exit_if_diverged(trainer, {"final/test_loss": math.nan})
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("grades", [None, config("grad_norm", tau=0.0)], ids=["baseline", "grades"])
+def test_a_run_of_a_recipe_that_has_diverged_ends_and_says_since_when(tmp_path, tokenizer, grades, value, caplog):
+    cls = Poisoned(GradESTrainer, value, lambda step: step >= 3)
+    trainer = trainer_for(tmp_path, tokenizer, rows_of([12] * 64), grades, cls, max_steps=40)
+    train_and_save(trainer, RunClock(), None)
+    assert (trainer.diverged_at, trainer.state.global_step) == (3, 12)
+    assert "since step 3" in caplog.text
+    with pytest.raises(SystemExit, match="diverged at step 3: its model is of no use"):
+        exit_if_diverged(trainer, final_eval(trainer, rows_of([12])))
+
+
+def test_a_baseline_counts_the_bad_steps_before_it_was_resumed(tmp_path, tokenizer):
+    def trained(checkpoint, steps):
+        trainer = trainer_for(
+            tmp_path, tokenizer, rows_of([12] * 64), None, Poisoned(GradESTrainer, math.nan, lambda step: step >= 3),
+            max_steps=40, save_strategy="steps", save_steps=steps,
+        )  # fmt: skip
+        train_and_save(trainer, RunClock(), checkpoint)
+        return trainer
+
+    trained(None, 5)
+    resumed = trained(str(tmp_path / "checkpoint-5"), 40)
+    assert (resumed.diverged_at, resumed.state.global_step) == (3, 12)
+
+
+def test_a_baseline_with_a_few_bad_steps_is_the_stock_run(tmp_path, tokenizer):
+    def trained(cls, name, **changes):
+        poisoned = Poisoned(cls, 1e4, lambda step: step in (3, 4, 5))
+        return trainer_for(tmp_path / name, tokenizer, rows_of([12] * 64), None, poisoned, **changes)
+
+    ours, stock = trained(GradESTrainer, "ours"), trained(SFTTrainer, "stock")
+    train_and_save(ours, RunClock(), None)
+    stock.train()
+    assert ours.diverged_at is None and same(weights(ours.model), weights(stock.model))
 
 
 def test_a_validation_loss_that_is_no_number_is_no_reason_not_to_save(tmp_path, tokenizer):

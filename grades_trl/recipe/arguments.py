@@ -390,7 +390,7 @@ def configure_bema(recipe: RecipeArguments, training: SFTConfig) -> list[BEMA]:
     """The callback of `--bema true`; an empty list if it is off.
 
     Raises:
-        ValueError: something else decides which weights are kept, or a run is to be resumed.
+        ValueError: something else decides which weights are kept, or the checkpoint has no averages.
     """
     if not recipe.bema:
         return []
@@ -399,9 +399,7 @@ def configure_bema(recipe: RecipeArguments, training: SFTConfig) -> list[BEMA]:
             "bema decides which weights are kept, and so do GradES, early_stopping_patience and "
             "load_best_model_at_end: add --grades false, and leave out the others."
         )
-    if training.resume_from_checkpoint:
-        raise ValueError("bema cannot be resumed: its averages are in no checkpoint. Start again, or resume without.")
-    return [BEMA()]
+    return [BEMA(training.resume_from_checkpoint)]
 
 
 @blamed_on("", ValueError, TypeError, KeyError, ImportError, yaml.YAMLError)

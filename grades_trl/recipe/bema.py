@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from trl import BEMACallback
 
+from grades_trl.trainers.whole_checkpoint import InCheckpoints
 
-class BEMA(BEMACallback):
+STATE = "bema_state.safetensors"
+
+
+class BEMA(InCheckpoints, BEMACallback):
     """
     TRL's `BEMACallback`, whose average becomes the weights of the model when training ends.
 
@@ -17,10 +23,23 @@ class BEMA(BEMACallback):
     and it fails where some weights do not train. Here the average is of what trains alone, in float32 on the CPU (12
     bytes per trained parameter), and the model gets it: so it is what is saved and scored. Updates and coefficients
     are TRL's; the average moves in every step, since TRL's 400 steps between two updates are most of a short run.
+
+    Each checkpoint has what the average is made of (8 bytes per trained parameter), and a resumed run goes on with it.
+
+    Args:
+        checkpoint (`str`, *optional*): of a run with BEMA, which is resumed.
+
+    Raises:
+        ValueError: the checkpoint was written without BEMA, or of other weights.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoint: str | None = None) -> None:
         super().__init__(update_freq=1)
+        self._file = None if checkpoint is None else Path(checkpoint) / STATE
+        if self._file is not None and not self._file.exists():
+            raise ValueError(
+                f"{self._file} is missing: the checkpoint was written without --bema. Resume without, or start again."
+            )
 
     @torch.no_grad()
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
@@ -29,6 +48,29 @@ class BEMA(BEMACallback):
         self.theta0_params = [p.detach().float().to(self.device, copy=True) for p in self.thetat_params]
         self.ema_params = [theta0.clone() for theta0 in self.theta0_params]
         self.running_model = nn.ParameterList(nn.Parameter(theta0.clone()) for theta0 in self.theta0_params)
+        if self._file is not None:
+            self._load(self._file, state.global_step)
+
+    def save_state(self, folder: Path) -> None:
+        """Into a checkpoint, by `WholeCheckpoints`."""
+        first = {f"first/{name}": t for name, t in zip(self.param_names, self.theta0_params, strict=True)}
+        means = {f"mean/{name}": t for name, t in zip(self.param_names, self.ema_params, strict=True)}
+        save_file(first | means, folder / STATE)
+
+    def _load(self, file: Path, step: int) -> None:
+        saved = load_file(file)
+        shapes = {f"{kind}/{n}": p.shape for n, p in zip(self.param_names, self.thetat_params, strict=True)
+                  for kind in ("first", "mean")}  # fmt: skip
+        if shapes != {name: tensor.shape for name, tensor in saved.items()}:
+            raise ValueError(
+                f"{file} has the averages of other weights than train now: resume with the model, the LoRA settings "
+                "and the choice of what trains that the run had."
+            )
+        for i, (name, weight) in enumerate(zip(self.param_names, self.thetat_params, strict=True)):
+            self.theta0_params[i].copy_(saved[f"first/{name}"])
+            self.ema_params[i].copy_(saved[f"mean/{name}"])
+            moved = weight.to(self.device) - self.theta0_params[i]
+            self.running_model[i].copy_(self.ema_params[i] + self._bema_alpha(step) * moved)
 
     @torch.no_grad()
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import IO
 
@@ -18,24 +19,18 @@ _held: dict[Path, IO[str]] = {}  # by this process: to close a file gives up its
 
 def lock(folder: Path) -> None:
     """Locks a folder until this process ends, however it ends: the system lets go of the lock of a process that is
-    gone, on this machine or, in a shared folder, on another one. The file says who has it, and stays. Windows has no
-    such locks, and nothing is locked there.
+    gone, on this machine or, in a shared folder, on another one. The file says who has it, and stays.
 
     Raises:
         ValueError: another process has it.
     """
-    if os.name == "nt":
-        return
-    import fcntl
-
     folder.mkdir(parents=True, exist_ok=True)
     path = (folder / LOCK).resolve()
     if path in _held:
         return
     file = path.open("a+", encoding="utf-8")
     try:
-        # Not flock: processes that a killed run has left behind, such as its data loader's, would still hold it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(file)
     except (BlockingIOError, PermissionError) as error:
         raise ValueError(
             f"{folder} is in use: {_owner(file)} trains into it. Wait for its end, or choose another --output_dir."
@@ -46,6 +41,19 @@ def lock(folder: Path) -> None:
     file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
     file.flush()
     _held[path] = file
+
+
+def _take(file: IO[str]) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(file.fileno(), 2**30, os.SEEK_SET)  # far behind what is in it: nobody can read what is locked
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        # Not flock: processes that a killed run has left behind, such as its data loader's, would still hold it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _owner(file: IO[str]) -> str:

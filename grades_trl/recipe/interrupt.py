@@ -71,7 +71,8 @@ class EndOnSignal(TrainerCallback):
         try:
             for number in before:
                 signal.signal(number, receive)
-            yield
+            with self._workers_outlive_signals():
+                yield
         finally:
             put_back()
 
@@ -97,10 +98,24 @@ class EndOnSignal(TrainerCallback):
         self._trainer.accelerator.wait_for_everyone()  # torchrun kills all processes when one of them has ended
         raise SystemExit(128 + received)
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        # Ctrl-C and schedulers send their signal to all processes, and a worker that ends would end the run.
-        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)  # in accelerate's
-        loader.worker_init_fn = functools.partial(_begin_worker, loader.worker_init_fn)
+    @contextmanager
+    def _workers_outlive_signals(self) -> Iterator[None]:
+        """Ctrl-C and schedulers send their signal to all processes, and a worker that ends would end the run: those of
+        training, of evaluation, of held-out rows. They end with the main process, which they look for."""
+        trainer = self._trainer
+        own = trainer._get_dataloader
+
+        def get(*args: Any, **kwargs: Any) -> Any:
+            prepared = own(*args, **kwargs)
+            loader = getattr(prepared, "base_dataloader", prepared)  # in accelerate's
+            loader.worker_init_fn = functools.partial(_begin_worker, loader.worker_init_fn)
+            return prepared
+
+        trainer._get_dataloader = get
+        try:
+            yield
+        finally:
+            del trainer._get_dataloader
 
     def on_step_end(self, args, state, control, **kwargs):
         asked = in_any(self.received is not None, args.device)  # they must end in the same step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from grades_trl.recipe.bad_input import printable, training_begins
 from grades_trl.recipe.bema import BEMA
 from grades_trl.recipe.choice import ChoiceFlops
 from grades_trl.recipe.comparison import RUN_ID, split_flags
+from grades_trl.recipe.diverged import EndDiverged
 from grades_trl.recipe.interrupt import EndOnSignal
 from grades_trl.recipe.places import command_of, recipe_name
 from grades_trl.recipe.record import command_line, public_argv, resolved_arguments
@@ -34,6 +36,7 @@ from grades_trl.report.strict_json import write_json
 from grades_trl.report.summary import before_and_after, format_summary, rows_of, run_result
 from grades_trl.report.timing import RunClock
 from grades_trl.report.tracking import Tracker, result_fields
+from grades_trl.trainers.checkpointing import checkpointing_checked
 from grades_trl.trainers.mixin import NothingLeftToTrain
 
 logger = logging.getLogger(__name__)
@@ -61,12 +64,17 @@ def train_and_save(trainer: Any, clock: RunClock, resume_from_checkpoint: str | 
     callbacks.insert(0, save_model)
     tracking.GroupedWandbCallback.put_into(trainer)  # of a baseline too: no run ends for W&B
     callbacks.sort(key=lambda callback: not isinstance(callback, BEMA))  # which gives the model its weights first
-    if trainer.grades_config is None:
-        callbacks.append(_KeepClock(clock))
     trainer.add_callback(_EndFinishedRun(trainer))
-    ending = EndOnSignal(trainer)
-    trainer.add_callback(ending)
-    with ending.handlers():
+    with contextlib.ExitStack() as during_training:
+        if trainer.grades_config is None:  # what a run with GradES does itself
+            trainer.add_callback(_KeepClock(clock))
+            watch = EndDiverged(trainer)
+            trainer.add_callback(watch)
+            during_training.enter_context(watch.watching())
+            during_training.enter_context(checkpointing_checked(trainer))
+        ending = EndOnSignal(trainer)
+        trainer.add_callback(ending)
+        during_training.enter_context(ending.handlers())
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     ending.exit_if_asked()
 
@@ -94,7 +102,7 @@ class _SaveModel(TrainerCallback):
     def __init__(self, trainer: Any, clock: RunClock):
         self._trainer, self._clock = trainer, clock
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):  # the first pass may refuse the model
         training_begins()
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from grades_trl.durable import put_in_place
 
 
 def jsonable(value: Any) -> Any:
@@ -33,12 +34,13 @@ def jsonable(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `jsonable(value)` to `path`, which is replaced as a whole: a run that is killed leaves no torn file."""
+    """Writes `jsonable(value)` to `path`, which is replaced as a whole: neither a kill nor a power
+    cut leaves a torn file."""
     text = json.dumps(jsonable(value), indent=2, allow_nan=False, ensure_ascii=False)
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        put_in_place(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error  # the original one does not name the file

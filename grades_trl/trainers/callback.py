@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import secrets
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from grades_trl.config import GradESConfig
@@ -17,9 +19,13 @@ from grades_trl.distributed import ONE_PROCESS, refuse_unsupported
 from grades_trl.engine import GradES
 from grades_trl.model.flops import StepCosts
 
-from .checkpoint import load_state, save_state
+from .checkpoint import STATE_JSON, load_state, save_state
+from .checkpointing import CheckpointingCheck
 
 logger = logging.getLogger(__name__)
+
+# In trainer_state.json: which run, or resumed part of one, has written the checkpoint.
+OF_RUN = "GradESCallback"
 
 
 class GradESCallback(TrainerCallback):
@@ -36,6 +42,10 @@ class GradESCallback(TrainerCallback):
     What freezes, and all weights, are those of `GradESMixin`. It costs one more pass over the gradients in each step,
     for the norm that the Trainer logs. `training_args.bin` has the 0.
 
+    The Trainer writes a checkpoint, and then calls the callback, which adds its state. A process that is killed in
+    between leaves a checkpoint that the Trainer takes for whole; here it is an error to resume from it. It is looked
+    for in the `output_dir` of the run.
+
     Args:
         config (`GradESConfig`, *optional*, defaults to `GradESConfig()`): without held-out rows and training accuracy.
 
@@ -44,7 +54,8 @@ class GradESCallback(TrainerCallback):
 
     Raises:
         ValueError: the configuration needs held-out rows or the training accuracy; when training begins: several
-            processes or GPUs, torch_compile, or a checkpoint that was written without this callback.
+            processes or GPUs, torch_compile, or a checkpoint without the state of this callback, with a damaged one
+            or with that of another run.
     """
 
     def __init__(self, config: GradESConfig | None = None):
@@ -55,6 +66,7 @@ class GradESCallback(TrainerCallback):
                 'compute: set stopping="all_frozen" (or "end_of_schedule") and keep="last", or use GradESMixin.'
             )
         self.grades: Any = None
+        self._checkpointing_check = CheckpointingCheck()
         self._max_grad_norm: float | None = None  # what the user has set
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -72,10 +84,11 @@ class GradESCallback(TrainerCallback):
             self.grades.close()
         self.grades = GradES(kwargs["model"], self.config, state.max_steps, kwargs["optimizer"])
         self._checkpointing = args.gradient_checkpointing
+        self._checkpointing_check.on_train_begin(args, state, control, **kwargs)
         self.grades.criterion.costs = self._step_costs
         if state.global_step:
-            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            self.grades.load_state_dict(load_state(checkpoint))
+            self._resume(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", state)
+        self._run = secrets.token_hex(8)
         if self._max_grad_norm is None:
             self._max_grad_norm = args.max_grad_norm
         args.max_grad_norm = 0.0
@@ -92,7 +105,29 @@ class GradESCallback(TrainerCallback):
         if self._max_grad_norm:
             torch.nn.utils.clip_grad_norm_(kwargs["model"].parameters(), self._max_grad_norm)
 
+    def _resume(self, checkpoint: Path, state: Any) -> None:
+        """
+        Raises:
+            ValueError: the checkpoint has no state, a damaged one, or one that was not written with it.
+        """
+        if not (checkpoint / STATE_JSON).exists():
+            raise ValueError(
+                f"{checkpoint / STATE_JSON} is missing: the run was killed while it saved, it was written without "
+                "GradESCallback or with save_only_model, or the checkpoint is not in output_dir. Resume from the "
+                "checkpoint before it, or leave the callback out."
+            )
+        saved = load_state(checkpoint)
+        if saved.pop("run") != state.stateful_callbacks.get(OF_RUN):
+            raise ValueError(
+                f"{checkpoint / STATE_JSON} is of another run than {TRAINER_STATE_NAME} beside it, as after a kill "
+                "while an older checkpoint was overwritten, or where the checkpoint is not in output_dir. Resume from "
+                "the checkpoint before it."
+            )
+        self.grades.load_state_dict(saved)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.stateful_callbacks[OF_RUN] = self._run  # into trainer_state.json
+        self._checkpointing_check.on_step_end(args, state, control)
         if self.grades.done:  # the next backward would find nothing that needs a gradient
             control.should_training_stop = control.should_log = True
             control.should_save |= args.save_strategy == SaveStrategy.STEPS
@@ -100,8 +135,9 @@ class GradESCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not args.save_only_model:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            save_state(folder, self.grades.state_dict())
+            save_state(folder, self.grades.state_dict() | {"run": self._run})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.grades.close()
+        self._checkpointing_check.remove_hooks()
         args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, None

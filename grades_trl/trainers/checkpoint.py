@@ -12,22 +12,31 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from grades_trl.durable import put_in_place
+
 STATE_JSON, STATE_TENSORS = "grades_state.json", "grades_state.safetensors"
 # Of the state. To be raised when an older library could not go on from it, or would go on with other weights.
 VERSION = 1
+PARTIAL = ".partial"  # of a file that is being written
 
 
 def save_state(folder: str | Path, state: dict[str, Any], rank: int = 0, shards: int = 1) -> None:
     """Writes a state with its `"tensors"` apart: JSON and safetensors, with a version and checksums of both. Of a
-    sharded model each of `shards` processes writes the tensors that it has."""
+    sharded model each of `shards` processes writes the tensors that it has. The JSON is put in its place last: with
+    it, the state is whole."""
     tensors = {name: tensor.contiguous() for name, tensor in state["tensors"].items()}
     values = {name: value for name, value in state.items() if name != "tensors"} | {"shards": shards}
     Path(folder).mkdir(exist_ok=True)
     of_values, of_tensors = _files(folder, rank)
-    save_file(tensors, of_tensors)
-    values["sha256"] = _sha256(of_tensors)
+    of_values.unlink(missing_ok=True)  # of a run that went on from an older checkpoint
+    partial = of_tensors.with_suffix(PARTIAL)
+    save_file(tensors, partial)
+    values["sha256"] = _sha256(partial)
+    put_in_place(partial, of_tensors)
     record = {"version": VERSION, "sha256": _sha256_of(values), "state": values}
-    of_values.write_text(json.dumps(record, allow_nan=False), "utf-8")
+    partial = of_values.with_suffix(PARTIAL)
+    partial.write_text(json.dumps(record, allow_nan=False), "utf-8")
+    put_in_place(partial, of_values)
 
 
 def _files(folder: str | Path, rank: int) -> list[Path]:

@@ -7,6 +7,10 @@ from typing import Any
 
 # Consecutive optimizer steps after which a run has diverged. A single one can be a batch without a label.
 PATIENCE = 10
+HAS_DIVERGED = (
+    "The run has diverged: since step %d its loss is no number, or far above that of guessing. Lower --learning_rate, "
+    "or look at the rows of that step."
+)
 
 
 class Divergence:
@@ -44,6 +48,12 @@ class Divergence:
         self._began = step if self._began is None else self._began
         if step - self._began + 1 >= PATIENCE:
             self.since = self._began
+
+    @classmethod
+    def of(cls, model: Any) -> Divergence:
+        """For the training loss of a model, by its vocabulary if it has one."""
+        text_config = model.config.get_text_config() if hasattr(model, "config") else None
+        return cls(getattr(text_config, "vocab_size", None))
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""

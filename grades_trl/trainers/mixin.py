@@ -41,7 +41,8 @@ from grades_trl.stopping.heldout import name_of, plan
 
 from .binding import is_sft_trainer, on_sft_trainer, refuse_stale_base
 from .checkpoint import load_renamed_weights, load_state, save_state
-from .divergence import Divergence
+from .checkpointing import checkpointing_checked
+from .divergence import HAS_DIVERGED, Divergence
 from .heldout import HeldoutAnswers, HeldoutRows, first_dataset, heldout_dataset, nothing_random_moves
 from .whole_checkpoint import WholeCheckpoints
 
@@ -145,8 +146,10 @@ class GradESMixin(WholeCheckpoints):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self.grades_summary, self.diverged_at = None, None
         self.interrupted = self.nothing_left = False
+        checked = checkpointing_checked(self) if self.grades_config is not None else contextlib.nullcontext()
         try:
-            output = super().train(*args, **kwargs)
+            with checked:
+                output = super().train(*args, **kwargs)
         except NothingLeftToTrain:
             output = self._complete()
         finally:
@@ -208,9 +211,8 @@ class GradESMixin(WholeCheckpoints):
                 logger.warning("With torch_compile, no outputs of frozen layers are cached.")
         if is_sharded(self.model.parameters()) and (config.activation_cache_mib or config.encoder_cache_dir):
             logger.warning("With FSDP, no outputs of frozen layers are cached.")
-        text_config = self.model.config.get_text_config() if hasattr(self.model, "config") else None
         self._skipped_updates, self._loss_scale = 0, 1.0
-        self._divergence = Divergence(getattr(text_config, "vocab_size", None))
+        self._divergence = Divergence.of(self.model)
         if self.grades.average is not None and self.grades.average.host_bytes > 2**30:
             logger.info(
                 "The averages of the weights take up to %.1f GB of CPU memory (8 bytes per trained parameter); "
@@ -329,11 +331,7 @@ class GradESMixin(WholeCheckpoints):
         if self._divergence.since is not None:
             self.diverged_at = self._divergence.since
             control.should_training_stop = True
-            logger.error(
-                "The run has diverged: since step %d its loss is no number, or far above that of guessing. Lower "
-                "--learning_rate, or look at the rows of that step.",
-                self.diverged_at,
-            )
+            logger.error(HAS_DIVERGED, self.diverged_at)
         if self.grades.done:
             self._end_like_the_schedule(control)
         if control.should_training_stop:

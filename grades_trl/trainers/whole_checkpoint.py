@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from grades_trl.distributed import world_size
+from grades_trl.durable import put_in_place
 from grades_trl.report.disk import is_of_the_disk
 
 from .checkpoint import STATE_JSON, STATE_TENSORS
@@ -44,6 +45,14 @@ NEEDED = {
     "scheduler.pt": "learning rate",
     "rng_state*.pth": "random state",
 }
+
+
+class InCheckpoints:
+    """A callback that has a file of its own in each checkpoint."""
+
+    def save_state(self, folder: Path) -> None:
+        """Writes it into a checkpoint, after the Trainer's files. For the main process."""
+        raise NotImplementedError
 
 
 class WholeCheckpoints(_Trainer):
@@ -88,10 +97,13 @@ class WholeCheckpoints(_Trainer):
         self.accelerator.wait_for_everyone()  # each process has files of its own
         if self.args.should_save:
             self.state.save_to_json(str(partial / TRAINER_STATE_NAME))  # with the place of the best one
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, InCheckpoints):
+                    callback.save_state(partial)
             _write_manifest(partial)
             if place.exists():  # of a run that went on from an older checkpoint; a folder replaces no other
                 os.rename(place, partial.parent / "replaced")
-            os.rename(partial, place)
+            put_in_place(partial, place)
             shutil.rmtree(partial.parent)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:

@@ -178,6 +178,13 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vq_config.channel_multiplier": [1, 1],
         "vq_config.image_token_embed_dim": 32,
     },
+    "mllama": {
+        "vision_config.attention_heads": 4,
+        "vision_config.num_global_layers": 2,
+        "vision_config.intermediate_layers_indices": [1, 3],
+        "vision_config.vision_output_dim": 96,
+        "text_config.cross_attention_layers": [1, 3],
+    },
     "deepseek_vl_hybrid": {"high_res_vision_config.output_channels": 32},
     "minimax_m3_vl": {"projector_hidden_size": 32},
     "step3p7": {"text_config.sliding_window": 8},
@@ -277,5 +284,11 @@ NEEDS: dict[str, Any] = {
     ),
     "idefics": lambda i: i | {"pixel_values": _pixels(2, 1, 3, 32, 32), "image_attention_mask": torch.ones(2, 16, 1)},
     "git": lambda i: i | {"pixel_values": _pixels(2, 3, 32, 32)},
+    "mllama": lambda i: (
+        i
+        | {"pixel_values": _pixels(2, 1, 4, 3, 32, 32), "cross_attention_mask": torch.ones(2, 16, 1, 4)}
+        | {"aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long)}
+        | {"aspect_ratio_mask": torch.ones(2, 1, 4, dtype=torch.long)}
+    ),
     "whisper": _with_sound,
 }
