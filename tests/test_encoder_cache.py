@@ -4,12 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from vision_models import FAMILIES, llava_batch
 
 from grades_trl import GradESConfig
 from grades_trl.freezing import encoder_store
 from grades_trl.freezing.batch_content import Images
 from grades_trl.freezing.encoder_cache import EncoderCache
+from grades_trl.freezing.freeze import Freezer
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
 from grades_trl.model.towers import towers_of_parameters
 from grades_trl.report.summary import format_summary
@@ -61,8 +63,6 @@ def test_gradients_are_those_without_the_cache_and_the_tower_does_not_run(family
 
 
 def test_an_image_with_other_adapters_is_another_image():
-    from peft import LoraConfig, get_peft_model
-
     model = get_peft_model(llava(image_token_index=60), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -96,6 +96,20 @@ def test_dropout_turns_it_off(caplog):
         gradients(model, **inputs)
     assert prefix.encoder_cache.use.hits == 0
     assert "draws random numbers" in caplog.text
+
+
+def test_a_tower_whose_adapters_had_dropout_is_cached_once_they_are_frozen():
+    lora = LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(llava(image_token_index=60), lora).train()
+    prefix = FrozenPrefix(model, encoder_cache=EncoderCache(2**24))
+    inputs = llava_batch(model, (0, 1))
+    gradients(model, **inputs)
+    Freezer(model).freeze(p for name, p in model.named_parameters() if "vision_tower" in name)
+    assert prefix.update()
+    for _ in range(3):
+        gradients(model, **inputs)
+    assert prefix.encoder_cache.off == ""
+    assert prefix.encoder_cache.use.hits == 2
 
 
 def test_memory_is_bounded_and_evaluation_passes_by():

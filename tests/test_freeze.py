@@ -82,3 +82,21 @@ def test_adapters_that_train_on_are_enabled_again():
         pass
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trains == {name for name, _ in model.named_parameters() if "lora_" in name and "layers.1." in name}
+
+
+def test_the_dropout_of_a_frozen_adapter_is_off_until_it_trains_again():
+    config = LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(qwen3(), config)
+    frozen, live = (layer.self_attn.q_proj for layer in layers(model)[:2])
+    x = torch.randn(3, frozen.in_features)
+    torch.nn.init.normal_(frozen.lora_B["default"].weight)
+    freezer = Freezer(model)
+    freezer.freeze(frozen.parameters())
+    model.train()  # as the Trainer does in each step
+    state = torch.get_rng_state()
+    assert torch.equal(frozen(x), frozen(x))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert live.lora_dropout["default"].p == 0.5
+    freezer.unfreeze()
+    assert frozen.lora_dropout["default"].p == 0.5
+    assert not torch.equal(frozen(x), frozen(x))

@@ -20,7 +20,8 @@ class Freezer:
     state of its paged optimizers. It is no longer touched, and the driver moves it to the host when memory is short.)
 
     PEFT sets `requires_grad` of all adapters again whenever it enables them, as after the reference pass of DPO. So it
-    is told which weights of an adapter stay frozen, by its own `frozen_peft_weight_names`.
+    is told which weights of an adapter stay frozen, by its own `frozen_peft_weight_names`. The dropout of a frozen
+    adapter is off: it learns nothing any more, and a frozen tower whose outputs are the same each time can be cached.
 
     Args:
         model (`nn.Module`): the model that trains, wrapped by PEFT or not.
@@ -43,6 +44,7 @@ class Freezer:
                     for parameter in [weight] if isinstance(weight, nn.Parameter) else weight.parameters():
                         self._places[id(parameter)] = module, adapter, name
         self._declared: list[tuple[Any, dict[str, tuple[str, ...]] | None]] = []  # what PEFT was told before
+        self._dropouts: list[tuple[nn.Dropout, float]] = []  # that are off here, and what they dropped before
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
         """Takes tensors out of training. Their values stay bit-identical until `unfreeze`. What is frozen already, by
@@ -58,6 +60,7 @@ class Freezer:
             self.frozen.append(parameter)
             if id(parameter) in self._places:
                 self._declare(*self._places[id(parameter)])
+                self._turn_dropout_off(*self._places[id(parameter)])
 
     def probe(self, parameters: Iterable[nn.Parameter]) -> None:
         """Lets tensors that are frozen here have a gradient, until `end_probe`."""
@@ -87,7 +90,15 @@ class Freezer:
                 module.frozen_peft_weight_names = names
         for parameter in self.frozen:
             parameter.requires_grad_(True)
-        self.frozen, self._declared = [], []
+        for dropout, p in self._dropouts:
+            dropout.p = p
+        self.frozen, self._declared, self._dropouts = [], [], []
+
+    def _turn_dropout_off(self, module: Any, adapter: str, name: str) -> None:
+        dropout = dict(module.lora_dropout.items()).get(adapter)
+        if isinstance(dropout, nn.Dropout) and dropout.p > 0:
+            self._dropouts.append((dropout, dropout.p))
+            dropout.p = 0.0  # `eval()` would not last: the Trainer calls `train()` in each step
 
     def _declare(self, module: Any, adapter: str, name: str) -> None:
         self._declared.append((module, vars(module).get("frozen_peft_weight_names")))
