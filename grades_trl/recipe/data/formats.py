@@ -18,6 +18,7 @@ from datasets import Dataset, Features, Json, LargeList, List, Value, concatenat
 
 from .errors import DataError
 from .images import IMAGE_STORAGE, images_in_lists, take_inline_images, to_image
+from .marks import marks_of, take_marks
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # OpenAI's name of the system role; chat templates know the older one.
@@ -313,7 +314,8 @@ def to_part(part: Any, images: list[Any], folder: str = "") -> Any:
     """A part of a message as TRL has it, and its image, if it has one, at the end of `images`.
 
     OpenAI's `image_url` (a text, or a `url` in it), Qwen's and Unsloth's `image`, axolotl's `url`, `path` and
-    `base64`, and `source` of Anthropic. Whatever cannot be read gets a `problem`, for the check to name the row.
+    `base64`, LLaMA-Factory's `value`, and `source` of Anthropic. Whatever cannot be read gets a `problem`, for the
+    check to name the row.
     """
     if not isinstance(part, dict):
         return part
@@ -322,10 +324,12 @@ def to_part(part: Any, images: list[Any], folder: str = "") -> Any:
         (key for key in ("text", "image", "image_url", "video", "audio") if key in part), None
     )
     if kind in ("text", "input_text", "output_text"):
-        return {"type": "text", "text": part.get("text")}
+        # `value` is LLaMA-Factory's (v1), `content` is axolotl's
+        text = next((part[key] for key in ("text", "value", "content") if key in part), None)
+        return {"type": "text", "text": text, **marks_of(part)}
     if kind not in ("image", "image_url", "input_image"):
         return part
-    keys = ("image", "image_url", "source", "url", "path", "base64", "bytes", "data")
+    keys = ("image", "image_url", "source", "url", "path", "base64", "bytes", "data", "value")
     value = next((part[key] for key in keys if key in part), None)
     if value is None:
         return {"type": "image"}
@@ -391,8 +395,8 @@ def clean(dataset: Dataset, text_column: str, keep: Collection[str] = ()) -> Dat
     Keeps the columns that TRL reads, with messages as chat templates expect them.
 
     Null entries that Arrow adds to messages are taken out again: chat templates ask whether a key is there. A
-    `developer` becomes a `system`. Where a row has `{"type": "image"}` parts, all its user messages become lists of
-    parts, as TRL needs.
+    `developer` becomes a `system`. A reply that is marked not to be learned gets [`marks.LEFT_OUT`]. Where a row has
+    `{"type": "image"}` parts, all its user messages become lists of parts, as TRL needs.
 
     Args:
         dataset ([`~datasets.Dataset`]): checked rows in one of TRL's formats.
@@ -441,6 +445,7 @@ def _clean(example: dict[str, Any]) -> dict[str, Any]:
     conversations = [example[c] for c in ("messages", "prompt", "completion") if c in example]
     explicit = any(count_placeholders(messages) for messages in conversations)
     for messages in conversations:
+        messages[:] = map(take_marks, messages)
         for message in messages:
             if message["role"] in SYSTEM_ROLES:
                 message["role"] = "system"

@@ -137,13 +137,12 @@ def _check(rows: Dataset, row: int, ids: list[int], labels: list[int], tokenizer
 
 def _texts(example: dict[str, Any], what: str) -> Iterator[str]:
     """The texts of a row that are to be learned (`"reply"`), or not (`"prompt"`)."""
-    if "messages" in example:
-        wanted = [m for m in example["messages"] if (m["role"] == "assistant") == (what == "reply")]
-    else:
-        turns = example["completion" if what == "reply" else "prompt"]
-        wanted = [{"content": turns}] if isinstance(turns, str) else turns
-        # The replies of a prompt are not learned, but they are no sign of a mistake if they are said again
-        wanted = [m for m in wanted if what == "reply" or m.get("role") != "assistant"]
+    prompt, learned = example.get("prompt", []), example.get("messages") or example["completion"]
+    if isinstance(learned, str):
+        prompt, learned = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": learned}]
+    # The replies of a prompt are not learned, but they are no sign of a mistake if they are said again
+    replies = [m for m in learned if m["role"] == "assistant"]
+    wanted = replies if what == "reply" else [m for m in [*prompt, *learned] if m["role"] != "assistant"]
     yield from (text for m in wanted if (text := text_of_content(m.get("content")).strip()))
 
 

@@ -13,6 +13,7 @@ from grades_trl.recipe.arguments import BUILTIN_DATASETS, RecipeArguments
 from .checks import check
 from .errors import DataError
 from .formats import clean, parse_columns
+from .marks import leave_rows_out
 from .replies import to_prompt_completion
 from .sources import read
 
@@ -154,7 +155,7 @@ def load(
         if missing:
             there = ", ".join(splits[split].column_names)
             raise DataError(f'{split}: there is no column "{missing[0]}"; there are: {there}')
-        ready.append(clean(splits[split], text_column, keep))
+        ready.append(leave_rows_out(clean(splits[split], text_column, keep), split))
     if test_split is not None:
         return DatasetDict(train=ready[0], test=ready[1].shuffle(seed=seed))
     try:
