@@ -183,9 +183,11 @@ def test_unreadable_sources(tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": "b\n')
     with pytest.raises(DataError, match=r"broken\.jsonl: cannot be read"):
         load(str(tmp_path / "broken.jsonl"))
-    (tmp_path / "notes.txt").write_text("a")
-    with pytest.raises(DataError, match=r"notes\.txt: cannot be read, expected \.jsonl, \.json, \.parquet, \.csv"):
-        load(str(tmp_path / "notes.txt"))
+    (tmp_path / "notes.doc").write_text("a")
+    with pytest.raises(
+        DataError, match=r"notes\.doc: cannot be read, expected \.jsonl, \.json, \.parquet, \.csv, \.txt"
+    ):
+        load(str(tmp_path / "notes.doc"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: the folder has no data file, expected \.jsonl"):
         load(str(tmp_path / "empty"))

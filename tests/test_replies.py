@@ -17,6 +17,7 @@ from grades_trl.recipe.data import DataError, load, show_example, to_prompt_comp
 from grades_trl.recipe.data.images import RGB
 from grades_trl.recipe.data.preview import marked
 from grades_trl.recipe.data.replies import whole_conversations_problem
+from grades_trl.recipe.scored import rows_left
 from helpers import PLAIN, chat_tokenizer, gradients, llava, llava_processor, warnings_in
 from vlm import GradESVLMTrainer
 
@@ -178,6 +179,21 @@ def test_chat_templates(tmp_path, tokenizer):
         training_rows(rows_of(*TALKS), tokenizer, training(tmp_path))
 
 
+def test_a_template_that_leaves_calls_of_tools_out_is_an_error(tmp_path, tokenizer):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    rows = Dataset.from_list(
+        [{"messages": [turn("user", "1 + 1?"), called, turn("tool", "2"), turn("assistant", "two")]}],
+        on_mixed_types="use_json",
+    )
+    with pytest.raises(
+        DataError, match=r"row 0 .*the chat template leaves its calls of tools out \(add\): --chat_temp"
+    ):
+        training_rows(rows, tokenizer, training(tmp_path))
+    tokenizer.chat_template = PLAIN.replace("<|end|>", "{% if m.tool_calls %}{{ m.tool_calls }}{% endif %}<|end|>", 1)
+    assert len(training_rows(rows, tokenizer, training(tmp_path))) == 2
+
+
 # Images
 
 
@@ -307,7 +323,7 @@ def test_marked_replies_have_the_gradients_of_a_mask_made_by_hand(tmp_path, toke
     assert "weight" not in str(train[:]) and "left_out" not in str(train[:])
     trainer = text_trainer(tokenizer, args, train)
     assert "".join(learned(trainer.train_dataset, tokenizer)) == "".join(f"{reply}<|end|>" for reply in LEARNED)
-    show_example(trainer, {"train": train})
+    show_example(trainer, rows_left(trainer, {"train": train}))
     model = trainer.model
     ours, theirs = gradients(model, **batch_of(trainer)), gradients(model, **masked_by_hand(talks, tokenizer))
     assert ours.keys() == theirs.keys()
@@ -438,7 +454,7 @@ def test_the_first_example_is_shown_with_what_it_learns(tmp_path, tokenizer, cap
     trainer = text_trainer(tokenizer, args, train, to_prompt_completion(rows_of(*TALKS)))
     given = {"train": train, "validation": to_prompt_completion(rows_of(*TALKS))}
     capsys.readouterr()
-    show_example(trainer, given)
+    show_example(trainer, rows_left(trainer, given))
     said, shown = capsys.readouterr().out.splitlines()
     first = trainer.train_dataset[0]
     count = sum(label != -100 for label in first["labels"])
@@ -447,7 +463,7 @@ def test_the_first_example_is_shown_with_what_it_learns(tmp_path, tokenizer, cap
         "  <|system|>be brief<|end|><|user|>one?<|end|><|assistant|>[[first reply<|end|>]]<|user|>tw"
     )
 
-    show_example(trainer, given, whole=True)
+    show_example(trainer, rows_left(trainer, given), whole=True)
     printed = capsys.readouterr().out
     assert "<|assistant|>[[second reply<|end|>]]<|user|>three?" in printed
     lengths = sorted(map(len, trainer.train_dataset["input_ids"]))
@@ -461,7 +477,7 @@ def test_an_example_with_an_image(tmp_path, processor, capsys):
     train = training_rows(seen(), processor, args, vision=True)
     trainer = vision_trainer(processor, args, train, None)
     capsys.readouterr()
-    show_example(trainer, {"train": train}, whole=True)
+    show_example(trainer, rows_left(trainer, {"train": train}), whole=True)
     printed = capsys.readouterr().out
     assert "<|user|><image> x 16 one?<|end|><|assistant|>[[first reply<|end|>]]\n" in printed
     assert "train: 4 rows of " in printed and "of the 4, their images included" in printed
@@ -475,7 +491,8 @@ def test_runs_of_one_token_are_written_once(tokenizer):
 def shown(tmp_path, tokenizer, template, rows, **changes):
     tokenizer.chat_template = template
     args = training(tmp_path, **changes)
-    show_example(text_trainer(tokenizer, args, rows), {"train": rows})
+    trainer = text_trainer(tokenizer, args, rows)
+    show_example(trainer, rows_left(trainer, {"train": rows}))
 
 
 def test_a_template_that_learns_the_prompt_is_an_error(tmp_path, tokenizer):

@@ -164,6 +164,12 @@ def _try_chat_template(texts: Dataset, processor: PreTrainedTokenizerBase | Proc
                 f"{here}: the chat template leaves its reply out (it ends in {reply[-60:]!r}): --chat_template_path "
                 "takes another one"
             )
+        calls = [call.get("function", call)["name"] for m in messages for call in m.get("tool_calls") or []]
+        if any(name not in written for name in calls):
+            raise DataError(
+                f"{here}: the chat template leaves its calls of tools out ({', '.join(calls)[:60]}): "
+                "--chat_template_path takes another one"
+            )
 
 
 def squeezed(text: str) -> str:

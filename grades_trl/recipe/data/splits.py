@@ -187,12 +187,17 @@ def with_validation(splits: DatasetDict, limit: int | None = None) -> DatasetDic
     half = len(held_out) // 2
     end = len(held_out) if limit is None else min(len(held_out), half + limit)
     halves = {
-        "validation": held_out.select(range(half if limit is None else min(half, limit))),
+        "validation": first(held_out, half if limit is None else min(half, limit)),
         "test": held_out.select(range(half, end)),
     }
     return DatasetDict({**splits, **halves})
 
 
+def first(dataset: Dataset, count: int) -> Dataset:
+    """At most `count` rows, from the beginning."""
+    return dataset.select(range(min(count, len(dataset))))
+
+
 def sample(dataset: Dataset, size: int, seed: int) -> Dataset:
     """At most `size` rows, drawn with `seed`: a source may be sorted by topic, its first rows be all alike."""
-    return dataset if size >= len(dataset) else dataset.shuffle(seed=seed).select(range(size))
+    return dataset if size >= len(dataset) else first(dataset.shuffle(seed=seed), size)
