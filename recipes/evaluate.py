@@ -31,7 +31,7 @@ from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import parse_scoring, scored_with
 from grades_trl.recipe.bad_input import printable, run
 from grades_trl.recipe.console import set_up_console, show_progress
-from grades_trl.recipe.data import load_data, whole_conversations_problem
+from grades_trl.recipe.data import first, load_data, whole_conversations_problem
 from grades_trl.recipe.generation import answers, character_error_rate, exact_match, format_samples
 from grades_trl.recipe.harness import check_harness, run_tasks
 from grades_trl.recipe.packed import warn_if_packed_examples_mix
@@ -97,7 +97,7 @@ def main() -> None:
         test = tests["test"]
         groups = rows_by_category(test, own.category_column)
         if recipe.num_eval_generations and "prompt" in test.column_names:
-            asked = {k: rows.select(range(min(recipe.num_eval_generations, len(rows)))) for k, rows in tests.items()}
+            asked = {split: first(rows, recipe.num_eval_generations) for split, rows in tests.items()}
         print(f"{len(test):,} examples to score, {len(asked.get('test', [])):,} to answer")
 
     # 3. One model after the other: TRL's evaluation, as during training; then greedy answers; then the tasks, in a
@@ -152,7 +152,7 @@ def main() -> None:
 
     # 4. Show and save the scores.
     if asked and recipe.num_samples:
-        shown = asked["test"].select(range(min(recipe.num_samples, len(asked["test"]))))
+        shown = first(asked["test"], recipe.num_samples)
         print(format_samples(shown, {name: given[name]["test"] for name in models}))
     print(f"\n{format_scores(scores)}")
     record = {"scores": scores, "examples": {split: len(rows) for split, rows in tests.items()}, "answers": given}

@@ -22,8 +22,8 @@ from grades_trl.recipe import builtin
 from grades_trl.recipe.arguments import parse_scoring
 from grades_trl.recipe.bad_input import printable, run
 from grades_trl.recipe.console import set_up_console
-from grades_trl.recipe.data import load_data
-from grades_trl.recipe.export import check_request, export
+from grades_trl.recipe.data import first, load_data
+from grades_trl.recipe.export import export
 from grades_trl.recipe.trained import base_of, has_vision
 
 
@@ -53,14 +53,6 @@ def main() -> None:
         raise ValueError(f"One model at a time; there are {len(models)}: {' '.join(models)}")
     name, exports = models[0], recipe.export or ["merged"]
     base = base_of(name)
-    check_request(
-        exports,
-        is_adapter=base != name,
-        base=base,
-        backend=BACKEND,
-        gguf_type=own.gguf_type,
-        converter=own.gguf_converter,
-    )
     vision = has_vision(base, training.trust_remote_code)
 
     # Prompts to compare answers to: those that the recipe shows at the end of a run.
@@ -69,7 +61,7 @@ def main() -> None:
         datasets = vlm.builtin.DATASETS if vision else builtin.DATASETS
         test = load_data(recipe, training, datasets, vision=vision, test_only=True)["test"]
         if "prompt" in test.column_names:
-            rows = test.select(range(min(max(1, recipe.num_samples), len(test))))
+            rows = first(test, max(1, recipe.num_samples))
 
     folder = Path(own.to) if own.to else Path(name) if Path(name).is_dir() else Path("outputs") / Path(name).name
     written = export(

@@ -24,7 +24,7 @@ from grades_trl.recipe.card import push, write_card
 from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
 from grades_trl.recipe.console import format_start, set_up_console, show_progress
-from grades_trl.recipe.data import load_data, show_example, training_rows, warn_truncated_examples
+from grades_trl.recipe.data import first, load_data, show_example, training_rows, warn_truncated_examples
 from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import answers, exact_match, format_samples
 from grades_trl.recipe.models import check_model, load_model, make_trainable
@@ -116,15 +116,15 @@ def main() -> None:
     print(format_start(environment, rows, training.output_dir))
     print(format_choice(trainer.model, choice))
     warn_truncated_examples(rows, training.max_length)
-    show_example(trainer, {"train": train, "validation": validation}, whole=recipe.preview)
+    show_example(trainer, rows, whole=recipe.preview)
     if recipe.preview:
         return
     record_arguments(trainer, recipe, model_args)
 
     # 3. Train, with a few answers and their exact match before and after. The model is saved as soon as it is trained.
-    shown = test.select(range(min(recipe.num_samples, len(test)))) if has_prompts and recipe.num_samples else None
+    shown = first(test, recipe.num_samples) if has_prompts and recipe.num_samples else None
     asked = {
-        split: rows.select(range(min(recipe.num_eval_generations, len(rows))))
+        split: first(rows, recipe.num_eval_generations)
         for split, rows in dataset.items()
         if has_prompts and recipe.num_eval_generations and split.startswith("test")
     }

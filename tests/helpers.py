@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as T
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl import SFTConfig
@@ -57,6 +58,38 @@ def llava(**changes) -> T.LlavaForConditionalGeneration:
         **({"text_config": T.Qwen2Config(**SMALL), "vision_feature_layer": -1} | changes),
     )
     return T.LlavaForConditionalGeneration(config)
+
+
+# Marks no replies, as most models' own templates
+PLAIN = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
+    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def chat_tokenizer(chat_template: str, *more_tokens: str, **special_tokens: str) -> T.PreTrainedTokenizerFast:
+    """One token per byte, and one for each role and its end."""
+    tokens = ["<pad>", "<image>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", *more_tokens]
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator([], trainers.BpeTrainer(special_tokens=tokens, initial_alphabet=alphabet))
+    special = {"pad_token": "<pad>", "eos_token": "<|end|>", "extra_special_tokens": tokens} | special_tokens
+    return T.PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=chat_template, **special)
+
+
+def llava_processor(tokenizer: T.PreTrainedTokenizerFast, size: int) -> T.LlavaProcessor:
+    """Of images with `size` pixels at each edge, in patches of 8."""
+    return T.LlavaProcessor(
+        T.CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=PLAIN,
+        num_additional_image_tokens=1,
+    )
 
 
 CHECKPOINTING = pytest.mark.parametrize("reentrant", [None, False, True], ids=["none", "non_reentrant", "reentrant"])

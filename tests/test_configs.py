@@ -47,6 +47,7 @@ MODELS = {
 
 # The figures that the models' published configs give, and the parameters that their pages state, in billions.
 ARCHITECTURES = {path.stem: json.loads(path.read_text()) for path in (ROOT / "tests/architectures").glob("*.json")}
+SOURCES = {name: figures.pop("source") for name, figures in ARCHITECTURES.items()}  # where they were compared
 BILLIONS = {
     "gemma3_4b": 4.30,
     "llama3.2_3b": 3.21,

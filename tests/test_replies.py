@@ -1,6 +1,7 @@
 """Which replies are learned: all of a conversation in one row, where the chat template can tell them; and what the
 model will read, shown and checked before training."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -9,29 +10,18 @@ import torch
 import trl
 from datasets import Dataset, Features, List, concatenate_datasets
 from PIL import Image as PILImage
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    CLIPImageProcessorPil,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from grades_trl.recipe.data import DataError, show_example, to_prompt_completion, training_rows
+from grades_trl.recipe.data import DataError, load, show_example, to_prompt_completion, training_rows
 from grades_trl.recipe.data.images import RGB
 from grades_trl.recipe.data.preview import marked
 from grades_trl.recipe.data.replies import whole_conversations_problem
-from helpers import gradients, llava, warnings_in
+from grades_trl.recipe.scored import rows_left
+from helpers import PLAIN, chat_tokenizer, gradients, llava, llava_processor, warnings_in
 from vlm import GradESVLMTrainer
 
 LLAMA = (Path(trl.__file__).parent / "chat_templates" / "llama3.jinja").read_text()
-PLAIN = (
-    "{% for m in messages %}<|{{ m.role }}|>{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
-    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 WRITTEN = (
     "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}"
 )
@@ -42,6 +32,11 @@ MARKED = PLAIN.replace(
     + "<|end|>{% endgeneration %}{% else %}",
 ).replace("<|end|>{% endfor %}{% if add", "<|end|>{% endif %}{% endfor %}{% if add")
 NO_END = MARKED.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / ".cache")
 
 
 def turn(role, content):
@@ -67,30 +62,8 @@ def rows_of(*talks):
 
 @pytest.fixture
 def tokenizer():
-    tokens = [
-        "<pad>",
-        "<image>",
-        "<|end|>",
-        "<|system|>",
-        "<|user|>",
-        "<|assistant|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-    ]
-    tokens += ["<|begin_of_text|>", "<|eot_id|>"]
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator([], trainers.BpeTrainer(special_tokens=tokens, initial_alphabet=alphabet))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        bos_token="<|begin_of_text|>",
-        eos_token="<|end|>",
-        chat_template=MARKED,
-        extra_special_tokens=tokens,
-    )
+    llama = ("<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>", "<|eot_id|>")
+    return chat_tokenizer(MARKED, *llama, bos_token="<|begin_of_text|>")
 
 
 def training(tmp_path, **changes):
@@ -206,20 +179,27 @@ def test_chat_templates(tmp_path, tokenizer):
         training_rows(rows_of(*TALKS), tokenizer, training(tmp_path))
 
 
+def test_a_template_that_leaves_calls_of_tools_out_is_an_error(tmp_path, tokenizer):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    rows = Dataset.from_list(
+        [{"messages": [turn("user", "1 + 1?"), called, turn("tool", "2"), turn("assistant", "two")]}],
+        on_mixed_types="use_json",
+    )
+    with pytest.raises(
+        DataError, match=r"row 0 .*the chat template leaves its calls of tools out \(add\): --chat_temp"
+    ):
+        training_rows(rows, tokenizer, training(tmp_path))
+    tokenizer.chat_template = PLAIN.replace("<|end|>", "{% if m.tool_calls %}{{ m.tool_calls }}{% endif %}<|end|>", 1)
+    assert len(training_rows(rows, tokenizer, training(tmp_path))) == 2
+
+
 # Images
 
 
 @pytest.fixture
 def processor(tokenizer):
-    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        chat_template=PLAIN,
-        num_additional_image_tokens=1,
-    )
+    return llava_processor(tokenizer, 32)
 
 
 def seen():
@@ -278,6 +258,193 @@ def test_with_images_one_row_per_conversation_where_trl_can(tmp_path, processor,
     assert whole.evaluate()["eval_loss"] == pytest.approx(split.evaluate()["eval_loss"])
 
 
+# Marked not to be learned
+
+
+def marked_talks(key="weight"):
+    """Six replies, of which three are left out: one in the middle, one at the start, and one at the end."""
+    said = [
+        ("be brief", [("one?", "first", 1), ("two?", "second", 1), ("three?", "third", 0), ("four?", "fourth", None)]),
+        (None, [("five?", "fifth", 0), ("six?", "sixth", 1), ("seven?", "seventh", 0)]),
+        (None, [("eight?", "eighth", None), ("nine?", "ninth", 1)]),
+    ]
+    talks = []
+    for system, pairs in said:
+        messages = [turn("system", system)] if system else []
+        for question, reply, mark in pairs:
+            mark = mark if mark is None or key == "weight" else bool(mark)
+            messages += [turn("user", question), turn("assistant", reply) | ({} if mark is None else {key: mark})]
+        talks.append(messages)
+    return talks
+
+
+LEARNED = ["first", "second", "fourth", "sixth", "eighth", "ninth"]
+
+
+def read(tmp_path, talks, **kwargs):
+    """As a file that is read; the rows to train on in their order."""
+    rows = [{"messages": messages} for messages in talks]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+    return load(str(tmp_path), **kwargs)["train"]
+
+
+def masked_by_hand(talks, tokenizer):
+    """Whole conversations, and labels that are found in their text: of a reply and its end, if its name is learned."""
+    width, batch = 0, []
+    for messages in talks:
+        text = "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in messages)
+        is_learned = [False] * len(text)
+        for m in messages:
+            if m["role"] == "assistant" and m["content"] in LEARNED:
+                start = text.index(f"<|assistant|>{m['content']}<|end|>") + len("<|assistant|>")
+                end = start + len(m["content"]) + len("<|end|>")
+                is_learned[start:end] = [True] * (end - start)
+        coded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        labels = [
+            token if is_learned[start] else -100
+            for token, (start, _) in zip(coded["input_ids"], coded["offset_mapping"], strict=True)
+        ]
+        batch.append((coded["input_ids"], labels))
+        width = max(width, len(labels))
+    return {
+        "input_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch]),
+        "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in batch]),
+    }
+
+
+@pytest.mark.parametrize(("template", "rows"), [(MARKED, 4), (PLAIN, 6)], ids=["whole conversations", "per reply"])
+def test_marked_replies_have_the_gradients_of_a_mask_made_by_hand(tmp_path, tokenizer, template, rows):
+    tokenizer.chat_template = template
+    args, talks = training(tmp_path), marked_talks()
+    train = training_rows(read(tmp_path, talks), tokenizer, args)
+    assert len(train) == rows and args.assistant_only_loss == (template == MARKED)
+    assert "weight" not in str(train[:]) and "left_out" not in str(train[:])
+    trainer = text_trainer(tokenizer, args, train)
+    assert "".join(learned(trainer.train_dataset, tokenizer)) == "".join(f"{reply}<|end|>" for reply in LEARNED)
+    show_example(trainer, rows_left(trainer, {"train": train}))
+    model = trainer.model
+    ours, theirs = gradients(model, **batch_of(trainer)), gradients(model, **masked_by_hand(talks, tokenizer))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "loss", "loss_scale", "loss_weight"])
+def test_every_tools_mark_is_honoured(tmp_path, tokenizer, key):
+    rows = to_prompt_completion(read(tmp_path, marked_talks(key)))
+    assert [row[0] for row in rows["completion"]] == [turn("assistant", reply) for reply in LEARNED]
+    # What is left out is still read, by the replies after it
+    assert turn("assistant", "third") in rows["prompt"][2]
+
+
+def test_marks_and_the_last_reply(tmp_path, tokenizer):
+    """The last of those that are learned."""
+    rows = training_rows(read(tmp_path, marked_talks()), tokenizer, training(tmp_path), train_on="last")
+    assert [row[0]["content"] for row in rows["completion"]] == ["fourth", "sixth", "ninth"]
+
+
+def test_replies_left_out_at_the_end_leave_whole_conversations(tmp_path, tokenizer):
+    talks = [talk("a?", "b", "c?", "d", "e?", "f") for _ in range(2)]
+    talks[0][5]["train"] = False
+    args = training(tmp_path)
+    rows = training_rows(read(tmp_path, talks), tokenizer, args)
+    assert args.assistant_only_loss and rows["messages"][0] == talk("a?", "b", "c?", "d")
+    assert rows["messages"][1] == talks[1]
+
+
+def test_conversations_without_a_learned_reply_are_left_out(tmp_path, caplog):
+    talks = [talk("a?", "b"), talk("c?", "d"), talk("e?", "f")]
+    talks[1][1]["loss"] = False
+    assert [row[0]["content"] for row in read(tmp_path, talks)["messages"]] == ["a?", "e?"]
+    assert "train: 1 of 3 conversations are left out" in warnings_in(caplog)[0]
+    for messages in talks:
+        messages[1]["loss"] = False
+    with pytest.raises(DataError, match="train: every reply is marked not to be learned, expected at least one"):
+        read(tmp_path, talks)
+
+
+def test_marks_that_ask_for_a_prompt_are_said(tmp_path, caplog):
+    """As in axolotl's documentation; a mark that leaves a prompt out says what is so anyway."""
+    talks = [[turn("user", "a?") | {"train": False}, turn("assistant", "b") | {"train": True}] for _ in range(3)]
+    read(tmp_path, talks)
+    assert not warnings_in(caplog)
+    talks[1][0]["train"] = True
+    read(tmp_path, talks)
+    assert warnings_in(caplog)[0] == (
+        "train: 1 rows (the first is row 1) mark other messages than replies to be learned: only replies are."
+    )
+
+
+CONTENT = [{"type": "text", "text": "b", "train": False}, {"type": "text", "text": "c", "train": True}]
+SPAN = {"begin_offset": 0, "end_offset": 1}
+
+
+@pytest.mark.parametrize(
+    ("mark", "match"),
+    [
+        ({"weight": 0.5}, r"has weight 0\.5, expected 0 or 1 \(false or true\)"),
+        ({"loss_scale": 2.0}, r"has loss_scale 2\.0, expected 0 or 1"),
+        ({"train": "no"}, r"has train 'no', expected 0 or 1"),
+        ({"weight": 1, "train": False}, r"has marks that contradict each other \(weight 1, train False\): keep one"),
+        ({"content": CONTENT}, "has a part that is marked not to be learned: only whole messages can be left out"),
+        ({"train_detail": [SPAN | {"train": False}]}, "has a part that is marked not to be learned"),
+    ],
+)
+def test_other_marks_are_refused_with_their_row(tmp_path, mark, match):
+    talks = [talk("a?", "b"), [turn("user", "a?"), turn("assistant", "b") | mark]]
+    with pytest.raises(DataError, match=rf"train: row 1 \(the first is 0\): messages\[1\] {match}"):
+        read(tmp_path, talks)
+
+
+def test_parts_that_are_all_learned_are_no_fault(tmp_path):
+    marks = {"train_detail": [SPAN | {"train": True}], "content": [CONTENT[1]]}
+    rows = read(tmp_path, [[turn("user", "a?"), turn("assistant", "b") | marks]] * 2)
+    assert rows["messages"][0][1] == turn("assistant", [{"type": "text", "text": "c"}])
+
+
+def test_a_completion_is_what_is_learned(tmp_path, caplog):
+    prompt = [turn("user", "a?"), turn("assistant", "b") | {"weight": 0}, turn("user", "c?")]
+    row = {"prompt": prompt, "completion": [turn("assistant", "d") | {"weight": 1}]}
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.json").write_text(json.dumps([row, row]))
+    found = load(str(tmp_path))["train"][0]
+    assert found["completion"] == [turn("assistant", "d")] and not warnings_in(caplog)
+    row["completion"][0]["weight"] = 0
+    (tmp_path / "train.json").write_text(json.dumps([row, row]))
+    with pytest.raises(DataError, match=r"row 0 .*completion\[0\] is marked not to be learned, but a completion is"):
+        load(str(tmp_path))
+
+
+def test_marked_replies_with_images_have_the_gradients_of_a_mask_made_by_hand(tmp_path, processor):
+    """A row per reply that is learned, under a template that could tell replies apart too."""
+    processor.chat_template = MARKED
+    rows = seen()
+    conversations = list(rows["messages"])
+    conversations[0][1]["left_out"] = True  # as `clean` leaves it
+    marks = Dataset.from_list([{"messages": m} for m in conversations], on_mixed_types="use_json")
+    args = training(tmp_path)
+    train = training_rows(
+        concatenate_datasets([marks, rows.select_columns("images")], axis=1), processor, args, vision=True
+    )
+    assert [row[0]["content"] for row in train["completion"]] == ["second reply", "fourth", "fifth"]
+    assert [len(images) for images in train["images"]] == [2, 0, 0] and not args.assistant_only_loss
+    trainer = vision_trainer(processor, args, train, None)
+    batch = batch_of(trainer)
+
+    whole = trainer.data_collator([dict(row) for row in train])  # its tokens, of which the labels are made anew
+    labels = torch.full_like(whole["input_ids"], -100)
+    for row, reply in enumerate(["second reply", "fourth", "fifth"]):
+        ids = whole["input_ids"][row].tolist()
+        sought = processor.tokenizer(f"{reply}<|end|>", add_special_tokens=False)["input_ids"]
+        (start,) = [i for i in range(len(ids)) if ids[i : i + len(sought)] == sought]
+        labels[row, start : start + len(sought)] = torch.tensor(sought)
+    theirs = gradients(trainer.model, **(dict(whole) | {"labels": labels}))
+    for name, gradient in gradients(trainer.model, **batch).items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-6)
+
+
 # Seen before training
 
 
@@ -287,7 +454,7 @@ def test_the_first_example_is_shown_with_what_it_learns(tmp_path, tokenizer, cap
     trainer = text_trainer(tokenizer, args, train, to_prompt_completion(rows_of(*TALKS)))
     given = {"train": train, "validation": to_prompt_completion(rows_of(*TALKS))}
     capsys.readouterr()
-    show_example(trainer, given)
+    show_example(trainer, rows_left(trainer, given))
     said, shown = capsys.readouterr().out.splitlines()
     first = trainer.train_dataset[0]
     count = sum(label != -100 for label in first["labels"])
@@ -296,7 +463,7 @@ def test_the_first_example_is_shown_with_what_it_learns(tmp_path, tokenizer, cap
         "  <|system|>be brief<|end|><|user|>one?<|end|><|assistant|>[[first reply<|end|>]]<|user|>tw"
     )
 
-    show_example(trainer, given, whole=True)
+    show_example(trainer, rows_left(trainer, given), whole=True)
     printed = capsys.readouterr().out
     assert "<|assistant|>[[second reply<|end|>]]<|user|>three?" in printed
     lengths = sorted(map(len, trainer.train_dataset["input_ids"]))
@@ -310,7 +477,7 @@ def test_an_example_with_an_image(tmp_path, processor, capsys):
     train = training_rows(seen(), processor, args, vision=True)
     trainer = vision_trainer(processor, args, train, None)
     capsys.readouterr()
-    show_example(trainer, {"train": train}, whole=True)
+    show_example(trainer, rows_left(trainer, {"train": train}), whole=True)
     printed = capsys.readouterr().out
     assert "<|user|><image> x 16 one?<|end|><|assistant|>[[first reply<|end|>]]\n" in printed
     assert "train: 4 rows of " in printed and "of the 4, their images included" in printed
@@ -324,7 +491,8 @@ def test_runs_of_one_token_are_written_once(tokenizer):
 def shown(tmp_path, tokenizer, template, rows, **changes):
     tokenizer.chat_template = template
     args = training(tmp_path, **changes)
-    show_example(text_trainer(tokenizer, args, rows), {"train": rows})
+    trainer = text_trainer(tokenizer, args, rows)
+    show_example(trainer, rows_left(trainer, {"train": rows}))
 
 
 def test_a_template_that_learns_the_prompt_is_an_error(tmp_path, tokenizer):

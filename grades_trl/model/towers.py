@@ -27,11 +27,20 @@ TOWERS = ("language", "vision", "audio", "projector")
 NAMES = {"vision": "vision", "visual": "vision", "image": "vision", "audio": "audio", "speech": "audio"}
 # What only the config of an encoder has: it says what comes in.
 RAW_INPUTS = (
-    *("patch_size", "num_channels", "in_channels", "image_size", "num_mel_bins"),
-    *("max_num_patches", "patch_embed_hidden_size"),
-    *("input_dim", "input_feat_size", "input_size", "sampling_rate", "subsampling_conv_channels"),
+    "patch_size",
+    "num_channels",
+    "in_channels",
+    "image_size",
+    "num_mel_bins",
+    "max_num_patches",
+    "patch_embed_hidden_size",
+    "input_dim",
+    "input_feat_size",
+    "input_size",
+    "sampling_rate",
+    "subsampling_conv_channels",
 )
-OF_PROJECTORS = (*("resampler", "perceiver", "qformer", "image_to_text", "visual_projection", "vision_proj"),)
+OF_PROJECTORS = ("resampler", "perceiver", "qformer", "image_to_text", "visual_projection", "vision_proj")
 
 
 def find_towers(model: nn.Module) -> dict[str, str]:

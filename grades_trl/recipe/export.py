@@ -23,6 +23,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from grades_trl.recipe.arguments import RecipeArguments
 from grades_trl.recipe.bad_input import printable
+from grades_trl.recipe.data import first
 from grades_trl.recipe.generation import GREEDY, prompt_text
 from grades_trl.recipe.modelfile import modelfile
 from grades_trl.recipe.models import load_gguf
@@ -257,7 +258,7 @@ def export_run(trainer: Any, recipe: RecipeArguments, args: ModelConfig, test: D
     if backend == "transformers":  # Unsloth writes from the model in memory; else it makes room for one from the disk
         trainer.model.to("cpu")
         release()
-    rows = test.select(range(min(max(1, recipe.num_samples), len(test)))) if "prompt" in test.column_names else None
+    rows = first(test, max(1, recipe.num_samples)) if "prompt" in test.column_names else None
     written = export(
         recipe.export,
         folder,

@@ -28,7 +28,7 @@ from grades_trl.model.structure import base_path
 from grades_trl.recipe.activation_memory import StepMemory, step_memory
 from grades_trl.recipe.arguments import RecipeArguments
 from grades_trl.recipe.choice import ChoiceFlops, absolute_flops, format_choice
-from grades_trl.recipe.data import load_data
+from grades_trl.recipe.data import first, load_data
 from grades_trl.recipe.models import find_gguf, make_trainable, read_config
 from grades_trl.stopping.heldout import plan as plan_heldout
 from grades_trl.weight_average import WeightAverage
@@ -504,10 +504,10 @@ def _read_tokenizer(name: str, trust_remote_code: bool) -> Any:
 
 
 def mean_tokens(rows: Dataset, tokenizer: Any) -> float:
-    """Mean tokens of the first 200 rows: of `prompt` and `completion`, or of `text`."""
-    total, sample = 0, rows.select(range(min(200, len(rows))))
+    """Mean tokens of the first 200 rows: of `messages`, of `prompt` and `completion`, or of `text`."""
+    total, sample = 0, first(rows, 200)
     for row in sample:
-        parts = [row[column] for column in ("prompt", "completion", "text") if column in row]
+        parts = [row[column] for column in ("messages", "prompt", "completion", "text") if column in row]
         if isinstance(parts[0], str):
             total += sum(len(tokenizer(part)["input_ids"]) for part in parts)
         else:

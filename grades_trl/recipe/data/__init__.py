@@ -6,11 +6,12 @@ from .checks import check, warn_truncated_examples
 from .errors import DataError
 from .preview import show_example
 from .replies import to_prompt_completion, training_rows, whole_conversations_problem
-from .splits import load, load_data, sample, with_validation
+from .splits import first, load, load_data, sample, with_validation
 
 __all__ = [
     "DataError",
     "check",
+    "first",
     "load",
     "load_data",
     "sample",

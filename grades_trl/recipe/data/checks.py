@@ -20,6 +20,7 @@ from grades_trl.recipe.scored import RowsLeft
 from .errors import DataError
 from .formats import ROLES, SYSTEM_ROLES, count_placeholders, text_columns, text_of_content
 from .images import count_images, image_column, open_images
+from .marks import asks, marks_of, problem_in_marks
 
 # Image tokens of models that do not write "<image>", in plain text prompts
 OTHER_IMAGE_TOKEN = re.compile(r"<[^<>]*(image|img)[^<>]*>|\[IMG\]", re.IGNORECASE)
@@ -71,7 +72,7 @@ def check(dataset: Dataset, vision: bool, name: str = "train", text_column: str 
         )
 
     counts = count_images(dataset, of_images) if of_images else [0] * len(dataset)
-    conversational = None
+    conversational, rows_asking = None, []
     beside = [column for column in BESIDE_MESSAGES if column in columns]
     read = dataset.select_columns([*of_text, *beside])
     rows = tqdm(read, desc=f"Checking {printable(name)}", delay=2, leave=False, disable=None)
@@ -88,6 +89,13 @@ def check(dataset: Dataset, vision: bool, name: str = "train", text_column: str 
             problem = f"is {kinds[this]}, but row 0 is {kinds[conversational]}, expected the same in every row"
         if problem:
             raise DataError(f"{name}: row {row} (the first is 0): {problem}")
+        if this and any(asks(message) for message in _not_learned(example, of_text)):
+            rows_asking.append(row)
+    if rows_asking:
+        logger.warning(
+            f"{name}: {len(rows_asking):,} rows (the first is row {rows_asking[0]}) mark other messages than replies "
+            "to be learned: only replies are."
+        )
     if of_images:
         open_images(dataset, of_images, name)
 
@@ -110,6 +118,11 @@ def _problem(example: dict[str, Any], columns: list[str], vision: bool, count: i
     if vision and found != count and (found or not OTHER_IMAGE_TOKEN.search(values[0])):
         return f'prompt has {found} "<image>" and the row has {count} images, expected as many'
     return None
+
+
+def _not_learned(example: dict[str, Any], columns: list[str]) -> list[dict]:
+    """The messages that are no replies: all of a prompt, which may have earlier replies."""
+    return [m for m in example[columns[0]] if m["role"] != "assistant" or columns != ["messages"]]
 
 
 def _refuse_video_and_audio(dataset: Dataset, name: str) -> None:
@@ -136,6 +149,9 @@ def _problem_in_messages(column: str, messages: Any, vision: bool) -> str | None
         role, content = message["role"], message.get("content")
         if role not in ROLES:
             return f"{here} has the role {_short(role)}, expected one of {', '.join(ROLES)}"
+        problem = problem_in_marks(message)
+        if problem:
+            return f"{here} {problem}"
         if role == "assistant" and message.get("tool_calls") and not content:
             continue
         for part in content if isinstance(content, list) else []:
@@ -166,6 +182,12 @@ def _problem_in_messages(column: str, messages: Any, vision: bool) -> str | None
 
 def _problem_in_turns(prompt: list[dict], completion: list[dict] | None = None) -> str | None:
     if completion is not None:
+        left_out = next((i for i, m in enumerate(completion) if any(not mark for mark in marks_of(m).values())), None)
+        if left_out is not None and completion[left_out]["role"] == "assistant":
+            return (
+                f"completion[{left_out}] is marked not to be learned, but a completion is what is learned. Remove the "
+                'row, or put prompt and completion into one list, "messages"'
+            )
         if completion[-1]["role"] != "assistant":
             return f"completion ends with the role {completion[-1]['role']}, expected an assistant message"
         if prompt[-1]["role"] in SYSTEM_ROLES:

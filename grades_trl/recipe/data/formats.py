@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Json, LargeList, List, Value, concatenate_datasets
 
 from .errors import DataError
-from .images import IMAGE_STORAGE, images_in_lists, take_inline_images, to_image
+from .images import IMAGE_STORAGE, OTHER_NAMES, images_in_lists, take_inline_images, to_image
+from .marks import marks_of, take_marks
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # OpenAI's name of the system role; chat templates know the older one.
@@ -30,13 +31,19 @@ ROLE_NAMES = dict.fromkeys(USERS, "user") | dict.fromkeys(ASSISTANTS, "assistant
 CALLS = ("function_call", "tool_call")  # roles of an assistant's call, as JSON in the text
 
 PROMPTS = ("prompt", "question", "query", "problem", "input", "user")
-REPLIES = ("completion", "response", "answer", "output", "solution", "reply", "assistant")
+REPLIES = (
+    *("completion", "response", "answer", "output", "solution", "reply", "assistant"),
+    *("generation", "generated_solution"),  # axolotl's metharme; OpenMathReasoning
+)
 CAPTIONS = ("caption", "text")
 # Columns beside those that a format is recognized by, with their other names
 BESIDE = {"input": ("input", "context"), "system": ("system", "system_prompt"), "history": ("history",)}
+# Where a text is: in which of a format's columns, and under which keys of a turn
+TEXTS = ("prompt", "reply", "input", "system")
+TEXT_KEYS = ("content", "value", "human", "user", "question", "assistant", "gpt", "bot", "answer")
 # What `--columns` may name, and what it leaves beside the named columns
 MAPPED = ("messages", "prompt", "completion", "text", "image", "images", "input", "system", "history", "tools")
-KEPT = ("image", "images", "file_name", "file_names", "tools", "chat_template_kwargs", "system", "history")
+KEPT = ("image", "images", *OTHER_NAMES, "tools", "chat_template_kwargs", "system", "history")
 
 
 def text_columns(columns: list[str], text_column: str) -> list[str]:
@@ -172,7 +179,7 @@ def recognize(dataset: Dataset, vision: bool, text_column: str = "text") -> tupl
     for name, (needed, _) in FORMATS.items():
         if name == "caption" and (not vision or (own and _has_marks(dataset, text_column))):
             continue
-        found = {what: [column for column in names if column in columns] for what, names in needed.items()}
+        found = {what: _named(columns, names) for what, names in needed.items()}
         if not all(found.values()):
             continue
         if name == "caption":
@@ -187,10 +194,15 @@ def recognize(dataset: Dataset, vision: bool, text_column: str = "text") -> tupl
             )
         reads = {what: names[0] for what, names in found.items() if what != "image"}
         for what, names in BESIDE.items():
-            beside = [column for column in names if column in columns and column not in reads.values()]
+            beside = [column for column in _named(columns, names) if column not in reads.values()]
             reads |= {what: beside[0]} if beside and what not in reads else {}
         return name, reads
     return None
+
+
+def _named(columns: list[str], names: tuple[str, ...]) -> list[str]:
+    """The columns of these names, in the order of the names: `Question` and `QUESTION` are `question` too."""
+    return [column for name in names for column in columns if column.lower() == name]
 
 
 def _has_marks(dataset: Dataset, column: str) -> bool:
@@ -230,9 +242,16 @@ def to_trl_format(
         name, rows = "", dict.fromkeys(made, "") | ({system: "system"} if system else {})
         if not made or not (always or vision or system or any(_is_unusual(dataset, column) for column in made)):
             return dataset
-    converted = dataset.select_columns(list(rows)).map(
+    read, stored = _undecoded_texts(dataset.select_columns(list(rows)), rows)
+    converted = read.map(
         _to_messages,
-        fn_kwargs={"format": name, "reads": rows, "vision": vision, "folder": str(folder.absolute())},
+        fn_kwargs={
+            "format": name,
+            "reads": rows,
+            "vision": vision,
+            "folder": str(folder.absolute()),
+            "stored": stored,
+        },
         remove_columns=list(rows),
         features=Features({column: Json() for column in made} | {"inline_images": List(IMAGE_STORAGE)}),
         desc="Reading messages",
@@ -242,6 +261,40 @@ def to_trl_format(
     whole = concatenate_datasets([rest, converted], axis=1) if rest.column_names else converted
     whole = _with_tools(whole) if name == "sharegpt" and "tools" in whole.column_names else whole
     return take_inline_images(whole, "inline_images")
+
+
+def _undecoded_texts(dataset: Dataset, reads: dict[str, str]) -> tuple[Dataset, dict[str, list[str]]]:
+    """
+    The texts of columns, or of keys, that have values of several types in a JSON file, as `datasets` stores them.
+
+    It stores such values as JSON, but a text that is valid JSON by itself as it is. Decoded, the reply "1.50" beside
+    contents that are lists of parts would be the number 1.5, and a reply in JSON an object. (Texts that cannot be told
+    from JSON: `null`, `[]`, and one in double quotes.)
+
+    Returns:
+        `tuple[Dataset, dict[str, list[str]]]`: the rows, and the keys that are not decoded, by column; the key `""`
+            stands for the column itself.
+    """
+    features, stored = dict(dataset.features), {}
+    for column, feature in dataset.features.items():
+        if isinstance(feature, Json) and reads[column] in TEXTS:
+            features[column], stored[column] = Json(decode=False), [""]
+        elif isinstance(feature, List) and isinstance(feature.feature, dict):
+            keys = [key for key, of in feature.feature.items() if key in TEXT_KEYS and isinstance(of, Json)]
+            if keys:
+                features[column] = List({**feature.feature, **dict.fromkeys(keys, Json(decode=False))})
+                stored[column] = keys
+    return dataset.cast(Features(features)) if stored else dataset, stored
+
+
+def _decoded(stored: Any) -> Any:
+    """A value of [`_undecoded_texts`]: a list of parts, nothing, or a text."""
+    try:
+        value = json.loads(stored) if isinstance(stored, str) else stored
+    except json.JSONDecodeError:
+        return stored
+    are_parts = isinstance(value, list) and all(isinstance(part, dict) and "type" in part for part in value)
+    return value if isinstance(value, str) or value is None or are_parts else stored
 
 
 def _is_conversation(feature: Any) -> bool:
@@ -257,8 +310,19 @@ def _is_unusual(dataset: Dataset, column: str) -> bool:
 
 
 def _to_messages(
-    example: dict[str, Any], format: str, reads: dict[str, str], vision: bool, folder: str
+    example: dict[str, Any],
+    format: str,
+    reads: dict[str, str],
+    vision: bool,
+    folder: str,
+    stored: dict[str, list[str]],
 ) -> dict[str, Any]:
+    for column, keys in stored.items():
+        if keys == [""]:
+            example[column] = _decoded(example[column])
+        else:
+            turns = example[column] or []
+            example[column] = [{key: _decoded(v) if key in keys else v for key, v in turn.items()} for turn in turns]
     row = {what or column: example[column] for column, what in reads.items()}
     system = row.pop("system", None)
     converted = {"messages": FORMATS[format][1](row)} if format else row
@@ -301,7 +365,8 @@ def to_message(turn: Any, images: list[Any], vision: bool = False, folder: str =
         return {**_turn("assistant", None if calls else content), **others, **({"tool_calls": calls} if calls else {})}
     message = {"role": ROLE_NAMES.get(name, name if name in ROLES else role), "content": content, **others}
     if isinstance(content, list):
-        message["content"] = [to_part(part, images, folder) for part in content]
+        message |= _reasoning_and_calls(content) if message["role"] == "assistant" else {}
+        message["content"] = [to_part(part, images, folder) for part in message["content"]]
     if vision and message["role"] not in ("assistant", "tool"):
         parts = message["content"] if isinstance(message["content"], list) else [{"type": "text", "text": content}]
         if any("<image>" in str(_text_of_part(part)) for part in parts):
@@ -309,11 +374,28 @@ def to_message(turn: Any, images: list[Any], vision: bool = False, folder: str =
     return message
 
 
+def _reasoning_and_calls(parts: list[Any]) -> dict[str, Any]:
+    """LLaMA-Factory's v1 files have them as parts of a reply; chat templates read them beside its content."""
+    reasoning, calls, rest = "", [], []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        called = _calls(part.get("value")) if kind == "tool_call" else []
+        if kind == "reasoning" and isinstance(part.get("value"), str):
+            reasoning += part["value"]
+        elif called:
+            calls += called
+        else:
+            rest.append(part)
+    found = {"reasoning_content": reasoning, "tool_calls": calls}
+    return {"content": rest, **{key: value for key, value in found.items() if value}}
+
+
 def to_part(part: Any, images: list[Any], folder: str = "") -> Any:
     """A part of a message as TRL has it, and its image, if it has one, at the end of `images`.
 
     OpenAI's `image_url` (a text, or a `url` in it), Qwen's and Unsloth's `image`, axolotl's `url`, `path` and
-    `base64`, and `source` of Anthropic. Whatever cannot be read gets a `problem`, for the check to name the row.
+    `base64`, LLaMA-Factory's `value`, and `source` of Anthropic. Whatever cannot be read gets a `problem`, for the
+    check to name the row.
     """
     if not isinstance(part, dict):
         return part
@@ -322,10 +404,12 @@ def to_part(part: Any, images: list[Any], folder: str = "") -> Any:
         (key for key in ("text", "image", "image_url", "video", "audio") if key in part), None
     )
     if kind in ("text", "input_text", "output_text"):
-        return {"type": "text", "text": part.get("text")}
+        # `value` is LLaMA-Factory's (v1), `content` is axolotl's
+        text = next((part[key] for key in ("text", "value", "content") if key in part), None)
+        return {"type": "text", "text": text, **marks_of(part)}
     if kind not in ("image", "image_url", "input_image"):
         return part
-    keys = ("image", "image_url", "source", "url", "path", "base64", "bytes", "data")
+    keys = ("image", "image_url", "source", "url", "path", "base64", "bytes", "data", "value")
     value = next((part[key] for key in keys if key in part), None)
     if value is None:
         return {"type": "image"}
@@ -391,8 +475,8 @@ def clean(dataset: Dataset, text_column: str, keep: Collection[str] = ()) -> Dat
     Keeps the columns that TRL reads, with messages as chat templates expect them.
 
     Null entries that Arrow adds to messages are taken out again: chat templates ask whether a key is there. A
-    `developer` becomes a `system`. Where a row has `{"type": "image"}` parts, all its user messages become lists of
-    parts, as TRL needs.
+    `developer` becomes a `system`. A reply that is marked not to be learned gets [`marks.LEFT_OUT`]. Where a row has
+    `{"type": "image"}` parts, all its user messages become lists of parts, as TRL needs.
 
     Args:
         dataset ([`~datasets.Dataset`]): checked rows in one of TRL's formats.
@@ -441,6 +525,7 @@ def _clean(example: dict[str, Any]) -> dict[str, Any]:
     conversations = [example[c] for c in ("messages", "prompt", "completion") if c in example]
     explicit = any(count_placeholders(messages) for messages in conversations)
     for messages in conversations:
+        messages[:] = map(take_marks, messages)
         for message in messages:
             if message["role"] in SYSTEM_ROLES:
                 message["role"] = "system"

@@ -20,6 +20,7 @@ RGB = Image(mode="RGB")  # not every image processor takes gray, palette or tran
 IMAGE_STORAGE = {"bytes": Value("binary"), "path": Value("string")}
 # How PNG, JPEG, GIF and WebP begin in base64: such texts are images, not paths
 BASE64_STARTS = ("iVBOR", "/9j/", "R0lGOD", "UklGR")
+OTHER_NAMES = {"file_name": "image", "file_names": "images", "image_path": "image", "image_paths": "images"}
 # In place of the path of an image that cannot be read, with what is wrong: the check names the row
 PROBLEM = "problem://"
 
@@ -34,7 +35,8 @@ def read_images(dataset: Dataset, folder: Path) -> Dataset:
     Makes a column of paths, bytes or images decodable, whatever it was called.
 
     Args:
-        dataset ([`~datasets.Dataset`]): rows with a column `image`, `images`, `file_name` or `file_names`, or without.
+        dataset ([`~datasets.Dataset`]): rows with a column `image` or `images`, under this name or one of
+            `OTHER_NAMES`, or without.
         folder (`Path`): relative paths start here.
 
     Returns:
@@ -43,7 +45,7 @@ def read_images(dataset: Dataset, folder: Path) -> Dataset:
     Raises:
         [`DataError`]: the column holds something else.
     """
-    for old, new in (("file_name", "image"), ("file_names", "images")):
+    for old, new in OTHER_NAMES.items():
         if old in dataset.column_names and new not in dataset.column_names:
             dataset = dataset.rename_column(old, new)
     if "images" in dataset.column_names and "image" in dataset.column_names:

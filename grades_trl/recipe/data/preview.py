@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from grades_trl.recipe.bad_input import printable
-from grades_trl.recipe.scored import rows_left
+from grades_trl.recipe.scored import RowsLeft
 from grades_trl.trainers.heldout import IGNORED, nothing_random_moves
 
 from .errors import DataError
@@ -26,13 +26,13 @@ LINE = 100  # characters of an end of the example in the line that is always sho
 BEGIN, END = "[[", "]]"
 
 
-def show_example(trainer: Any, given: dict[str, Dataset], whole: bool = False) -> None:
+def show_example(trainer: Any, rows: dict[str, RowsLeft], whole: bool = False) -> None:
     """
     Prints the first example as the model will read it, with the learned tokens in double brackets.
 
     Args:
         trainer: an SFTTrainer, which has prepared its data.
-        given (`dict[str, Dataset]`): what it was given as `train` and `validation`.
+        rows (`dict[str, RowsLeft]`): split -> what is left of it, see [`scored.rows_left`].
         whole (`bool`, *optional*, defaults to `False`): the whole example, and how long the examples are; else two
             lines.
 
@@ -41,9 +41,9 @@ def show_example(trainer: Any, given: dict[str, Dataset], whole: bool = False) -
             template, which alone decides that.
     """
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-    rows = trainer.train_dataset
+    prepared = trainer.train_dataset
     with nothing_random_moves():
-        batches = [(row, *_batch(trainer, row)) for row in _evenly(len(rows), CHECKED)]
+        batches = [(row, *_batch(trainer, row)) for row in _evenly(len(prepared), CHECKED)]
     first_ids, first_labels = batches[0][1:]
 
     learned = sum(label != IGNORED for label in first_labels)
@@ -51,9 +51,9 @@ def show_example(trainer: Any, given: dict[str, Dataset], whole: bool = False) -
     text = printable(marked(first_ids, first_labels, tokenizer))
     print(f"\n{text}\n" if whole else f"  {_shortened(text)}")
     for row, ids, labels in batches:
-        _check(rows, row, ids, labels, tokenizer, trainer.args.max_length)
+        _check(prepared, row, ids, labels, tokenizer, trainer.args.max_length)
     if whole:
-        print("\n".join(_lengths(trainer, given)))
+        print("\n".join(_lengths(trainer, rows)))
 
 
 def _evenly(length: int, count: int) -> list[int]:
@@ -137,13 +137,12 @@ def _check(rows: Dataset, row: int, ids: list[int], labels: list[int], tokenizer
 
 def _texts(example: dict[str, Any], what: str) -> Iterator[str]:
     """The texts of a row that are to be learned (`"reply"`), or not (`"prompt"`)."""
-    if "messages" in example:
-        wanted = [m for m in example["messages"] if (m["role"] == "assistant") == (what == "reply")]
-    else:
-        turns = example["completion" if what == "reply" else "prompt"]
-        wanted = [{"content": turns}] if isinstance(turns, str) else turns
-        # The replies of a prompt are not learned, but they are no sign of a mistake if they are said again
-        wanted = [m for m in wanted if what == "reply" or m.get("role") != "assistant"]
+    prompt, learned = example.get("prompt", []), example.get("messages") or example["completion"]
+    if isinstance(learned, str):
+        prompt, learned = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": learned}]
+    # The replies of a prompt are not learned, but they are no sign of a mistake if they are said again
+    replies = [m for m in learned if m["role"] == "assistant"]
+    wanted = replies if what == "reply" else [m for m in [*prompt, *learned] if m["role"] != "assistant"]
     yield from (text for m in wanted if (text := text_of_content(m.get("content")).strip()))
 
 
@@ -152,24 +151,24 @@ def _as_decoded(text: str, tokenizer: Any) -> str:
     return squeezed(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
-def _lengths(trainer: Any, given: dict[str, Dataset]) -> list[str]:
+def _lengths(trainer: Any, rows: dict[str, RowsLeft]) -> list[str]:
     """How long the examples are, in tokens, and what `max_length` does to them."""
     limit = trainer.args.max_length
     if "input_ids" not in trainer.train_dataset.column_names:
         return [_lengths_with_images(trainer, limit)]
-    lines, left = [], rows_left(trainer, given)
+    lines = []
     for split, prepared in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
-        if prepared is None or split not in given:
+        if prepared is None or split not in rows:
             continue
         tables = prepared.select_columns("input_ids").with_format("arrow").iter(1000)
         lengths = [length for table in tables for length in pc.list_value_length(table["input_ids"]).to_pylist()]
         line = f"{split}: {_summary(lengths)}"
         if trainer.args.packing:
-            line += f", packed from {len(given[split]):,} examples"
+            line += f", packed from {rows[split].given:,} examples"
         elif limit is not None:
-            rows = left[split]
-            line += f"; {rows.full:,} reach --max_length {limit} and {rows.cut:,} of them lose their end"
-            line += f", {rows.given - rows.left:,} of {rows.given:,} have no reply left and are dropped"
+            of = rows[split]
+            line += f"; {of.full:,} reach --max_length {limit} and {of.cut:,} of them lose their end"
+            line += f", {of.given - of.left:,} of {of.given:,} have no reply left and are dropped"
         lines.append(line)
     return lines
 

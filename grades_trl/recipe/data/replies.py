@@ -4,6 +4,7 @@ else one per reply."""
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -25,6 +26,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from .errors import DataError
 from .formats import count_placeholders, text_of_content
 from .images import RGB, image_column, images_in_lists
+from .marks import learned_replies, without_marks
 
 MAX_RENDERED = 2000  # conversations that the chat template has to write before training
 
@@ -43,14 +45,16 @@ def training_rows(
 
     A conversation of several replies is one row under TRL's training version of its chat template
     (`assistant_only_loss`, which is switched on in `training`). Where there is no such version, each reply becomes a
-    row of its own, with all that goes before it, and a warning says what that costs.
+    row of its own, with all that goes before it, and a warning says what that costs. A reply that is marked not to be
+    learned (`marks.py`) is read by the model, as what goes before the next one, and not learned.
 
     Args:
         dataset ([`~datasets.Dataset`]): training split as [`load_data`] returns it.
         processor ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): of the model. It
             gets the template of `training.chat_template_path`, if there is one.
         training (`SFTConfig`): gets `assistant_only_loss` and `completion_only_loss`.
-        train_on (`str`, *optional*, defaults to `"all"`): `"all"` replies of a conversation, or the `"last"` one.
+        train_on (`str`, *optional*, defaults to `"all"`): `"all"` replies of a conversation, or the `"last"` one; of
+            those that are not marked.
         vision (`bool`, *optional*, defaults to `False`): rows have images.
 
     Returns:
@@ -67,18 +71,26 @@ def training_rows(
     if "messages" not in dataset.column_names:
         return dataset
     conversations = dataset.select_columns(["messages"])
-    turns = [_replies(row["messages"]) for row in conversations]
+    turns = [learned_replies(row["messages"]) for row in conversations]
     replies = sum(map(len, turns))
     if train_on == "last" or replies == len(dataset):
         return to_prompt_completion(dataset, train_on)
 
     problem = whole_conversations_problem(processor, vision)
+    # Of those after the last one that is learned, nothing is read
+    all_learned = all(
+        learned == _replies(row["messages"][: learned[-1] + 1])
+        for learned, row in zip(turns, conversations, strict=True)
+    )
+    if vision and not all_learned:  # TRL learns all of a completion with images, the turns of the user too
+        problem = problem or "with images, a conversation of which some replies are not learned cannot be one row"
     if problem is None:
         training.assistant_only_loss = True
         if not vision:  # the rows to validate and test on are prompts with one reply each
             training.completion_only_loss = True
-        logger.info(f"{len(dataset):,} conversations: all {replies:,} replies are learned, in one row each.")
-        return _without_the_rest(dataset)
+        rows = _without_the_rest(dataset) if all_learned else to_prompt_completion(dataset, runs=True)
+        logger.info(f"{len(dataset):,} conversations, {len(rows):,} rows: {replies:,} replies are learned.")
+        return rows
     rows = to_prompt_completion(dataset)
     logger.warning(
         f"{len(dataset):,} conversations become {replies:,} rows, one per reply, with {_cost(conversations):.1f} "
@@ -152,6 +164,12 @@ def _try_chat_template(texts: Dataset, processor: PreTrainedTokenizerBase | Proc
                 f"{here}: the chat template leaves its reply out (it ends in {reply[-60:]!r}): --chat_template_path "
                 "takes another one"
             )
+        calls = [call.get("function", call)["name"] for m in messages for call in m.get("tool_calls") or []]
+        if any(name not in written for name in calls):
+            raise DataError(
+                f"{here}: the chat template leaves its calls of tools out ({', '.join(calls)[:60]}): "
+                "--chat_template_path takes another one"
+            )
 
 
 def squeezed(text: str) -> str:
@@ -168,14 +186,15 @@ def _cost(conversations: Dataset) -> float:
     whole = split = 0
     for row in conversations:
         lengths = [len(text_of_content(message.get("content"))) for message in row["messages"]]
-        ends = [sum(lengths[: turn + 1]) for turn in _replies(row["messages"])]
+        ends = [sum(lengths[: turn + 1]) for turn in learned_replies(row["messages"])]
         whole, split = whole + ends[-1], split + sum(ends)
     return split / max(whole, 1)
 
 
 def _without_the_rest(dataset: Dataset) -> Dataset:
-    """Messages after the last reply are not learned, and nothing that is learned sees them; their images go too."""
-    if all(row["messages"][-1]["role"] == "assistant" for row in dataset.select_columns(["messages"])):
+    """Nothing that is learned sees what comes after the last reply that is learned; its images go too."""
+    conversations = (row["messages"] for row in dataset.select_columns(["messages"]))
+    if all(learned_replies(messages)[-1] == len(messages) - 1 for messages in conversations):
         return dataset
     stored = Features({"messages": dataset.features["messages"]})
     has_images = "images" in dataset.column_names
@@ -184,7 +203,7 @@ def _without_the_rest(dataset: Dataset) -> Dataset:
         columns: dict[str, list] = {"messages": [], **({"images": []} if has_images else {})}
         conversations = stored.decode_batch({"messages": table["messages"].to_pylist()})["messages"]
         for i, messages in enumerate(conversations):
-            kept = messages[: _replies(messages)[-1] + 1]
+            kept = messages[: learned_replies(messages)[-1] + 1]
             columns["messages"].append(kept)
             if has_images:
                 images = table["images"][i].as_py() or []
@@ -199,15 +218,25 @@ def _without_the_rest(dataset: Dataset) -> Dataset:
     )
 
 
-def to_prompt_completion(dataset: Dataset, train_on: str = "all", keep: Collection[str] = ()) -> Dataset:
+def _runs(messages: list[dict]) -> list[tuple[int, int]]:
+    """First and last turn of each run of replies that are learned, with no other reply between them."""
+    learned = learned_replies(messages)
+    groups = itertools.groupby(_replies(messages), lambda turn: turn in learned)
+    runs = [list(run) for is_learned, run in groups if is_learned]
+    return [(run[0], run[-1]) for run in runs]
+
+
+def to_prompt_completion(
+    dataset: Dataset, train_on: str = "all", keep: Collection[str] = (), runs: bool = False
+) -> Dataset:
     """
     Turns conversations into rows of which only the reply is learned, under any chat template.
 
     A row of `messages` becomes one row of `prompt` and `completion` per assistant message: everything before it (the
     system message too), and this message alone. So every reply is learned once, each as the model will have to write
-    it. A row of an earlier turn keeps the images whose placeholders are in its prompt. Without explicit placeholders,
-    TRL puts all images into the first user message, and every row keeps all. Messages after the last assistant message
-    are not learned.
+    it, except those that are marked not to be learned (`marks.py`). A row of an earlier turn keeps the images whose
+    placeholders are in its prompt. Without explicit placeholders, TRL puts all images into the first user message, and
+    every row keeps all. Messages after the last assistant message are not learned.
 
     `prompt` and `completion` stay as they are (TRL learns the completion only), and so does `text` (all of it is
     learned). `image` becomes `images`, a list of one. Images are not decoded; those stored in the data itself, not as
@@ -215,8 +244,12 @@ def to_prompt_completion(dataset: Dataset, train_on: str = "all", keep: Collecti
 
     Args:
         dataset ([`~datasets.Dataset`]): one split as [`load`] returns it.
-        train_on (`str`, *optional*, defaults to `"all"`): a row for `"all"` replies, or for the `"last"` one alone.
+        train_on (`str`, *optional*, defaults to `"all"`): a row for `"all"` replies that are learned, or for the
+            `"last"` of them alone.
         keep (`Collection[str]`, *optional*): columns to keep beside those that TRL reads.
+        runs (`bool`, *optional*, defaults to `False`): one row for replies that follow each other, from the first to
+            the last of them, if no reply that is not learned is between them. The turns of the user are in such a
+            completion, and only `assistant_only_loss` leaves them out.
 
     Returns:
         [`~datasets.Dataset`]: with `prompt` and `completion`, `images` if there were images, `tools` and
@@ -238,10 +271,11 @@ def to_prompt_completion(dataset: Dataset, train_on: str = "all", keep: Collecti
         rows: dict[str, list] = {c: [] for c in ("prompt", "completion", *others, *images)}
         for i, conversation in enumerate(columns["messages"]):
             explicit = count_placeholders(conversation) > 0
-            for turn in _replies(conversation)[-1 if train_on == "last" else 0 :]:
-                prompt = conversation[:turn]
-                rows["prompt"].append(prompt)
-                rows["completion"].append([conversation[turn]])
+            turns = learned_replies(conversation)[-1 if train_on == "last" else 0 :]
+            for first, last in _runs(conversation) if runs else zip(turns, turns, strict=True):
+                prompt = conversation[:first]
+                rows["prompt"].append(without_marks(prompt))
+                rows["completion"].append(conversation[first : last + 1])
                 for column in others:
                     rows[column].append(columns[column][i])
                 if images:

@@ -14,7 +14,7 @@ from .errors import DataError
 from .formats import BESIDE, PROMPTS, REPLIES, rename_columns, to_trl_format
 from .images import read_images
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 # The words by which `datasets` recognizes a split in the name of a folder or file
 SPLIT_WORDS = {
     "train": "train|training",
@@ -105,7 +105,9 @@ def _data_files(folder: Path) -> list[Path]:
     files = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.suffix in BUILDERS and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.suffix in BUILDERS
+        and file.suffix != ".txt"  # in a folder it is a README or a licence
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
     # In a folder of images, this file is the data
     return [file for file in files if file.stem == "metadata"] or files
@@ -134,7 +136,8 @@ def _read_files(files: list[Path], name: str, text_column: str, columns: dict[st
     builder = BUILDERS[files[0].suffix]
     # A CSV has no types: without this, the answer 007 is read as 7, and NA as missing
     beside = [column for names in BESIDE.values() for column in names]
-    texts = (*PROMPTS, *REPLIES, *beside, "instruction", "caption", "text", text_column, *columns.values())
+    names = (*PROMPTS, *REPLIES, *beside, "instruction", "caption", "text")
+    texts = (*(spelled for n in names for spelled in (n, n.capitalize(), n.upper())), text_column, *columns.values())
     options = {"converters": dict.fromkeys(texts, str), "keep_default_na": False} if builder == "csv" else {}
     datasets = []
     # Folder by folder, since paths of images are relative to the file they are written in
@@ -144,6 +147,8 @@ def _read_files(files: list[Path], name: str, text_column: str, columns: dict[st
         try:
             dataset = load_dataset(builder, data_files=here, split="train", **options)
             dataset.data.validate(full=True)  # texts in another encoding than UTF-8
+            if builder == "text":
+                dataset = dataset.filter(lambda row: row["text"].strip() != "", desc="Leaving empty lines out")
         except (DatasetGenerationError, StopIteration, ValueError) as error:  # the last two for files without rows
             reason = str(error.__cause__ or error) or "it has no rows"
             if "utf" in reason.lower():  # the decoder names bytes, not what to do

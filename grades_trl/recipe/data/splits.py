@@ -13,6 +13,7 @@ from grades_trl.recipe.arguments import BUILTIN_DATASETS, RecipeArguments
 from .checks import check
 from .errors import DataError
 from .formats import clean, parse_columns
+from .marks import leave_rows_out
 from .replies import to_prompt_completion
 from .sources import read
 
@@ -154,7 +155,7 @@ def load(
         if missing:
             there = ", ".join(splits[split].column_names)
             raise DataError(f'{split}: there is no column "{missing[0]}"; there are: {there}')
-        ready.append(clean(splits[split], text_column, keep))
+        ready.append(leave_rows_out(clean(splits[split], text_column, keep), split))
     if test_split is not None:
         return DatasetDict(train=ready[0], test=ready[1].shuffle(seed=seed))
     try:
@@ -186,12 +187,17 @@ def with_validation(splits: DatasetDict, limit: int | None = None) -> DatasetDic
     half = len(held_out) // 2
     end = len(held_out) if limit is None else min(len(held_out), half + limit)
     halves = {
-        "validation": held_out.select(range(half if limit is None else min(half, limit))),
+        "validation": first(held_out, half if limit is None else min(half, limit)),
         "test": held_out.select(range(half, end)),
     }
     return DatasetDict({**splits, **halves})
 
 
+def first(dataset: Dataset, count: int) -> Dataset:
+    """At most `count` rows, from the beginning."""
+    return dataset.select(range(min(count, len(dataset))))
+
+
 def sample(dataset: Dataset, size: int, seed: int) -> Dataset:
     """At most `size` rows, drawn with `seed`: a source may be sorted by topic, its first rows be all alike."""
-    return dataset if size >= len(dataset) else dataset.shuffle(seed=seed).select(range(size))
+    return dataset if size >= len(dataset) else first(dataset.shuffle(seed=seed), size)
