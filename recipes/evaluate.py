@@ -118,8 +118,8 @@ def main() -> None:
             # As in training, where this model's chat template can. With images the rows of one reply never are.
             can = not (vision or whole_conversations_problem(processor))
             training.assistant_only_loss = assistant_only_loss and can
-            first = test.select([0])  # the trainer wants something to train on
-            trainer = SFTTrainer(model, training, train_dataset=first, eval_dataset=test, processing_class=processor)
+            row = test.select([0])  # the trainer wants something to train on
+            trainer = SFTTrainer(model, training, train_dataset=row, eval_dataset=test, processing_class=processor)
             show_progress(trainer)
             of_rows, scored[name] = losses(trainer, len(test), groups)
             found |= of_rows

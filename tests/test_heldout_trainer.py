@@ -372,7 +372,7 @@ def test_a_run_too_short_for_heldout_rows_ends_when_it_has_memorized_its_own(tmp
     summary = trainer.grades_summary
     assert 31 <= summary.steps < 60
     assert (summary.stop_reason, summary.weights) == ("training token accuracy saturated", "last")
-    assert "240 training examples are too few to measure a held-out loss" in said.text
+    assert "240 examples of the schedule are too few to measure a held-out loss" in said.text
     assert "ends when the accuracy on its training tokens, 99 % or more over 15 steps, has stopped rising" in said.text
     assert (
         f"after step {summary.steps} of 60: training token accuracy saturated. Weights of the model: last."

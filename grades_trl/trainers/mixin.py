@@ -251,8 +251,8 @@ class GradESMixin(WholeCheckpoints):
         if every > steps:
             logger.log(
                 logging.WARNING if config.needs_heldout_rows else logging.INFO,
-                "%d training examples are too few to measure a held-out %s: it would cost more than heldout_cost "
-                "(%g %%), or 5 %% in a short run.",
+                "%d examples of the schedule are too few to measure a held-out %s: it would cost more than "
+                "heldout_cost (%g %%), or 5 %% in a short run.",
                 steps * self._rows_per_step,
                 name_of(metric),
                 100 * settings["cost"],

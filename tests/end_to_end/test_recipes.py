@@ -31,7 +31,7 @@ def run(recipe, *flags, cwd):
 OURS = (
     r"W&B: not logged in, recording offline\.",
     r"step +\d+(: froze |: training again |  loss |  validation loss )",
-    r"\d+ training examples are too few to measure a held-out ",
+    r"\d+ examples of the schedule are too few to measure a held-out ",
     r"The (held-out |run end|outputs of the frozen )",
     r"(tau|Thresholds) ",
 )
