@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,14 +102,22 @@ class EndOnSignal(TrainerCallback):
     @contextmanager
     def _workers_outlive_signals(self) -> Iterator[None]:
         """Ctrl-C and schedulers send their signal to all processes, and a worker that ends would end the run: those of
-        training, of evaluation, of held-out rows. They end with the main process, which they look for."""
+        training and those of evaluation. When the block ends they are told to end, since `terminate()` at the exit of
+        the main process is a signal too, and it would wait for them for ever."""
         trainer = self._trainer
         own = trainer._get_dataloader
+        iterators: weakref.WeakSet[Any] = weakref.WeakSet()
+
+        def remembered(get_iterator: Callable[[], Any]) -> Any:
+            iterator = get_iterator()
+            iterators.add(iterator)
+            return iterator
 
         def get(*args: Any, **kwargs: Any) -> Any:
             prepared = own(*args, **kwargs)
             loader = getattr(prepared, "base_dataloader", prepared)  # in accelerate's
             loader.worker_init_fn = functools.partial(_begin_worker, loader.worker_init_fn)
+            loader._get_iterator = functools.partial(remembered, loader._get_iterator)
             return prepared
 
         trainer._get_dataloader = get
@@ -116,6 +125,9 @@ class EndOnSignal(TrainerCallback):
             yield
         finally:
             del trainer._get_dataloader
+            for iterator in iterators:  # persistent ones, and those of a run that has failed
+                if hasattr(iterator, "_shutdown_workers"):  # of a loader with processes
+                    iterator._shutdown_workers()
 
     def on_step_end(self, args, state, control, **kwargs):
         asked = in_any(self.received is not None, args.device)  # they must end in the same step
