@@ -249,7 +249,7 @@ QUICK_STARTS = {
             {"role": "user", "content": [{"type": "text", "value": "a"}], "loss_weight": 0.0},
             {"role": "assistant", "content": [{"type": "text", "value": "b"}], "loss_weight": 1.0},
         ]},
-        [turn("user", [text("a")]), turn("assistant", [text("b")])],
+        [A, B],
     ),
     "reason_tool_use_demo_50.jsonl": (
         {"messages": [A, {"role": "assistant", "content": [
@@ -258,7 +258,7 @@ QUICK_STARTS = {
         ]}, turn("tool", "1"), B]},
         [A, {
             "role": "assistant",
-            "content": [],
+            "content": "",
             "reasoning_content": "hm",
             "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
         }, turn("tool", "1"), B],
@@ -327,8 +327,8 @@ def test_a_file_of_a_quick_start_with_images_is_read_as_it_is(tmp_path, name):
 def test_replies_that_are_json_stay_texts(tmp_path, reply):
     """Beside contents that are lists of parts, and beside values that are numbers, `datasets` would decode them."""
     talk = [turn("user", [text("a")]), turn("assistant", reply)]
-    assert messages(tmp_path, {"messages": talk}) == talk
-    assert messages(tmp_path, {"conversations": talk}) == talk
+    assert messages(tmp_path, {"messages": talk}) == [A, turn("assistant", reply)]
+    assert messages(tmp_path, {"conversations": talk}) == [A, turn("assistant", reply)]
     rows = read(tmp_path, [{"question": "a", "answer": reply}, {"question": "b", "answer": 7}])
     assert [row["messages"][1]["content"] for row in rows] == [reply, "7"]
 

@@ -401,7 +401,7 @@ def test_other_marks_are_refused_with_their_row(tmp_path, mark, match):
 def test_parts_that_are_all_learned_are_no_fault(tmp_path):
     marks = {"train_detail": [SPAN | {"train": True}], "content": [CONTENT[1]]}
     rows = read(tmp_path, [[turn("user", "a?"), turn("assistant", "b") | marks]] * 2)
-    assert rows["messages"][0][1] == turn("assistant", [{"type": "text", "text": "c"}])
+    assert rows["messages"][0][1] == turn("assistant", "c")
 
 
 def test_a_completion_is_what_is_learned(tmp_path, caplog):

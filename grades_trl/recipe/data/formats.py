@@ -287,14 +287,15 @@ def _undecoded_texts(dataset: Dataset, reads: dict[str, str]) -> tuple[Dataset, 
     return dataset.cast(Features(features)) if stored else dataset, stored
 
 
-def _decoded(stored: Any) -> Any:
-    """A value of [`_undecoded_texts`]: a list of parts, nothing, or a text."""
+def _decoded(stored: Any, is_reply: bool) -> Any:
+    """A value of [`_undecoded_texts`]: a list of parts, nothing, or a text. Only a reply is a list in a text."""
     try:
         value = json.loads(stored) if isinstance(stored, str) else stored
     except json.JSONDecodeError:
         return stored
     are_parts = isinstance(value, list) and all(isinstance(part, dict) and "type" in part for part in value)
-    return value if isinstance(value, str) or value is None or are_parts else stored
+    is_list = are_parts or (isinstance(value, list) and not is_reply)
+    return value if isinstance(value, str) or value is None or is_list else stored
 
 
 def _is_conversation(feature: Any) -> bool:
@@ -319,10 +320,11 @@ def _to_messages(
 ) -> dict[str, Any]:
     for column, keys in stored.items():
         if keys == [""]:
-            example[column] = _decoded(example[column])
-        else:
-            turns = example[column] or []
-            example[column] = [{key: _decoded(v) if key in keys else v for key, v in turn.items()} for turn in turns]
+            example[column] = _decoded(example[column], is_reply=reads[column] == "reply")
+            continue
+        for turn in example[column] or []:
+            is_reply = ROLE_NAMES.get(str(_role(turn)).lower(), _role(turn)) in ("assistant", None)
+            turn |= {key: _decoded(turn[key], is_reply) for key in keys if key in turn}
     row = {what or column: example[column] for column, what in reads.items()}
     system = row.pop("system", None)
     converted = {"messages": FORMATS[format][1](row)} if format else row
@@ -337,7 +339,7 @@ def _to_messages(
 
 
 def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, dict) else None
+    return message.get("role") or message.get("from") if isinstance(message, dict) else None
 
 
 def to_message(turn: Any, images: list[Any], vision: bool = False, folder: str = "") -> Any:
@@ -476,7 +478,8 @@ def clean(dataset: Dataset, text_column: str, keep: Collection[str] = ()) -> Dat
 
     Null entries that Arrow adds to messages are taken out again: chat templates ask whether a key is there. A
     `developer` becomes a `system`. A reply that is marked not to be learned gets [`marks.LEFT_OUT`]. Where a row has
-    `{"type": "image"}` parts, all its user messages become lists of parts, as TRL needs.
+    `{"type": "image"}` parts, all its user messages become lists of parts, as TRL needs. Without images, a list of
+    parts becomes their text.
 
     Args:
         dataset ([`~datasets.Dataset`]): checked rows in one of TRL's formats.
@@ -504,7 +507,10 @@ def clean(dataset: Dataset, text_column: str, keep: Collection[str] = ()) -> Dat
     if not unclean:
         return dataset
     cleaned = dataset.select_columns(unclean).map(
-        _clean, features=Features({column: Json() for column in unclean}), desc="Cleaning messages"
+        _clean,
+        fn_kwargs={"has_images": "images" in dataset.column_names},
+        features=Features({column: Json() for column in unclean}),
+        desc="Cleaning messages",
     )
     rest = [c for c in dataset.column_names if c not in unclean]
     # Side by side, since `map` would copy the images
@@ -520,7 +526,7 @@ def _roles(messages: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.struct_field(pc.list_flatten(messages), "role")
 
 
-def _clean(example: dict[str, Any]) -> dict[str, Any]:
+def _clean(example: dict[str, Any], has_images: bool) -> dict[str, Any]:
     example = {column: _without_null(value) for column, value in example.items()}
     conversations = [example[c] for c in ("messages", "prompt", "completion") if c in example]
     explicit = any(count_placeholders(messages) for messages in conversations)
@@ -529,7 +535,10 @@ def _clean(example: dict[str, Any]) -> dict[str, Any]:
         for message in messages:
             if message["role"] in SYSTEM_ROLES:
                 message["role"] = "system"
-            if isinstance(message.get("content"), list):
+            if isinstance(message.get("content"), list) and not has_images:
+                # The chat templates of most language models would write the list as Python does
+                message["content"] = text_of_content(message["content"])
+            elif isinstance(message.get("content"), list):
                 # An image in the part itself would not be counted as a placeholder by TRL
                 message["content"] = [
                     {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
