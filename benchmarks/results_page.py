@@ -32,7 +32,10 @@ TITLES = {
         "`nothing_frozen`: what the average of the weights and the ending do alone. `vision_frozen`: the tower frozen "
         "from the first step. `random_order`, `bottom_up`: the freezes of GradES, of other matrices.",
     ),
-    # "demo_vlm_lora": ("The same, with LoRA", "Adapters of rank 16 on all linear layers, learning rate 4e-3."),
+    "demo_vlm_lora": (
+        "The same, with LoRA",
+        "Adapters of rank 16 on all linear layers, learning rate 4e-3, TRL's dropout of 0.05.",
+    ),
     "vlm_new_images": (
         "New images: the vision tower has to move",
         "The same model learns to read inverted images. Here it must *not* be frozen, and by default it is not.",

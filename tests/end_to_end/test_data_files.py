@@ -45,7 +45,7 @@ def test_conversations_are_trained_on_whole_and_scored_by_reply(run, tmp_path):
     write(tmp_path / "rows.json", rows)
     flags = "--dataset_name rows.json --chat_template_path template.jinja"
     printed = run("sft_text.py", CONFIG, QUICK, flags)
-    assert "36 conversations: all 72 replies are learned, in one row each" in printed
+    assert "36 conversations, 36 rows: 72 replies are learned" in printed
     assert re.search(
         r"<\|assistant\|>\[\[2<\|end\|>\]\]<\|user\|>3\?<\|end\|><\|assistant\|>\[\[4<\|end\|>\]\]", printed
     )
