@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import re
 import sys
 
@@ -43,14 +44,16 @@ def printed(tmp_path_factory):
         trainer = SFTTrainer(model, args, train_dataset=dataset["train"], processing_class=tokenizer)
         without_head = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
         trainer._issue_warnings_after_load(model.load_state_dict(without_head, strict=False))
+        T.utils.logging.warning_once.cache_clear()
+        saved = tmp_path_factory.mktemp("saved")
         for step in (1, 2):
-            (tmp_path_factory.getbasetemp() / "saved" / f"checkpoint-{step}").mkdir(parents=True)
-        sort_checkpoints(str(tmp_path_factory.getbasetemp() / "saved"), use_mtime=True)
+            (saved / f"checkpoint-{step}").mkdir()
+            os.utime(saved / f"checkpoint-{step}", (0, 0))
+        sort_checkpoints(str(saved), use_mtime=True)
         # It looks for its kernel when it is imported, on processors that could use it
         patch.setattr(functional, "has_avx512bf16", lambda: True)
         patch.setattr(_ops, "register_kernel", lambda *args: lambda kernel: kernel)
         importlib.reload(ops)
-        T.utils.logging.warning_once.cache_clear()
         bpe = T.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), clean_up_tokenization_spaces=True)
         bpe.decode([])
     return collect.found

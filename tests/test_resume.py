@@ -87,7 +87,7 @@ MOMENTS = {
     "steps": (TrainerState, "save_to_json"),
     "state": (mixin, "save_state"),
     "manifest": (whole_checkpoint, "_write_manifest"),
-    "rename": (whole_checkpoint.os, "rename"),
+    "rename": (whole_checkpoint, "put_in_place"),
 }
 
 

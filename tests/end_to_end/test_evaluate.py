@@ -277,7 +277,8 @@ def test_baseline_text_and_models_of_two_kinds(run, refused, tmp_path, folder):
     assert "No data: give --dataset_name" in refused("evaluate.py", folder)
 
 
-def test_help_is_short(run, capsys):
+def test_help_is_short(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "119")
     with pytest.raises(SystemExit):
         run("evaluate.py", "--help")
     printed = capsys.readouterr().out

@@ -21,7 +21,7 @@ def run(recipe, *flags, cwd):
     """Runs a recipe as a user does who is not logged in to W&B."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     command = [sys.executable, str(ROOT / "recipes" / recipe), *map(str, flags)]
-    home = {"HOME": str(cwd), "NETRC": str(cwd / "netrc")}
+    home = {"HOME": str(cwd), "NETRC": str(cwd / "netrc"), "COLUMNS": "119"}
     return subprocess.run(
         command, cwd=cwd, env=environment | home, capture_output=True, text=True, timeout=400, stdin=subprocess.DEVNULL
     )
