@@ -296,7 +296,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         panels.append(("exact_match", "exact match, %", 100))
     with_times = record["jobs"] == 1  # side by side, runs slow each other down
     count = len(panels) + with_times
-    figure = Figure(figsize=(6 * count, 4.8), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(6 * count, 5.2), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, count, squeeze=False)[0]
     for ax, (key, label, factor) in zip(axes, panels, strict=False):
@@ -312,7 +312,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         ax.grid(color="#e4e7eb", linewidth=0.6)
         ax.set_axisbelow(True)
     axes[0].set_title("Each run is a small mark, the median of its seeds a large one", fontsize=10, loc="left")
-    axes[0].legend(frameon=False, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     if with_times:
         _draw_times(axes[-1], drawn, record["variants"])
     for ax in axes:

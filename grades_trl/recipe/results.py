@@ -160,7 +160,7 @@ def final_eval(trainer: Any, test: Dataset) -> dict[str, float]:
     """Scores of the trained model: on the validation half, used for decisions, and on the test half.
 
     Returns:
-        `dict`: `final/validation_loss`, and of the test half `final/test_loss` and `final/eval_mean_token_accuracy`.
+        `dict`: `final/validation_loss`, and of the test half `final/test_loss` and `final/test_token_accuracy`.
             Of a run that has diverged, the losses are NaN. `rows/<score>` is the number of rows that a loss is of.
 
     Raises:
@@ -183,8 +183,8 @@ def final_eval(trainer: Any, test: Dataset) -> dict[str, float]:
     results = {"final/validation_loss": validation["eval_loss"], "final/test_loss": scores["test_loss"]}
     results |= {"rows/validation_loss": of_validation.count, "rows/test_loss": of_test.count}
     if "eval_mean_token_accuracy" in scores:  # TRL's own prefix; Unsloth's loss does not have it
-        results["final/eval_mean_token_accuracy"] = scores["eval_mean_token_accuracy"]
-        results["rows/eval_mean_token_accuracy"] = of_test.count
+        results["final/test_token_accuracy"] = scores["eval_mean_token_accuracy"]
+        results["rows/test_token_accuracy"] = of_test.count
     return results
 
 

@@ -32,7 +32,7 @@ def scores(tmp_path):
 
 def as_in_the_run(scores, results):
     assert scores["test_loss"] == pytest.approx(results["final/test_loss"], rel=1e-5)
-    assert scores["token_accuracy"] == results["final/eval_mean_token_accuracy"]
+    assert scores["token_accuracy"] == results["final/test_token_accuracy"]
     assert scores["test_loss"] != pytest.approx(results["final/validation_loss"], rel=1e-3)
 
 
