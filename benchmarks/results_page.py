@@ -40,6 +40,11 @@ TITLES = {
         "New images: the vision tower has to move",
         "The same model learns to read inverted images. Here it must *not* be frozen, and by default it is not.",
     ),
+    "smollm2_60x8": (
+        "A quick start with a real model: 60 steps of 8 examples",
+        "SmolLM2-135M-Instruct, LoRA, one-line descriptions of functions. There is nothing to freeze and nothing to end: "
+        "GradES costs its three held-out measurements, and gives the same weights.",
+    ),
     "dates_150": (
         "Few examples: a run that overfits",
         "A tiny Qwen3 learns to write dates as ISO 8601 from 150 examples, from scratch; 600 steps are 128 epochs.",
