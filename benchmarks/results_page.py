@@ -42,7 +42,7 @@ TITLES = {
     ),
     "smollm2_60x8": (
         "A quick start with a real model: 60 steps of 8 examples",
-        "SmolLM2-135M-Instruct, LoRA, one-line descriptions of functions. There is nothing to freeze and nothing to end: "
+        "SmolLM2-135M-Instruct, LoRA, one-line descriptions of functions. There is nothing to freeze, nothing to end: "
         "GradES costs its three held-out measurements, and gives the same weights.",
     ),
     "dates_150": (

@@ -38,9 +38,7 @@ def test_rows_that_lose_their_reply_are_not_scored_and_that_is_said(text, tmp_pa
     assert left == {"train": RowsLeft(16, 16), "validation": RowsLeft(12, 6, 2, 2), "test": RowsLeft(12, 6, 2, 2)}
     assert (str(left["train"]), str(left["test"])) == ("16", "6 of 12")
     results = final_eval(trainer, test)
-    assert (
-        results["rows/test_loss"] == results["rows/validation_loss"] == results["rows/test_token_accuracy"] == 6
-    )
+    assert results["rows/test_loss"] == results["rows/validation_loss"] == results["rows/test_token_accuracy"] == 6
     assert format_results(results).splitlines()[1].split()[-1] == "6"
     assert _scores(results).splitlines()[-1].endswith("| 6 |")
     assert not trainer.model._forward_pre_hooks
