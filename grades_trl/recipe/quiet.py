@@ -1,8 +1,8 @@
 """Hides messages of the libraries beneath, in a recipe: each by an entry of its own, with the reason why that is safe.
 
 All others are shown, and `--debug` shows these too. To import this module hides them, and the progress bars of all
-libraries where stderr is no terminal. The recipes do that before they
-import transformers, since some messages come when a library is imported; nothing else in `grades_trl` imports it.
+libraries where stderr is no terminal. The recipes do that before they import transformers, since some messages come
+when a library is imported; nothing else in `grades_trl` imports it.
 """
 
 from __future__ import annotations
