@@ -6,7 +6,6 @@
 It needs Chromium, as the tests of the pages do. Look at the images before you commit them.
 """
 
-import json
 import shutil
 import sys
 import tempfile
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
 
 from chromium import Browser  # noqa: E402
-from results_page import RESULTS, TITLES  # noqa: E402
+from results_page import TITLES, read  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 PAGE_OF = "demo_vlm"  # the comparison whose page is shown
@@ -42,10 +41,8 @@ def main(run: Path) -> None:
         shutil.copy(run / "grades" / "gain.png", IMAGES)
         photograph(browser, run / "grades" / "report.html", IMAGES / "report_page.png")
         for name in TITLES:
-            record = json.loads((RESULTS / f"compare_{name}.json").read_text("utf-8"))
-            record["jobs"] = None  # no times: the machine did other work beside these runs, too
-            figure = IMAGES / f"compare_{name}.png"
-            draw(record, figure)
+            record, figure = read(name), IMAGES / f"compare_{name}.png"
+            draw(record | {"jobs": None}, figure)  # no times: the machine did other work beside these runs, too
             if name == PAGE_OF:
                 page = Path(folder) / "compare.html"
                 comparison_page.write(record, figure, page)

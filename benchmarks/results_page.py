@@ -2,9 +2,7 @@
 
   python benchmarks/results_page.py
 
-benchmarks/pictures.py makes the images.
-
-Each record is the compare.json of `recipes/compare.py`, committed as `compare_<name>.json`. The pictures are made by
+Each record is the compare.json of `recipes/compare.py`, committed as `compare_<name>.json`. The images are made by
 `benchmarks/pictures.py`.
 """
 
@@ -15,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from grades_trl.recipe.comparison import VARIANTS, numbers_of
+from grades_trl.recipe.comparison import VARIANTS, by_seed, numbers_of, numbers_of_variant
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
@@ -52,15 +50,19 @@ TITLES = {
 }
 
 
+def read(name: str) -> dict[str, Any]:
+    """A record."""
+    return json.loads((RESULTS / f"compare_{name}.json").read_text("utf-8"))
+
+
 def table(record: dict[str, Any]) -> str:
     """Median and range of every variant over its seeds, as Markdown."""
-    by_seed: dict[int, dict[str, Any]] = {}
-    for run in record["runs"]:
-        by_seed.setdefault(run["seed"], {})[run["variant"]] = run
+    seeds = by_seed(record["runs"])
     lines = ["| variant | seeds | steps | FLOPs | test loss | exact match, % |", "|---|---|---|---|---|---|"]
-    for variant in (name for name in VARIANTS if any(name in of_seed for of_seed in by_seed.values())):
-        found = [numbers_of(of_seed[variant], of_seed) for of_seed in by_seed.values() if variant in of_seed]
-        lines.append(f"| `{variant}` | {len(found)} | {cells(found)} |")
+    for variant in VARIANTS:
+        found = numbers_of_variant(variant, seeds)
+        if found:
+            lines.append(f"| `{variant}` | {len(found)} | {cells(found)} |")
     return "\n".join(lines)
 
 
@@ -112,7 +114,7 @@ def command(record: dict[str, Any]) -> str:
 
 def section(name: str) -> str:
     """One comparison: heading, what it shows, table, command."""
-    record = json.loads((RESULTS / f"compare_{name}.json").read_text("utf-8"))
+    record = read(name)
     title, text = TITLES[name]
     picture = f"![Test loss and exact match of each run against its FLOPs](images/compare_{name}.png)"
     parts = [f"## {title}", text, table(record), seed_by_seed(record), picture, f"```bash\n{command(record)}\n```"]
@@ -125,8 +127,7 @@ def heldout_metrics() -> str:
     for name, loss in (("demo_vlm", "demo_vlm_controls"), ("dates_150", "dates_150")):
         files = {"loss": loss} | {metric: f"{name}_{metric}" for metric in ("token_accuracy", "exact_match")}
         for metric, file in files.items():
-            record = json.loads((RESULTS / f"compare_{file}.json").read_text("utf-8"))
-            runs = [run for run in record["runs"] if run["variant"] == "grades"]
+            runs = [run for run in read(file)["runs"] if run["variant"] == "grades"]
             lines.append(f"| {name} | `{metric}` | {cells([numbers_of(run, {}) for run in runs])} |")
     text = "Three seeds each. `exact_match` generates answers to a few rows, and is too noisy to end a run well."
     command = (

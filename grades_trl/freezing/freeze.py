@@ -59,8 +59,9 @@ class Freezer:
                 self.optimizer.state.pop(parameter, None)
             self.frozen.append(parameter)
             if id(parameter) in self._places:
-                self._declare(*self._places[id(parameter)])
-                self._turn_dropout_off(*self._places[id(parameter)])
+                module, adapter, name = self._places[id(parameter)]
+                self._declare(module, adapter, name)
+                self._turn_dropout_off(module, adapter)
 
     def probe(self, parameters: Iterable[nn.Parameter]) -> None:
         """Lets tensors that are frozen here have a gradient, until `end_probe`."""
@@ -94,7 +95,7 @@ class Freezer:
             dropout.p = p
         self.frozen, self._declared, self._dropouts = [], [], []
 
-    def _turn_dropout_off(self, module: Any, adapter: str, name: str) -> None:
+    def _turn_dropout_off(self, module: Any, adapter: str) -> None:
         dropout = dict(module.lora_dropout.items()).get(adapter)
         if isinstance(dropout, nn.Dropout) and dropout.p > 0:
             self._dropouts.append((dropout, dropout.p))

@@ -53,24 +53,26 @@ class BEMA(InCheckpoints, BEMACallback):
 
     def save_state(self, folder: Path) -> None:
         """Into a checkpoint, by `WholeCheckpoints`."""
+        save_file(self._state(), folder / STATE)
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """What the average is made of."""
         first = {f"first/{name}": t for name, t in zip(self.param_names, self.theta0_params, strict=True)}
         means = {f"mean/{name}": t for name, t in zip(self.param_names, self.ema_params, strict=True)}
-        save_file(first | means, folder / STATE)
+        return first | means
 
     def _load(self, file: Path, step: int) -> None:
-        saved = load_file(file)
-        shapes = {f"{kind}/{n}": p.shape for n, p in zip(self.param_names, self.thetat_params, strict=True)
-                  for kind in ("first", "mean")}  # fmt: skip
-        if shapes != {name: tensor.shape for name, tensor in saved.items()}:
+        saved, own = load_file(file), self._state()
+        if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in saved.items()}:
             raise ValueError(
                 f"{file} has the averages of other weights than train now: resume with the model, the LoRA settings "
                 "and the choice of what trains that the run had."
             )
-        for i, (name, weight) in enumerate(zip(self.param_names, self.thetat_params, strict=True)):
-            self.theta0_params[i].copy_(saved[f"first/{name}"])
-            self.ema_params[i].copy_(saved[f"mean/{name}"])
-            moved = weight.to(self.device) - self.theta0_params[i]
-            self.running_model[i].copy_(self.ema_params[i] + self._bema_alpha(step) * moved)
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+        of_weights = zip(self.running_model, self.ema_params, self.thetat_params, self.theta0_params, strict=True)
+        for running, mean, weight, first in of_weights:
+            running.copy_(mean + self._bema_alpha(step) * (weight.to(self.device) - first))
 
     @torch.no_grad()
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -109,19 +109,35 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
         a run has `{"skipped": reason}`), and `seeds`, one entry per seed. `flops` is a fraction of the baseline of the
         whole schedule; `baseline_time_ratio` is the time of the baseline divided by that of the run of the same seed.
     """
-    scored = [run for run in runs if "skipped" not in run]
-    by_seed: dict[int, dict[str, Run]] = {}
-    for run in scored:
-        by_seed.setdefault(run["seed"], {})[run["variant"]] = run
+    seeds = by_seed(runs)
     variants: dict[str, Any] = {}
     for variant in (variant for variant in VARIANTS if any(run["variant"] == variant for run in runs)):
-        numbers = [numbers_of(run, by_seed[run["seed"]]) for run in scored if run["variant"] == variant]
+        numbers = numbers_of_variant(variant, seeds)
         if numbers:
             variants[variant] = {key: _mean_and_sd([of_run[key] for of_run in numbers]) for key in numbers[0]}
             variants[variant]["runs"] = len(numbers)
         else:
             variants[variant] = {"skipped": next(run["skipped"] for run in runs if run["variant"] == variant)}
-    return {"variants": variants, "seeds": [{"seed": seed, **_against(of_seed)} for seed, of_seed in by_seed.items()]}
+    return {"variants": variants, "seeds": [{"seed": seed, **_against(of_seed)} for seed, of_seed in seeds.items()]}
+
+
+def by_seed(runs: list[Run]) -> dict[int, dict[str, Run]]:
+    """Seed -> variant -> run, of the runs that have scores."""
+    seeds: dict[int, dict[str, Run]] = {}
+    for run in runs:
+        if "skipped" not in run:
+            seeds.setdefault(run["seed"], {})[run["variant"]] = run
+    return seeds
+
+
+def numbers_of_variant(variant: str, seeds: dict[int, dict[str, Run]]) -> list[dict[str, float | None]]:
+    """`numbers_of` each run of a variant, in the order of the seeds of [`by_seed`]."""
+    return [numbers_of(of_seed[variant], of_seed) for of_seed in seeds.values() if variant in of_seed]
+
+
+def made_alone(record: dict[str, Any]) -> bool:
+    """Whether the runs of a comparison were made one after the other: side by side, they slow each other down."""
+    return record.get("jobs") == 1
 
 
 def numbers_of(run: Run, of_seed: dict[str, Run]) -> dict[str, float | None]:
@@ -285,16 +301,13 @@ def draw(record: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    by_seed: dict[int, dict[str, Run]] = {}
-    for run in record["runs"]:
-        if "skipped" not in run:
-            by_seed.setdefault(run["seed"], {})[run["variant"]] = run
+    seeds = by_seed(record["runs"])
     drawn = [variant for variant, numbers in record["variants"].items() if "skipped" not in numbers]
-    found = {v: [numbers_of(of_seed[v], of_seed) for of_seed in by_seed.values() if v in of_seed] for v in drawn}
+    found = {variant: numbers_of_variant(variant, seeds) for variant in drawn}
     panels = [("test_loss", "test loss", 1)]
     if any(numbers["exact_match"] is not None for of_variant in found.values() for numbers in of_variant):
         panels.append(("exact_match", "exact match, %", 100))
-    with_times = record["jobs"] == 1  # side by side, runs slow each other down
+    with_times = made_alone(record)
     count = len(panels) + with_times
     figure = Figure(figsize=(6 * count, 5.2), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from grades_trl.recipe.comparison import VARIANTS, Run, exact_match, flops_of_run
+from grades_trl.recipe.comparison import VARIANTS, Run, exact_match, flops_of_run, made_alone
 from grades_trl.report.elements import command, document, fold, percent, plot, seconds, section, table, text, times
 
 # Whether freezing does more than these do is the question of a comparison.
@@ -28,7 +28,7 @@ def build(record: dict[str, Any], png: bytes | None) -> str:
     seeds, runs = len({run["seed"] for run in ran}), len(record["runs"])
     each = f"{seeds} seed{'s' if seeds != 1 else ''}"
     over = f"Comparison of {len(record['variants'])} variants with {each}: {model}, on {device}"
-    cost = "time" if record.get("jobs") == 1 else "FLOPs"  # side by side, runs slow each other down
+    cost = "time" if made_alone(record) else "FLOPs"
     answers = (
         f"<section><div class=answers><div><h2>What happened</h2>{_what_happened(record, ran)}</div>"
         f"<div><h2>Was it worth it?</h2>{_was_it_worth_it(ran, cost)}</div>"

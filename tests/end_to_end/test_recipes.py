@@ -1,4 +1,4 @@
-"""The recipes through their real command line, in processes of their own, and what they leave on disk and in W&B."""
+"""The recipes by their command line, some in processes of their own, and what they leave on disk and in W&B."""
 
 import json
 import os
