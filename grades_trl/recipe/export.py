@@ -107,8 +107,9 @@ def find_converter(given: str | None) -> Path:
             return Path(found)
         raise ValueError(
             f"GGUF files are written by llama.cpp's {CONVERTER}, which is not on the PATH: git clone "
-            "https://github.com/ggml-org/llama.cpp, install its requirements.txt, and give --gguf_converter llama.cpp "
-            "to recipes/export.py, or add that folder to the PATH and make the script executable. --export merged "
+            "https://github.com/ggml-org/llama.cpp, and give --gguf_converter llama.cpp to recipes/export.py, or add "
+            "that folder to the PATH and make the script executable. It needs sentencepiece, which the extra [gguf] "
+            "has; its own requirements.txt would bring other versions of torch and transformers. --export merged "
             "works without."
         )
     path = Path(given) / CONVERTER if Path(given).is_dir() else Path(given)
@@ -189,7 +190,8 @@ def export(
         problem = difference(expected, answer_all(again, prompts, max_new_tokens))
         if problem is not None:
             raise SystemExit(f"{written[name]} does not answer as {source} does: {problem}. Do not use it.")
-        logger.info(f"{written[name]}: loaded again, the same answers to {len(prompts)} prompts")
+        count = "one prompt" if len(prompts) == 1 else f"{len(prompts)} prompts"
+        logger.info(f"{written[name]}: loaded again, the same answers to {count}")
 
     auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     merged = folder / "merged" if "merged" in exports else folder / "gguf" / "merged"  # the latter is deleted again
