@@ -41,8 +41,8 @@ from grades_trl.stopping.heldout import name_of, plan
 
 from .binding import is_sft_trainer, on_sft_trainer, refuse_stale_base
 from .checkpoint import load_renamed_weights, load_state, save_state
-from .checkpointing import checkpointing_checked
 from .divergence import HAS_DIVERGED, Divergence
+from .first_step import first_step_checked
 from .heldout import HeldoutAnswers, HeldoutRows, first_dataset, heldout_dataset, nothing_random_moves
 from .whole_checkpoint import WholeCheckpoints
 
@@ -146,7 +146,7 @@ class GradESMixin(WholeCheckpoints):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self.grades_summary, self.diverged_at = None, None
         self.interrupted = self.nothing_left = False
-        checked = checkpointing_checked(self) if self.grades_config is not None else contextlib.nullcontext()
+        checked = first_step_checked(self) if self.grades_config is not None else contextlib.nullcontext()
         try:
             with checked:
                 output = super().train(*args, **kwargs)

@@ -420,12 +420,15 @@ VISION_FREEZES = GradESConfig(metric="schedule", schedule={"vision": 4}, **HELDO
 # Keys have biases without a true gradient there: AdamW would make steps of their rounding.
 VISION = {"max_steps": 8, "optim": "sgd", "learning_rate": 0.05}
 LLAVA_LAYERS = {"version": 2, "transformer_layer_cls_to_wrap": ["CLIPEncoderLayer", "Qwen2DecoderLayer"]}
+OFFLOADED = {"version": 2, "cpu_offload": True}
 RUNS = {
     "sharded_full": simple(bottom_up(**HELDOUT), asks=True),
     "sharded_lora": simple(bottom_up(), peft=LORA, changes=checkpointing(False)),
     "sharded_gain": simple(LOSS_AND_GAIN, changes={"max_steps": 24}),
     "sharded_paper": simple(PAPER),
     "sharded_resumed": resumed,
+    "sharded_bf16": simple(bottom_up(**HELDOUT), changes={"bf16": True}),
+    "sharded_offloaded": simple(bottom_up(**HELDOUT), changes={"fsdp_config": OFFLOADED}),
     "sharded_vision": simple(VISION_FREEZES, vision=True, changes=VISION | {"fsdp_config": LLAVA_LAYERS}),
     "plain": simple(None),
     "plain_lora": simple(None, peft=LORA, changes=checkpointing(False)),
