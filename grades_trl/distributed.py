@@ -331,6 +331,26 @@ def refuse_reentrant_checkpointing(ddp: DistributedDataParallel | None, is_reent
         )
 
 
+def refuse_devices_that_send_nothing(model: nn.Module) -> None:
+    """
+    Args:
+        model (`nn.Module`): as it is trained, in pieces or not.
+
+    Raises:
+        ValueError: parameters lie where the processes cannot exchange anything: FSDP with CPU offload, and NCCL alone.
+            The Trainer would fail too, as it clips gradients.
+    """
+    if world_size() == 1:
+        return
+    sending = dist.get_backend_config()  # as in "cuda:nccl,cpu:gloo"
+    kinds = {local(parameter).device.type for parameter in model.parameters()}
+    for kind in sorted(kinds.difference(pair.partition(":")[0] for pair in sending.split(","))):
+        raise ValueError(
+            f"Weights lie in the memory of the {kind}, as with FSDP's CPU offload, and the processes exchange only "
+            f"what {sending} can send. Add --ddp_backend {sending},{kind}:gloo."
+        )
+
+
 def refuse_several_processes() -> None:
     """For scripts that run in one process.
 

@@ -84,6 +84,7 @@ def test_chunked_nll_would_train_git_on_the_labels_of_other_tokens(zoo, tmp_path
         ("git", "nll", MISPLACED.format("logits")),
         ("git", "dft", MISPLACED.format("logits")),
         ("kosmos-2", "chunked_nll", NO_HIDDEN_STATES),
+        ("t5", "chunked_nll", NO_HIDDEN_STATES),
     ],
 )
 def test_such_a_model_ends_a_recipe_with_one_line(zoo, tmp_path, capsys, name, loss_type, message, grades):
@@ -99,9 +100,12 @@ def test_such_a_model_ends_a_recipe_with_one_line(zoo, tmp_path, capsys, name, l
     assert all("sft_loss" not in str(module._forward_hooks) for module in model.modules())
 
 
-def test_without_hidden_states_the_stock_trainer_fails_and_nll_trains(zoo, tmp_path):
-    model, inputs = made(zoo, "kosmos-2")
-    with pytest.raises(AttributeError, match="last_hidden_state"):
+@pytest.mark.parametrize(
+    ("name", "error"), [("kosmos-2", "no attribute 'last_hidden_state'"), ("t5", "specify exactly one of input_ids")]
+)
+def test_without_hidden_states_the_stock_trainer_fails_and_nll_trains(zoo, tmp_path, name, error):
+    model, inputs = made(zoo, name)
+    with pytest.raises((AttributeError, ValueError), match=error):
         trainer(tmp_path, SFTTrainer, copy.deepcopy(model), inputs, "chunked_nll").train()
     ours = trainer(tmp_path, GradESTrainer, model, inputs, "nll", grades=NOTHING_FREEZES)
     ours.train()

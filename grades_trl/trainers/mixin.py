@@ -22,6 +22,7 @@ from grades_trl.distributed import (
     is_main,
     is_sharded,
     rank,
+    refuse_devices_that_send_nothing,
     refuse_reentrant_checkpointing,
     refuse_unsupported,
     world_size,
@@ -191,6 +192,7 @@ class GradESMixin(WholeCheckpoints):
         # In several processes, most rows of an epoch come back in another one than before.
         cache_bytes = psutil.virtual_memory().available // 10 if comes_back and world_size() == 1 else 0
         ddp = wrapper_of(self.model_wrapped)
+        refuse_devices_that_send_nothing(self.model)
         refuse_reentrant_checkpointing(ddp, any(checkpoints_reentrantly(module) for module in self.model.modules()))
         self.grades = GradES(
             self.model,

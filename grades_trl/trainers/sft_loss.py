@@ -17,8 +17,8 @@ def refuse_misplaced_labels(model: nn.Module, loss_type: str) -> list[RemovableH
 
     GIT puts its image in front of the text, and has more logits than labels. `loss_type="chunked_nll"`, the default,
     would compare each label with the hidden state of another token, without a word; the other losses end in a
-    RuntimeError. `chunked_nll` also needs a base model that gives hidden states, which Kosmos 2 and BLIP-2 have not.
-    (trl 1.16, transformers 5.17)
+    RuntimeError. `chunked_nll` also needs a base model that gives hidden states, which Kosmos 2, BLIP-2 and Llama 4
+    have not, and hands the labels to no decoder (T5, Florence 2).
 
     Args:
         model (`nn.Module`): that SFTTrainer has prepared, with adapters or without.
@@ -26,11 +26,16 @@ def refuse_misplaced_labels(model: nn.Module, loss_type: str) -> list[RemovableH
 
     Returns:
         `list`: handles of the hooks, to be removed after the first step. A pass raises their `ValueError`.
+
+    Raises:
+        ValueError: an encoder-decoder with `chunked_nll`.
     """
     # With prompt tuning, PEFT puts virtual tokens before both the hidden states and the labels that it hands on.
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if loss_type != "chunked_nll":
         return [base.register_forward_hook(_compare_logits, with_kwargs=True)]
+    if base.config.is_encoder_decoder:
+        raise _needs_nll(base, "reads nothing in its decoder then")
     labels: list[Any] = [None]
     return [
         base.register_forward_pre_hook(functools.partial(_keep_labels, labels), with_kwargs=True),
@@ -58,11 +63,15 @@ def _compare_hidden_states(
         return
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None:
-        raise ValueError(
-            f"SFTTrainer cannot train {type(base).__name__} with loss_type 'chunked_nll' (its default): the model "
-            "gives no hidden states without logits. Set loss_type='nll' (--loss_type nll)."
-        )
+        raise _needs_nll(base, "gives no hidden states without logits")
     _compare(base, hidden, labels[0], "hidden states")
+
+
+def _needs_nll(base: nn.Module, problem: str) -> ValueError:
+    return ValueError(
+        f"SFTTrainer cannot train {type(base).__name__} with loss_type 'chunked_nll' (its default): the model "
+        f"{problem}. Set loss_type='nll' (--loss_type nll)."
+    )
 
 
 def _compare(base: nn.Module, of_model: Tensor, labels: Any, kind: str) -> None:
