@@ -225,8 +225,8 @@ def simple(config, asks=False, **settings):
 
 
 def quantized(name, folder):
-    """QLoRA: adapters on weights of 4 bits, which bitsandbytes also has on a CPU. FSDP2 cuts them in pieces only if they
-    are stored as numbers of a floating type."""
+    """QLoRA: adapters on weights of 4 bits, which bitsandbytes also has on a CPU. FSDP2 cuts them in pieces only if
+    they are stored as numbers of a floating type."""
     saved = folder / "base"
     size = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": LAYERS}
     base = qwen3(vocab_size=len(TOKENIZER), bos_token_id=None, **size)
@@ -236,7 +236,8 @@ def quantized(name, folder):
     model = AutoModelForCausalLM.from_pretrained(saved, quantization_config=bits)
     trainer, counter = build(folder / name, bottom_up(), peft=LORA, model=model, changes=checkpointing(False))
     trainer.train()
-    finish(name, folder, trainer, counter)
+    whole = [key for key, p in trainer.model.named_parameters() if not isinstance(p, DTensor)]
+    finish(name, folder, trainer, counter, whole=whole)
 
 
 def offloaded(name, folder):

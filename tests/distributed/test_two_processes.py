@@ -180,7 +180,9 @@ def test_ddp_looks_for_unused_parameters_after_the_first_step_if_there_are_any(r
 
 def test_weights_in_the_memory_of_the_host_train_the_same(runs):
     assert distance(weights(runs, "sharded_offloaded"), weights(runs, "sharded_full")) == 0.0
-    assert facts(runs, "sharded_offloaded") == facts(runs, "sharded_full") | {"answers": []}
+    ours, theirs = facts(runs, "sharded_offloaded"), facts(runs, "sharded_full")
+    same = ("frozen", "bytes", "losses", "heldout", "stop", "trained", "trains", "flops")
+    assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
 
 
 def test_what_is_frozen_stands_still_in_bf16(runs):
