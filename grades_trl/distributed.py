@@ -10,6 +10,8 @@ either made from the numbers of the main process (`from_main`), or from what all
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import shlex
 import sys
@@ -24,6 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -201,6 +205,73 @@ def _rebuild(ddp: Any) -> None:
         ddp.register_comm_hook(of_hook, hook)
 
 
+class UnusedParameters:
+    """
+    Finds out in the first step whether DDP has to look for parameters that get no gradient.
+
+    DDP waits for the gradient of each parameter, and fails in the second step if one has not come. It can look for
+    unused ones, which costs time in every step. Here it looks in the first step, and then only if there are any.
+    Nothing is done where it looks anyway.
+
+    Args:
+        ddp (`DistributedDataParallel`): what wraps the model, before the first forward pass.
+        is_reentrant (`bool`): layers are checkpointed reentrantly, so that DDP cannot look.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel, is_reentrant: bool):
+        self._ddp, self._is_reentrant = ddp, is_reentrant
+        self._reached: set[str] = set()
+        self._handles: list[Any] = []
+        if ddp.find_unused_parameters or ddp.static_graph:
+            return
+        self._trained = {name: p for name, p in ddp.module.named_parameters() if p.requires_grad}
+        self._handles = [ddp.register_forward_pre_hook(self._begin_pass)]
+        for name, parameter in self._trained.items():
+            self._handles.append(parameter.register_post_accumulate_grad_hook(functools.partial(self._reach, name)))
+        if not is_reentrant:
+            self._look(True)
+
+    def _begin_pass(self, *args: Any) -> None:
+        if torch.is_grad_enabled():
+            self._reached.clear()  # of several micro-batches, DDP waits for the gradients of the last one
+
+    def _reach(self, name: str, parameter: Tensor) -> None:
+        self._reached.add(name)
+
+    def _look(self, looks: bool) -> None:
+        self._ddp.find_unused_parameters = looks
+        _rebuild(self._ddp)
+
+    def remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def decide(self) -> None:
+        """To be called after the first backward pass that has reduced its gradients, in all processes.
+
+        Raises:
+            ValueError: there are unused parameters, and DDP cannot look for them.
+        """
+        if not self._handles:
+            return
+        self.remove_hooks()
+        unused = [name for name in self._trained if name not in self._reached]
+        some = f"{len(unused)} parameters get no gradient ({', '.join(unused[:2])}{', ...' * (len(unused) > 2)})"
+        if self._is_reentrant:
+            if unused:
+                raise ValueError(
+                    f"{some}, and DDP waits for each. It cannot leave them out while layers are checkpointed "
+                    'reentrantly: set gradient_checkpointing_kwargs={"use_reentrant": False} '
+                    "(--gradient_checkpointing_kwargs '{\"use_reentrant\": false}'), or freeze them."
+                )
+            return
+        if in_any(bool(unused), next(iter(self._trained.values())).device):
+            logger.info("DDP looks for unused parameters in every step: %s.", some)
+        else:
+            self._look(False)
+
+
 def wrapper_of(model: nn.Module) -> DistributedDataParallel | None:
     """The DDP that a trainer has put around its model, if there is one."""
     return model if isinstance(model, DistributedDataParallel) else None
@@ -257,6 +328,26 @@ def refuse_reentrant_checkpointing(ddp: DistributedDataParallel | None, is_reent
             'ready twice). Set gradient_checkpointing_kwargs={"use_reentrant": False}, or '
             "ddp_find_unused_parameters=False (--ddp_find_unused_parameters false) if every parameter gets a gradient "
             "in every step."
+        )
+
+
+def refuse_devices_that_send_nothing(model: nn.Module) -> None:
+    """
+    Args:
+        model (`nn.Module`): as it is trained, in pieces or not.
+
+    Raises:
+        ValueError: parameters lie where the processes cannot exchange anything: FSDP with CPU offload, and NCCL alone.
+            The Trainer would fail too, as it clips gradients.
+    """
+    if world_size() == 1:
+        return
+    sending = dist.get_backend_config()  # as in "cuda:nccl,cpu:gloo"
+    kinds = {local(parameter).device.type for parameter in model.parameters()}
+    for kind in sorted(kinds.difference(pair.partition(":")[0] for pair in sending.split(","))):
+        raise ValueError(
+            f"Weights lie in the memory of the {kind}, as with FSDP's CPU offload, and the processes exchange only "
+            f"what {sending} can send. Add --ddp_backend {sending},{kind}:gloo."
         )
 
 

@@ -36,7 +36,7 @@ from grades_trl.report.strict_json import write_json
 from grades_trl.report.summary import before_and_after, format_summary, rows_of, run_result
 from grades_trl.report.timing import RunClock
 from grades_trl.report.tracking import Tracker, result_fields
-from grades_trl.trainers.checkpointing import checkpointing_checked
+from grades_trl.trainers.first_step import first_step_checked
 from grades_trl.trainers.mixin import NothingLeftToTrain
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def train_and_save(trainer: Any, clock: RunClock, resume_from_checkpoint: str | 
             watch = EndDiverged(trainer)
             trainer.add_callback(watch)
             during_training.enter_context(watch.watching())
-            during_training.enter_context(checkpointing_checked(trainer))
+            during_training.enter_context(first_step_checked(trainer))
         ending = EndOnSignal(trainer)
         trainer.add_callback(ending)
         during_training.enter_context(ending.handlers())

@@ -20,7 +20,7 @@ from grades_trl.engine import GradES
 from grades_trl.model.flops import StepCosts
 
 from .checkpoint import STATE_JSON, load_state, save_state
-from .checkpointing import CheckpointingCheck
+from .first_step import FirstStep
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class GradESCallback(TrainerCallback):
                 'compute: set stopping="all_frozen" (or "end_of_schedule") and keep="last", or use GradESMixin.'
             )
         self.grades: Any = None
-        self._checkpointing_check = CheckpointingCheck()
+        self._first_step = FirstStep()
         self._max_grad_norm: float | None = None  # what the user has set
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -84,7 +84,7 @@ class GradESCallback(TrainerCallback):
             self.grades.close()
         self.grades = GradES(kwargs["model"], self.config, state.max_steps, kwargs["optimizer"])
         self._checkpointing = args.gradient_checkpointing
-        self._checkpointing_check.on_train_begin(args, state, control, **kwargs)
+        self._first_step.on_train_begin(args, state, control, **kwargs)
         self.grades.criterion.costs = self._step_costs
         if state.global_step:
             self._resume(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", state)
@@ -127,7 +127,7 @@ class GradESCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.stateful_callbacks[OF_RUN] = self._run  # into trainer_state.json
-        self._checkpointing_check.on_step_end(args, state, control)
+        self._first_step.on_step_end(args, state, control)
         if self.grades.done:  # the next backward would find nothing that needs a gradient
             control.should_training_stop = control.should_log = True
             control.should_save |= args.save_strategy == SaveStrategy.STEPS
@@ -139,5 +139,5 @@ class GradESCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.grades.close()
-        self._checkpointing_check.remove_hooks()
+        self._first_step.remove_hooks()
         args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, None

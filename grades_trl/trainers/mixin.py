@@ -22,6 +22,7 @@ from grades_trl.distributed import (
     is_main,
     is_sharded,
     rank,
+    refuse_devices_that_send_nothing,
     refuse_reentrant_checkpointing,
     refuse_unsupported,
     world_size,
@@ -41,8 +42,8 @@ from grades_trl.stopping.heldout import name_of, plan
 
 from .binding import is_sft_trainer, on_sft_trainer, refuse_stale_base
 from .checkpoint import load_renamed_weights, load_state, save_state
-from .checkpointing import checkpointing_checked
 from .divergence import HAS_DIVERGED, Divergence
+from .first_step import first_step_checked
 from .heldout import HeldoutAnswers, HeldoutRows, first_dataset, heldout_dataset, nothing_random_moves
 from .whole_checkpoint import WholeCheckpoints
 
@@ -146,7 +147,7 @@ class GradESMixin(WholeCheckpoints):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self.grades_summary, self.diverged_at = None, None
         self.interrupted = self.nothing_left = False
-        checked = checkpointing_checked(self) if self.grades_config is not None else contextlib.nullcontext()
+        checked = first_step_checked(self) if self.grades_config is not None else contextlib.nullcontext()
         try:
             with checked:
                 output = super().train(*args, **kwargs)
@@ -191,6 +192,7 @@ class GradESMixin(WholeCheckpoints):
         # In several processes, most rows of an epoch come back in another one than before.
         cache_bytes = psutil.virtual_memory().available // 10 if comes_back and world_size() == 1 else 0
         ddp = wrapper_of(self.model_wrapped)
+        refuse_devices_that_send_nothing(self.model)
         refuse_reentrant_checkpointing(ddp, any(checkpoints_reentrantly(module) for module in self.model.modules()))
         self.grades = GradES(
             self.model,

@@ -14,9 +14,10 @@ COPIES = [
     *("plain", "plain_lora", "full", "accumulated", "all_used", "non_reentrant", "non_reentrant_unused", "reentrant"),
     *("lora", "lora_reentrant", "quantized", "all_frozen", "vision", "vision_lora", "gain", "paper", "weight_change"),
     *("token_accuracy", "answered", "resumed", "twice", "after_an_error", "other_bits", "text_in_one_process_alone"),
-    *("diverging", "bad_row", "refused", "plain_loop"),
+    *("diverging", "bad_row", "refused", "unused", "plain_loop"),
 ]
 SHARDED = ["sharded_full", "sharded_lora", "sharded_gain", "sharded_paper", "sharded_vision", "sharded_resumed"]
+SHARDED += ["sharded_offloaded", "sharded_quantized", "sharded_bf16"]
 ONE = ["plain", "plain_lora", "full", "accumulated", "non_reentrant", "lora", "vision", "gain", "paper"]
 ONE += ["token_accuracy", "plain_loop"]
 

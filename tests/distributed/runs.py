@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -224,16 +225,48 @@ def simple(config, asks=False, **settings):
 
 
 def quantized(name, folder):
-    """QLoRA: adapters on weights of 4 bits, which bitsandbytes also has on a CPU."""
+    """QLoRA: adapters on weights of 4 bits, which bitsandbytes also has on a CPU. FSDP2 cuts them in pieces only if
+    they are stored as numbers of a floating type."""
     saved = folder / "base"
     size = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": LAYERS}
     base = qwen3(vocab_size=len(TOKENIZER), bos_token_id=None, **size)
     processes.decided_by_main(lambda: base.save_pretrained(saved))
-    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    storage = "float32" if SHARDED else "uint8"
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=storage)
     model = AutoModelForCausalLM.from_pretrained(saved, quantization_config=bits)
     trainer, counter = build(folder / name, bottom_up(), peft=LORA, model=model, changes=checkpointing(False))
     trainer.train()
-    finish(name, folder, trainer, counter)
+    whole = [key for key, p in trainer.model.named_parameters() if not isinstance(p, DTensor)]
+    finish(name, folder, trainer, counter, whole=whole)
+
+
+def offloaded(name, folder):
+    """FSDP2 that keeps its pieces in the memory of the host, which cannot be pinned without a GPU."""
+    pin = torch.Tensor.pin_memory
+    torch.Tensor.pin_memory = lambda tensor: tensor
+    simple(bottom_up(**HELDOUT), changes={"fsdp_config": {"version": 2, "cpu_offload": True}})(name, folder)
+    torch.Tensor.pin_memory = pin
+
+
+class Still(TrainerCallback):
+    """Which frozen weights have moved since they froze."""
+
+    def __init__(self):
+        self.frozen, self.moved = {}, []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        pieces = {key: processes.local(p.detach()) for key, p in model.named_parameters() if not p.requires_grad}
+        self.moved += [key for key, piece in self.frozen.items() if not torch.equal(piece, pieces[key])]
+        self.frozen |= {key: piece.clone() for key, piece in pieces.items() if key not in self.frozen}
+
+
+def in_bf16(name, folder):
+    """FSDP2 that computes and reduces in bf16."""
+    still = Still()
+    trainer, counter = build(folder / name, bottom_up(**HELDOUT), callbacks=[still], changes={"bf16": True})
+    trainer.train()
+    stored = sorted({str(processes.local(p).dtype) for p in trainer.model.parameters()})
+    finish(name, folder, trainer, counter, still=len(still.frozen), moved=still.moved, stored=stored)
 
 
 def answered(name, folder):
@@ -379,6 +412,32 @@ def refused(name, folder):
     finish(name, folder, trainer, counter, said=said)
 
 
+def _add_nothing(weight, module, args, output):
+    return output + 0 * weight.sum()
+
+
+def unused(name, folder):
+    """Some parameters get no gradient: in both processes, in one of them alone, or in neither, with checkpointing
+    reentrant in the end. What DDP looks for after the first step, and what is said."""
+    looks, said = [], []
+    for where, reentrant in (((0, 1), False), ((1,), False), ((), False), ((0, 1), True)):
+        changes = {**checkpointing(reentrant), "ddp_find_unused_parameters": False, "max_steps": 3}
+        model = qwen3(vocab_size=len(TOKENIZER), bos_token_id=None, num_hidden_layers=LAYERS)
+        model.model.unused = torch.nn.Linear(4, 4, bias=False)
+        trainer, counter = build(folder / name, bottom_up(), model=model, changes=changes)
+        if processes.rank() not in where:
+            use = functools.partial(_add_nothing, model.model.unused.weight)
+            model.model.norm.register_forward_hook(use)
+        before = {key: p.detach().clone() for key, p in model.named_parameters()}
+        try:
+            trainer.train()
+            looks.append(trainer.model_wrapped.find_unused_parameters)
+        except ValueError as error:
+            said.append(str(error))
+            assert all(torch.equal(before[key], p) for key, p in model.named_parameters())
+    finish(name, folder, trainer, counter, looks=looks, said=said)
+
+
 def plain_loop(name, folder):
     """Without a trainer: the engine is given the DDP."""
     from torch.nn.parallel import DistributedDataParallel
@@ -426,6 +485,9 @@ RUNS = {
     "sharded_gain": simple(LOSS_AND_GAIN, changes={"max_steps": 24}),
     "sharded_paper": simple(PAPER),
     "sharded_resumed": resumed,
+    "sharded_bf16": in_bf16,
+    "sharded_quantized": quantized,
+    "sharded_offloaded": offloaded,
     "sharded_vision": simple(VISION_FREEZES, vision=True, changes=VISION | {"fsdp_config": LLAVA_LAYERS}),
     "plain": simple(None),
     "plain_lora": simple(None, peft=LORA, changes=checkpointing(False)),
@@ -465,6 +527,7 @@ RUNS = {
     "diverging": diverging,
     "bad_row": bad_row,
     "refused": refused,
+    "unused": unused,
     "plain_loop": plain_loop,
 }
 

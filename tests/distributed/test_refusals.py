@@ -1,11 +1,12 @@
 """What does not work in several processes says so before training, with the command to start instead."""
 
 import pytest
+import torch
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DistributedType
 
 from grades_trl import GradESTrainer
-from grades_trl.distributed import refuse_several_processes
+from grades_trl.distributed import refuse_devices_that_send_nothing, refuse_several_processes
 from grades_trl.recipe import builtin
 from helpers import arguments, model_for
 
@@ -69,6 +70,16 @@ def test_torch_compile_in_several_processes(tmp_path, text, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.MULTI_GPU))
     with pytest.raises(ValueError, match="leave out --torch_compile"):
         build(text, args)
+
+
+def test_weights_that_no_backend_can_send(monkeypatch):
+    """FSDP with CPU offload, whose processes have NCCL alone."""
+    monkeypatch.setattr("grades_trl.distributed.world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cuda:nccl")
+    with pytest.raises(ValueError, match=r"memory of the cpu.*Add --ddp_backend cuda:nccl,cpu:gloo"):
+        refuse_devices_that_send_nothing(torch.nn.Linear(2, 2))
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cuda:nccl,cpu:gloo")
+    refuse_devices_that_send_nothing(torch.nn.Linear(2, 2))
 
 
 def test_scripts_of_one_process(monkeypatch):

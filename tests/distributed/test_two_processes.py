@@ -169,6 +169,40 @@ def test_reentrant_checkpointing_while_ddp_looks_for_unused_parameters(runs):
     assert stock.startswith("RuntimeError: Expected to mark a variable ready only once")
 
 
+def test_ddp_looks_for_unused_parameters_after_the_first_step_if_there_are_any(runs):
+    """In both processes, in one of them, in none. It cannot with reentrant checkpointing, which is said."""
+    run = facts(runs, "unused")
+    assert run["looks"] == [True, True, False]
+    (said,) = run["said"]
+    assert said.startswith("1 parameters get no gradient (model.unused.weight)")
+    assert 'set gradient_checkpointing_kwargs={"use_reentrant": False}' in said
+
+
+def test_weights_in_the_memory_of_the_host_train_the_same(runs):
+    assert distance(weights(runs, "sharded_offloaded"), weights(runs, "sharded_full")) == 0.0
+    ours, theirs = facts(runs, "sharded_offloaded"), facts(runs, "sharded_full")
+    same = ("frozen", "bytes", "losses", "heldout", "stop", "trained", "trains", "flops")
+    assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
+
+
+def test_what_is_frozen_stands_still_in_bf16(runs):
+    """Half of the bytes are reduced, and the pieces that train are kept in float32."""
+    run, full = facts(runs, "sharded_bf16"), facts(runs, "sharded_full")
+    assert run["moved"] == [] and run["still"] > len(run["frozen"]) == len(full["frozen"])
+    assert [2 * sent for sent in run["bytes"]] == full["bytes"]
+    assert run["stored"] == ["torch.float32"]
+    assert run["losses"] == pytest.approx(full["losses"], rel=0.02)
+
+
+def test_weights_of_4_bits_are_cut_in_pieces_and_train_the_same(runs):
+    assert facts(runs, "sharded_quantized")["whole"] == []
+    ours, theirs = (weights(runs, name) for name in ("sharded_quantized", "quantized"))
+    adapters = [name for name in theirs if "lora_" in name]
+    rounding = distance(weights(runs, "plain_lora"), weights(runs, "plain_lora", where="one"))
+    assert adapters and distance(*({name: of[name] for name in adapters} for of in (ours, theirs))) <= 4 * rounding
+    assert facts(runs, "sharded_quantized")["frozen"] == facts(runs, "quantized")["frozen"]
+
+
 def test_flops_are_those_of_all_processes(runs):
     """Rows are padded to the longest of a batch, so that a batch of one process is a little shorter."""
     ours, theirs = facts(runs, "full")["flops"], facts(runs, "full", where="one")["flops"]

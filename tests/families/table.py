@@ -34,6 +34,10 @@ back as they were.
 experts, and `--lora_target_parameters` the experts. Routers are never adapted. "LoRA leaves out" counts what has no
 adapter.
 
+**Losses.** The recipes' default, `--loss_type chunked_nll`, needs `--loss_type nll` in its place for Llama 4, BLIP-2,
+InstructBLIP, Kosmos 2 and 2.5, Qwen Omni, and encoder-decoders such as T5 and Florence 2. TRL's SFTTrainer cannot
+train GIT, whose own loss does. The first pass of a run says so, before a weight has changed.
+
 A model that is not here may work as well: the table at the start of a run says what was found in it.
 """
 COLUMNS = "| architecture | matrices | full | LoRA | QLoRA | frozen prefix | notes |\n|---|---|---|---|---|---|---|"
