@@ -72,7 +72,9 @@ def main() -> None:
 
     # 4. Test: read whole numbers.
     right = exact_match(answers(model, processor, test, batch_size=100, max_new_tokens=8), test)
-    print(f"{step} of {args.steps} steps ({grades.stop_reason or 'schedule finished'}), exact match {right:.1%}")
+    print(
+        f"{step} of {args.steps} steps ({grades.stop_reason or 'schedule finished'}), exact match {100 * right:.1f} %"
+    )
 
 
 if __name__ == "__main__":
