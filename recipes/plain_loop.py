@@ -11,6 +11,8 @@ belongs to GradES is marked; the rest is a training loop as you know it. Takes a
 import argparse
 import math
 
+import grades_trl.recipe.quiet  # noqa: F401  # isort: skip  hides an offer of bitsandbytes, which trl imports
+
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling

@@ -453,6 +453,7 @@ def test_a_real_comparison(tmp_path):
     flags = ["--tau", 1e9, "--variants", "baseline", "grades", "random_order"]
     first = compare(tmp_path, *flags)
     assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.startswith("3 runs: 3 variants, seeds 0. Fewer: ")
     assert first.stdout.count(" seed 0: ") == 3
     assert "earlier run" not in first.stdout
     out = tmp_path / "out"
