@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import runpy
 import sys
+import textwrap
 
-from grades_trl.recipe.places import COMMAND, IS_INSTALLED, RECIPES, ROOT
+from grades_trl.recipe.places import COMMAND, IS_INSTALLED, RECIPES, ROOT, config_names
 
 
 def main() -> None:
@@ -34,9 +36,10 @@ def _help() -> str:
     lines = [f"usage: {COMMAND} RECIPE [--config NAME] [--flag value ...]", ""]
     for name, file in RECIPES.items():
         code = ast.parse((ROOT / "recipes" / file).read_text("utf-8"))
-        lines.append(f"  {name:<10}{(ast.get_docstring(code) or '').partition(chr(10))[0]}")
-    configs = " ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")))
-    return "\n".join([*lines, "", f"Flags of a recipe: {COMMAND} RECIPE --help", f"Configs: {configs}"])
+        first_sentence = re.split(r"[:.]\s", ast.get_docstring(code) or "", maxsplit=1)[0]
+        lines.append(f"  {name:<10}{' '.join(first_sentence.split())}")
+    configs = textwrap.wrap(f"Configs: {', '.join(config_names())}", 80, subsequent_indent="  ")
+    return "\n".join([*lines, "", f"Flags of a recipe: {COMMAND} RECIPE --help", "", *configs])
 
 
 def _make_vlm_importable() -> None:

@@ -92,6 +92,12 @@ def main() -> None:
                 raise
         return list(runs.values())
 
+    count = len(args.variants) * len(args.seeds)
+    if count > 2:
+        fewer = "Fewer: --variants baseline grades --seeds 0"
+        print(
+            f"{count} runs: {len(args.variants)} variants, seeds {' '.join(map(str, args.seeds))}. {fewer}", flush=True
+        )
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             runs = [run for of_seed in pool.map(run_seed, args.seeds) for run in of_seed]

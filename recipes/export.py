@@ -1,5 +1,5 @@
-"""Write a trained model for other tools, and check that it answers as it did: merged 16-bit weights, a GGUF file with
-an Ollama modelfile, or the adapter alone; with tokenizer, processor and chat template.
+"""Write a trained model for other tools, and check its answers: merged 16-bit weights, a GGUF file with an Ollama
+modelfile, or the adapter alone; with tokenizer, processor and chat template.
 
 A model is a folder that a recipe has written (all weights, or a LoRA adapter) or a hub id. The prompts of the check
 are held-out rows of the run, or of --dataset_name.

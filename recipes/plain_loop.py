@@ -11,6 +11,8 @@ belongs to GradES is marked; the rest is a training loop as you know it. Takes a
 import argparse
 import math
 
+import grades_trl.recipe.quiet  # noqa: F401  # isort: skip  hides an offer of bitsandbytes, which trl imports
+
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -72,7 +74,9 @@ def main() -> None:
 
     # 4. Test: read whole numbers.
     right = exact_match(answers(model, processor, test, batch_size=100, max_new_tokens=8), test)
-    print(f"{step} of {args.steps} steps ({grades.stop_reason or 'schedule finished'}), exact match {right:.1%}")
+    print(
+        f"{step} of {args.steps} steps ({grades.stop_reason or 'schedule finished'}), exact match {100 * right:.1f} %"
+    )
 
 
 if __name__ == "__main__":

@@ -45,6 +45,22 @@ def test_the_recipes_have_the_defaults_of_the_config():
     assert grades == GradESConfig()
 
 
+@pytest.mark.parametrize(
+    ("flags", "rate", "dtype"),
+    [
+        ([], 2e-5, "float32"),
+        (["--use_peft"], 2e-4, "float32"),
+        (["--bf16", "true"], 2e-5, "float32"),
+        (["--use_peft", "--bf16", "true"], 2e-4, "bfloat16"),
+        (["--use_peft", "--bf16", "true", "--learning_rate", "2e-5", "--dtype", "float32"], 2e-5, "float32"),
+        (["--config", "smollm2_135m_lora", "--bf16", "true"], 5e-4, "float32"),  # the file's
+    ],
+)
+def test_the_default_rate_and_type_of_weights_are_those_of_the_method(flags, rate, dtype):
+    _, training, model, _ = parse("", DEMO, ["--model_name_or_path", "some/model", "--report_to", "none", *flags])
+    assert (training.learning_rate, model.dtype) == (rate, dtype)
+
+
 def test_early_stopping_is_one_flag():
     recipe, training = settings("--early_stopping_patience", "3", "--eval_steps", "7")
     (callback,) = configure_early_stopping(recipe, training)
@@ -246,6 +262,14 @@ def test_evaluate_takes_over_nothing_that_runs_code_or_writes_elsewhere(tmp_path
     assert parse_scoring("", [str(tmp_path / "run"), "--trust_remote_code"])[2].trust_remote_code  # the user may
 
 
+def test_evaluate_scores_in_the_precision_of_the_run(tmp_path):
+    """On a CPU too, where bf16 alone is off by default: in another one, its own scores would not come out."""
+    _, _, training, model = scored_by_someone_else(tmp_path / "run", HARMLESS | {"bf16": True, "dtype": "bfloat16"})
+    assert training.bf16 and model.dtype == "bfloat16"
+    _, _, training, _ = parse_scoring("", [str(tmp_path / "run"), "--bf16", "false"])
+    assert not training.bf16
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
@@ -279,10 +303,10 @@ def test_table_of_scores():
     scores = {"a": {"test_loss": 1.23456, "exact_match": 0.5}, "longer": {"test_loss": 10, "exact_match": 1 / 3}}
     scores["longer"]["boolq/acc"] = 0.5
     assert format_scores(scores) == (
-        "                 a  longer\n"
-        "test_loss    1.235      10\n"
-        "exact_match  50.0%   33.3%\n"
-        "boolq/acc        -   50.0%"
+        "                  a  longer\n"
+        "test_loss     1.235      10\n"
+        "exact_match  50.0 %  33.3 %\n"
+        "boolq/acc         -  50.0 %"
     )
 
 

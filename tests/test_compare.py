@@ -117,7 +117,7 @@ def test_tables_and_figure(tmp_path):
     assert lines[2] == baseline
     assert lines[3][:5] == ["grades", "50", "0.5000 ± 0.1414", "-", "37.5"]
     assert lines[6][:2] == ["random_order", "not applicable: nothing froze"]
-    assert lines[-2] == ["0", "0.4000", "0.4000", "yes", "50%", "+0.0500", "-0.1000"]
+    assert lines[-2] == ["0", "0.4000", "0.4000", "yes", "50 %", "+0.0500", "-0.1000"]
     assert lines[-1][-1] == "-"
     for jobs, panels in ((1, 3), (2, 2)):  # no times of runs that slowed each other down
         path = tmp_path / f"{jobs}.png"
@@ -453,6 +453,7 @@ def test_a_real_comparison(tmp_path):
     flags = ["--tau", 1e9, "--variants", "baseline", "grades", "random_order"]
     first = compare(tmp_path, *flags)
     assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.startswith("3 runs: 3 variants, seeds 0. Fewer: ")
     assert first.stdout.count(" seed 0: ") == 3
     assert "earlier run" not in first.stdout
     out = tmp_path / "out"

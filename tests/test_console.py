@@ -1,5 +1,6 @@
 """What a recipe shows on the terminal while it trains."""
 
+import re
 import sys
 
 from transformers import ProgressCallback
@@ -59,6 +60,7 @@ def test_lines_in_a_pipe_and_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
         shown = capsys.readouterr().err
         assert "step 2  loss " in shown and "step 4  loss " in shown and "frozen 0/" in shown
         assert ("2/4 [" in shown) == is_terminal
+    assert re.search(r"4/4 \[[^\r]*it/s, loss \d[\d.]*, frozen 0/\d+\]", shown), shown
 
 
 def test_the_start_and_the_scores_fit_80_columns():
@@ -73,10 +75,10 @@ def test_the_start_and_the_scores_fit_80_columns():
     scores = format_results({"before/exact_match_test": 0.0, "final/exact_match_test": 0.5, "final/test_loss": 1.25})
     assert [line.split() for line in scores.splitlines()] == [
         ["before", "after"],
-        ["exact_match_test", "0", "0.5"],
+        ["exact_match_test", "0.0", "%", "50.0", "%"],
         ["test_loss", "1.25"],
     ]
     assert format_results({"final/test_loss": 1.0}).split() == ["after", "test_loss", "1"]
     counted = format_results({"before/a": 0.5, "final/a": 1.0, "final/b": 2.0, "rows/b": 1234})
-    assert counted.split() == ["before", "after", "rows", "a", "0.5", "1", "b", "2", "1,234"]
+    assert counted.split() == ["before", "after", "rows", "a", "50.0", "%", "100.0", "%", "b", "200.0", "%", "1,234"]
     assert max(map(len, counted.splitlines())) <= 80

@@ -101,7 +101,8 @@ def test_a_wheel_has_the_recipe_of_every_subcommand(wheel_files, name):
 def test_the_command_lists_its_recipes_and_refuses_other_names(environment, tmp_path):
     printed = succeeded(run(environment, tmp_path, "grades-trl", "--help"))
     assert re.findall(r"^  (\w+) +\w", printed, re.M) == list(RECIPES)
-    assert "demo_vlm" in printed
+    assert "demo_vlm" in printed and "paper/qwen3_14b_lora" in " ".join(printed.split())
+    assert max(map(len, printed.splitlines())) <= 80
     unknown = run(environment, tmp_path, "grades-trl", "train")
     assert unknown.returncode != 0
     assert "has no subcommand 'train'; expected one of text, vlm, compare, evaluate, export, plan" in unknown.stderr

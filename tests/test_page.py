@@ -81,7 +81,7 @@ def test_the_page_says_what_happened(tmp_path):
         "Step 20: froze language 0 q_proj, for this reason: grad_change below tau.",
         "2 more events are in the table below.",
         "Yes, in time: 2.50x (+/- 0.10) against the whole schedule",
-        "30% of the FLOPs of the whole schedule.",
+        "30 % of the FLOPs of the whole schedule.",
         "6 / 6",
         "1.03x 1.33x not measurable",
         "588 steps 2.40x 2.40x 31 s",
@@ -89,7 +89,7 @@ def test_the_page_says_what_happened(tmp_path):
         "same length not measurable 1.33x",
         "full schedule 2.50x 3.33x",
         "0.4 ms",
-        "1.0% of training",
+        "1.0 % of training",
         "812 MiB",
         "test loss 1.5",
         "training 50.1 s validation 10 s saving 8 s GradES 1.9 s total 70 s",
@@ -106,6 +106,33 @@ def test_the_page_says_what_happened(tmp_path):
     assert all(found.text.count(name) == 1 for name in matrices)
     assert found.text.count("language, 3 matrices") == found.tags.count("svg") == 2  # one curve per role
     assert "pre" not in found.tags and "{'" not in found.text and '{"' not in found.text  # no raw JSON
+
+
+@pytest.mark.parametrize(
+    ("ratio", "margin", "words"),
+    [
+        (0.93, 0.12, "and was about as fast as the whole schedule: 0.93x"),
+        (1.01, None, "and was about as fast as the whole schedule: 1.01x"),
+        (0.93, 0.02, "and was slower than the whole schedule: 0.93x"),
+        (1.2, 0.12, "1.20x as fast as the whole schedule"),
+    ],
+)
+def test_the_headline_and_the_verdict_agree(tmp_path, ratio, margin, words):
+    speedup = replace(summary().speedup, against_full_schedule=ratio, margin=margin)
+    text = Page(page.build(make(tmp_path, toy_matrices()), summary(speedup=speedup), PNG)).text
+    assert words in text and ("about" in words) == ("No difference in time" in text)
+
+
+def test_a_percent_sign_stays_beside_its_number_but_not_in_a_command():
+    assert elements.text("3.1 % of the gain") == "3.1\u00a0% of the gain"
+    assert "'5 %.csv'" in elements.command("--dataset_name '5 %.csv'").replace("&#x27;", "'")
+
+
+def test_scores_are_in_percent_and_losses_are_not(tmp_path):
+    results = {"before/exact_match": 0.0, "final/exact_match": 0.363, "final/test_loss": 1.5}
+    text = Page(page.build(make(tmp_path, toy_matrices()), summary(results=results), PNG)).text
+    assert "Exact match went from 0.0 % to 36.3 %." in text
+    assert "exact match 0.0 % 36.3 % test loss - 1.5" in text
 
 
 def numbers(value):
@@ -127,7 +154,7 @@ def test_every_number_of_the_summary_is_on_the_page(tmp_path):
     shown = {elements.show(number) for number in numbers(facts)} - in_percent
     shown = {number for number in shown if number not in text}
     assert shown <= {"1.03", "2.4", "2.5", "1.5e+15", "2e+15", "5e+15"}, shown
-    assert "1.03x" in text and "2.40x" in text and "2.50x" in text and "1.0%" in text and "4.0%" in text
+    assert "1.03x" in text and "2.40x" in text and "2.50x" in text and "1.0 %" in text and "4.0 %" in text
 
 
 def test_a_page_of_a_run_without_anything(tmp_path):
@@ -156,9 +183,9 @@ def test_the_page_shows_where_the_gain_is(tmp_path):
         "The vision tower has 12 % (+/- 1) of the gain for 25 % of the FLOPs; the language tower has 88 %",
         "over the 28 steps measured.",
         "Sum over these steps, all layers together: 1.75",
-        "Gain Standard error FLOPs vision 12.5% 1.0% 25.0% language 87.5% 1.0% 75.0%",
+        "Gain Standard error FLOPs vision 12.5 % 1.0 % 25.0 % language 87.5 % 1.0 % 75.0 %",
         "All 2 layers",
-        "vision/v/0 12.5% 1.0% 25.0% language/t/0 87.5% 1.0% 75.0%",
+        "vision/v/0 12.5 % 1.0 % 25.0 % language/t/0 87.5 % 1.0 % 75.0 %",
     ):
         assert expected in found.text, expected
 

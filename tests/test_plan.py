@@ -380,7 +380,7 @@ def test_embeddings_that_train_keep_backward_in_the_language_layers():
 def test_limits_of_a_vision_model_go_from_the_input_up():
     model = on_meta(lambda: llava())
     limits = freeze_limits(model, GradESConfig(), False, {"language": 64.0, "vision": 64.0, "projector": 16.0})
-    assert list(limits)[:4] == ["vision", "vision, outputs cached", "projector", "with 25% of the language layers"]
+    assert list(limits)[:4] == ["vision", "vision, outputs cached", "projector", "with 25 % of the language layers"]
     assert sorted(limits.values()) == list(limits.values())
 
 

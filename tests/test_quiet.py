@@ -4,13 +4,16 @@ import importlib
 import logging
 import os
 import re
+import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 import transformers as T
 from bitsandbytes import _ops, functional
 from bitsandbytes.backends.cpu import ops
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers.trainer_utils import sort_checkpoints
@@ -84,6 +87,32 @@ def test_debug_shows_them(monkeypatch):
         monkeypatch.setattr(sys, "argv", words)
         importlib.reload(quiet)
         assert [bool(logger.filters) for logger in loggers] == [hides] * len(loggers)
+
+
+def test_hidden_warnings_are_printed_by_their_library(tmp_path):
+    """An adapter that is saved offline, of a model that is only known by its name on the hub."""
+    (message,) = quiet.HIDDEN_WARNINGS
+    adapted = get_peft_model(qwen3(), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = "some/model"
+    found = []
+    for hide in (False, True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if hide:
+                importlib.reload(quiet)
+            adapted.save_pretrained(tmp_path)
+            warnings.warn("something new", stacklevel=1)
+        found.append([str(w.message) for w in caught])
+    (text,) = set(found[0]) - set(found[1])
+    assert re.fullmatch(message.pattern, text)
+    assert message.reason and "something new" in found[1]
+
+
+def test_no_bar_in_a_pipe_though_tqdm_was_imported_before():
+    """torch imports tqdm, which reads TQDM_DISABLE only then; Transformers' loader of GGUF files sets nothing."""
+    code = "import torch, tqdm.auto, grades_trl.recipe.quiet; print(len(list(tqdm.auto.tqdm(range(3)))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("3\n", "")
 
 
 def mamba():

@@ -46,6 +46,13 @@ COMMON_FLAGS = (
     "lora_target_modules load_in_4bit"
 )
 
+# Arguments whose default depends on what trains, and their help: TRL's defaults are those of full fine-tuning. LoRA
+# hardly learns at that rate, and a base model that does not train needs no 32 bits.
+BY_METHOD = {
+    "learning_rate": "The highest learning rate. (default: 2e-5; 2e-4 with --use_peft)",
+    "dtype": "Load the weights in this type. (default: float32; bfloat16 with --use_peft and --bf16 true)",
+}
+
 # What says which rows are scored, and how. `result.json` keeps it and evaluate.py starts from it, whoever has written
 # that file: nothing here may run code, name a place to write to, or load anything but rows.
 ROWS: dict[str, Any] = {
@@ -262,9 +269,12 @@ def parse(
         for action in parser._actions:
             if action.dest not in own:  # some of TRL's go on and on
                 action.help = (action.help or "").partition(". ")[0]
+    for action in parser._actions:
+        action.help = BY_METHOD.get(action.dest, action.help)
     # TrlParser looks for the file in a word of its own.
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     parser.set_defaults_with_config(report_to="wandb", output_dir="outputs/run", hub_strategy="end")
+    parser.set_defaults_with_config(**dict.fromkeys(BY_METHOD))
     if not torch.accelerator.is_available():  # TRL's default, bf16, is an error there
         parser.set_defaults_with_config(use_cpu=True, bf16=False)
     flags = {word.partition("=")[0] for word in argv}
@@ -280,6 +290,7 @@ def parse(
         raise ValueError("--config has no value; expected a YAML file or the name of a config.")
     recipe, grades, model, training = parser.parse_args_and_config(argv)
     hide_secrets(training)
+    _set_defaults_by_method(training, model)
     _check_ranges(training, model)
     _check_lora(model, flags)
     training.report_to = tracking.drop_if_missing(training.report_to)
@@ -316,6 +327,13 @@ def _check_config(path: Path, argv: list[str]) -> None:
             f"{path} sets {', '.join(kept)} for metric {of_config}, and --metric is {metric}: give them again for "
             f"{metric}, or remove them from the file."
         )
+
+
+def _set_defaults_by_method(training: SFTConfig, model: ModelConfig) -> None:
+    if training.learning_rate is None:
+        training.learning_rate = 2e-4 if model.use_peft else 2e-5
+    if model.dtype is None:
+        model.dtype = "bfloat16" if model.use_peft and training.bf16 else "float32"
 
 
 def _check_ranges(training: SFTConfig, model: ModelConfig) -> None:
@@ -440,6 +458,9 @@ def parse_scoring(
     parser.set_defaults(
         report_to="none", output_dir="outputs/evaluate", dtype="auto", max_length=None, gradient_checkpointing=False
     )
+    without_gpu = not torch.accelerator.is_available()
+    if without_gpu:  # a run that was scored in bf16 is scored so again, which takes place below
+        parser.set_defaults(use_cpu=True, bf16=False)
     if "--help_all" in argv:
         argv = ["--help"]
     else:
@@ -457,8 +478,8 @@ def parse_scoring(
         parser.set_defaults(**{key: settings[key] for key in settings if same_data or key not in ROWS})
         of_run = "rows and settings" if same_data else "settings"
         logger.info(f"Scored with the {of_run} of {first}; flags override them.")
-    if not torch.accelerator.is_available():
-        parser.set_defaults(use_cpu=True, bf16=False, fp16=False)
+    if without_gpu:
+        parser.set_defaults(fp16=False)  # CPUs have no such kernels
     *of_script, recipe, model_args, training, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     hide_secrets(training)
     _check_ranges(training, model_args)

@@ -16,9 +16,8 @@ from trl import ModelConfig
 
 from grades_trl.recipe.arguments import BUILTIN_DATASETS, RecipeArguments
 from grades_trl.recipe.record import command_line
-from grades_trl.recipe.results import format_score
 from grades_trl.report.environment import Environment
-from grades_trl.report.summary import before_and_after, rows_of
+from grades_trl.report.summary import before_and_after, format_score, rows_of
 from grades_trl.report.timing import RunClock
 
 logger = logging.getLogger(__name__)
@@ -148,14 +147,16 @@ def _what_ran(trainer: Any, clock: RunClock, environment: Environment, model_arg
         "trained": f"{method}, {trained:,} parameters",
         "steps": f"{state.global_step:,} of {state.max_steps:,}, {batch} examples each",
         "ended by": summary.stop_reason if summary is not None else "the schedule, or early stopping",
-        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type}",
+        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "time": f"{seconds.total:,.1f} s on {environment.device}",
         "peak memory": "not measured" if memory is None else f"{memory:,.0f} MiB",
     }
     if summary is not None:
         fraction = summary.flops.fraction
         if fraction is not None:
-            rows["FLOPs"] = f"{fraction:.0%} of those of all {state.max_steps:,} steps with nothing frozen (predicted)"
+            rows["FLOPs"] = (
+                f"{100 * fraction:.0f} % of those of all {state.max_steps:,} steps with nothing frozen (predicted)"
+            )
         rows["weights"] = summary.weights
     lines = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows.items()]
     return "\n".join(["### What ran", "", "| | |", "|---|---|", *lines])

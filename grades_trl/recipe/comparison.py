@@ -255,7 +255,7 @@ def markdown(summary: dict[str, Any]) -> str:
             _text(entry["baseline_best_validation_loss"], ".4f"),
             _text(entry["grades_validation_loss"], ".4f"),
             {True: "yes", False: "no", None: "-"}[entry["as_good"]],
-            _text(entry["fraction_of_baseline_time"], ".0%"),
+            _text(entry["fraction_of_baseline_time"], ".0f", unit=" %", times=100),
             _text(entry["grades_minus_matched_flops"], "+.4f"),
             _text(entry["grades_minus_early_stopping"], "+.4f"),
         ]
@@ -264,14 +264,14 @@ def markdown(summary: dict[str, Any]) -> str:
     return f"{_table(header, rows)}\n\n{_table(below, seeds)}\n"
 
 
-def _text(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
+def _text(value: float | None, form: str, unit: str = "", times: float = 1) -> str:
+    return "-" if value is None else f"{value * times:{form}}{unit}"
 
 
 def _spread(number: dict[str, float | None], form: str, times: float = 1) -> str:
     mean, sd = number["mean"], number["sd"]
     if mean is None or sd is None:
-        return _text(None if mean is None else mean * times, form)
+        return _text(mean, form, times=times)
     return f"{mean * times:{form}} ± {sd * times:{form}}"
 
 

@@ -47,8 +47,8 @@ class _TqdmHandler(logging.Handler):
 def show_progress(trainer: Any) -> None:
     """Gives a trainer the progress bar and the log lines of a recipe, in place of those of Transformers.
 
-    The bar carries the loss, what is frozen, the speed-up of a step and the held-out score. A log line has five
-    entries at most; everything that is logged goes to W&B and the like.
+    The bar carries the loss and what is frozen, for which 80 columns suffice. A log line has five entries at most;
+    everything that is logged goes to W&B and the like.
 
     Args:
         trainer: with `grades`, as a `GradESTrainer` has it; any, if it only evaluates.
@@ -82,7 +82,7 @@ class _Progress(ProgressCallback):
         entries = log_entries(logs or {}, frozen)
         if not entries:
             return
-        self._entries |= {name: value for name, value in entries.items() if name not in ("lr", "epoch")}
+        self._entries |= {name: value for name, value in entries.items() if name in ("loss", "frozen")}
         self.training_bar.set_postfix_str(_joined(self._entries, ", "))
         tqdm.write(f"step {state.global_step:>{len(str(state.max_steps))}}  {_joined(entries, '  ')}", file=sys.stderr)
 

@@ -370,7 +370,8 @@ def difference(expected: Sequence[Answer], found: Sequence[Answer]) -> str | Non
         a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
         moved = ((a - b).norm() / a.norm()).item()
         if not moved <= TOLERANCE:
-            return f"the logits of prompt {number} differ by {moved:.1%}; expected at most {TOLERANCE:.0%}"
+            limit = f"expected at most {100 * TOLERANCE:.0f} %"
+            return f"the logits of prompt {number} differ by {100 * moved:.1f} %; {limit}"
         if len(differs):
             chosen, other = ours.tokens[seen - 1], theirs.tokens[seen - 1]
             if a[-1, chosen] - a[-1, other] > 2 * (a[-1] - b[-1]).abs().max():

@@ -24,6 +24,13 @@ RECIPES = {
 }
 
 
+def config_names() -> list[str]:
+    """What `--config` takes beside paths, sorted: names such as `demo_vlm` and `paper/qwen3_14b_lora`."""
+    configs = ROOT / "configs"
+    files = [path for path in configs.rglob("*.yaml") if path.parent.name != "accelerate"]  # those are launchers'
+    return sorted(path.relative_to(configs).with_suffix("").as_posix() for path in files)
+
+
 def find_config(name: str | Path) -> Path:
     """The YAML file behind `--config`: a path, or the name of a config of this package (`demo_vlm`,
     `paper/qwen3_14b_lora`).
@@ -33,12 +40,10 @@ def find_config(name: str | Path) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    configs = ROOT / "configs"
-    file = configs / f"{str(name).removesuffix('.yaml')}.yaml"
+    file = ROOT / "configs" / f"{str(name).removesuffix('.yaml')}.yaml"
     if not file.is_file():
-        files = [path for path in configs.rglob("*.yaml") if path.parent.name != "accelerate"]  # those are launchers'
-        names = sorted(path.relative_to(configs).with_suffix("").as_posix() for path in files)
-        raise FileNotFoundError(f"--config {name}: no such file, and no config of that name among {', '.join(names)}.")
+        names = ", ".join(config_names())
+        raise FileNotFoundError(f"--config {name}: no such file, and no config of that name among {names}.")
     return file
 
 

@@ -356,7 +356,7 @@ def freeze_limits(
         for share in (0.25, 0.5, 0.75):
             lower = language[: min(round(share * len(language)), len(language) - 1)]  # the last one trains
             freeze([n for n in trained if _inside(n, lower) and (whole_layers or trained[n].ndim > 1)])
-            limit(f"{'with ' if limits and share == 0.25 else ''}{share:.0%} of the language layers", tokens)
+            limit(f"{'with ' if limits and share == 0.25 else ''}{100 * share:.0f} % of the language layers", tokens)
     finally:
         for parameter in trained.values():
             parameter.requires_grad_(True)

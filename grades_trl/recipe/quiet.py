@@ -11,7 +11,11 @@ import logging
 import os
 import re
 import sys
+import warnings
+from functools import partialmethod
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 from grades_trl.recipe.bad_input import FLAG
 
@@ -21,7 +25,7 @@ class Message(NamedTuple):
     A message that recipes hide.
 
     Attributes:
-        logger (`str`): the logger that it comes from.
+        logger (`str`): the logger that it comes from; of a warning, the module.
         pattern (`str`): a regular expression of the whole message.
         reason (`str`): why it is safe to hide.
     """
@@ -64,6 +68,14 @@ HIDDEN = (
     ),
 )
 
+HIDDEN_WARNINGS = (
+    Message(
+        "peft.utils.save_and_load",
+        r"Could not find a config file in .* - will assume that the vocabulary was not modified\.",
+        "whenever an adapter is saved offline, or of a GGUF file; no recipe changes the vocabulary",
+    ),
+)
+
 
 class _Hide(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
@@ -74,9 +86,12 @@ class _Hide(logging.Filter):
 _HIDE = _Hide()
 
 
-if not sys.stderr.isatty():  # a bar would fill a file with copies of itself; tqdm reads this when it is imported
-    os.environ.setdefault("TQDM_DISABLE", "1")
+if not sys.stderr.isatty():  # a bar would fill a file with copies of itself
+    os.environ.setdefault("TQDM_DISABLE", "1")  # for child processes: torch has imported tqdm, which read it then
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=os.environ["TQDM_DISABLE"] != "0")  # type: ignore[method-assign]
 
 if FLAG not in sys.argv:
     for message in HIDDEN:
         logging.getLogger(message.logger).addFilter(_HIDE)
+    for message in HIDDEN_WARNINGS:
+        warnings.filterwarnings("ignore", message.pattern, module=re.escape(message.logger))

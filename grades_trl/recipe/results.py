@@ -33,7 +33,7 @@ from grades_trl.report.disk import is_of_the_disk, tolerated
 from grades_trl.report.environment import Environment
 from grades_trl.report.recipe_facts import RecipeFacts, Sample, write_samples
 from grades_trl.report.strict_json import write_json
-from grades_trl.report.summary import before_and_after, format_summary, rows_of, run_result
+from grades_trl.report.summary import before_and_after, format_score, format_summary, rows_of, run_result
 from grades_trl.report.timing import RunClock
 from grades_trl.report.tracking import Tracker, result_fields
 from grades_trl.trainers.first_step import first_step_checked
@@ -263,7 +263,7 @@ def format_results(results: dict[str, float]) -> str:
     columns = ["before", "after"][0 if any(before is not None for _, before, _ in found) else 1 :]
     lines = [f"{'':<28}" + "".join(f"{column:>12}" for column in [*columns, *(["rows"] if of_rows else [])])]
     for name, *values in found:
-        cells = ["" if value is None else f"{value:.4g}" for value in values[-len(columns) :]]
+        cells = ["" if value is None else format_score(name, value) for value in values[-len(columns) :]]
         cells += [f"{of_rows[name]:,}"] if name in of_rows else []
         lines.append(f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
@@ -316,9 +316,3 @@ def format_scores(scores: dict[str, dict[str, float]]) -> str:
         for name, *line in lines
     ]
     return printable("\n".join("  ".join(line) for line in lines))
-
-
-def format_score(name: str, number: float) -> str:
-    """A loss or perplexity as it is, all else in percent."""
-    is_fraction = not any(word in name for word in ("loss", "perplexity"))
-    return f"{number:.1%}" if is_fraction and abs(number) <= 10 else f"{number:.4g}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -95,6 +96,7 @@ code { font: 14px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 # The policy makes the browser itself refuse scripts and anything from outside.
+PERCENT = re.compile(r"(?<=\d) %")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -119,8 +121,8 @@ def document(title: str, over: str, headline: str, parts: Iterable[str]) -> str:
 
 
 def text(value: Any) -> str:
-    """A value as people read it, escaped."""
-    return escape(show(value), quote=True)
+    """A value as people read it, escaped; a number and its percent sign stay on one line."""
+    return PERCENT.sub("\u00a0%", escape(show(value), quote=True))
 
 
 def show(value: Any) -> str:
@@ -157,7 +159,7 @@ def times(ratio: float | None) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{fraction:.1%}"
+    return "-" if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def table(rows: Sequence[tuple], header: tuple[str, ...] = (), numbers: int = 1, caption: str = "") -> str:
@@ -214,7 +216,7 @@ def cards(entries: Iterable[tuple[str, str]]) -> str:
 
 
 def command(line: str) -> str:
-    return f"<code class=command>{text(line)}</code>"
+    return f"<code class=command>{escape(line)}</code>"  # as it is, to be copied
 
 
 def image(data: bytes, alt: str, kind: str = "png") -> str:

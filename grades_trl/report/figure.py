@@ -233,7 +233,7 @@ def _draw_fraction(ax, history: RunHistory) -> None:
     ax.set_ylim(-0.03, 1.05)
     ax.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10], integer=True))
     ax.xaxis.set_major_formatter(_thousands)
-    ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
     ax.set_xlabel("optimizer step", fontsize=9.5, color=INK)
     ax.grid(axis="y", color=LIGHT, linewidth=0.8)
     ax.set_axisbelow(True)

@@ -165,7 +165,7 @@ def _draw_shares(ax: Axes, shares: list, longest: float) -> None:
     ax.set_ylim(len(gains) - 0.5, -0.5)
     ax.set_yticks([])
     ax.locator_params(axis="x", nbins=4)
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
     ax.tick_params(labelsize=8, colors=INK, length=2, labelbottom=False)
     ax.spines[:].set_visible(False)
 

@@ -42,9 +42,10 @@ from grades_trl.report.summary import (
     Heldout,
     RunSummary,
     before_and_after,
+    format_score,
     rows_of,
 )
-from grades_trl.report.timing import Evaluation
+from grades_trl.report.timing import Evaluation, Speedup
 
 MAX_EVENTS = 2000  # rows of a table; the rest is in the files
 GAIN_NOTE = (
@@ -110,10 +111,18 @@ def headline(summary: RunSummary) -> str:
     ratio = summary.speedup.against_full_schedule
     if ratio is None:
         fraction = summary.flops.fraction
-        return ran if fraction is None else f"{ran}, for {fraction:.0%} of the FLOPs of the whole schedule"
+        return ran if fraction is None else f"{ran}, for {100 * fraction:.0f} % of the FLOPs of the whole schedule"
+    if _differs(summary.speedup) == 0:
+        return f"{ran}, and was about as fast as the whole schedule: {ratio:.2f}x"
     if ratio >= 1:
         return f"{ran}, {ratio:.2f}x as fast as the whole schedule"
     return f"{ran}, and was slower than the whole schedule: {ratio:.2f}x"
+
+
+def _differs(speedup: Speedup) -> int:
+    """1 if the run was faster than the whole schedule, -1 if it was slower, 0 if that cannot be told."""
+    ratio, sure = speedup.against_full_schedule or 1.0, 1 + max(0.02, speedup.margin or 0.0)
+    return 1 if ratio > sure else -1 if ratio < 1 / sure else 0
 
 
 def _answers(history: RunHistory, summary: RunSummary, facts: RecipeFacts) -> str:
@@ -168,17 +177,17 @@ def _was_it_worth_it(summary: RunSummary) -> list[str]:
             "much."
         )
     else:
-        sure = 1 + max(0.02, speedup.margin or 0.0)
-        verdict = "Yes, in time" if ratio > sure else "No, in time" if ratio < 1 / sure else "No difference in time"
+        verdict = {1: "Yes, in time", 0: "No difference in time", -1: "No, in time"}[_differs(speedup)]
         told.append(
             f"{verdict}: {speedup.in_words} against the whole schedule without freezing. Steps were "
             f"{times(speedup.cheaper_steps.ratio)} as fast, and {show(speedup.steps_not_run.steps)} were not run."
         )
     if flops is not None:
-        told.append(f"It took {flops:.0%} of the FLOPs of the whole schedule.")
+        told.append(f"It took {100 * flops:.0f} % of the FLOPs of the whole schedule.")
     for name, before, after in _score_rows(summary):
         if isinstance(before, float) and isinstance(after, float):
-            told.append(f"{name[0].upper()}{name[1:]} went from {show(before)} to {show(after)}.")
+            went = f"went from {format_score(name, before)} to {format_score(name, after)}"
+            told.append(f"{name[0].upper()}{name[1:]} {went}.")
     told.append("One run cannot tell what a baseline would have reached. A comparison with the same seeds does.")
     return told
 
@@ -212,10 +221,10 @@ def _cards(summary: RunSummary) -> list[tuple[str, str]]:
     if speedup.against_full_schedule is not None:
         entries.append((times(speedup.against_full_schedule), "speed against the whole schedule"))
     if summary.flops.fraction is not None:
-        entries.append((f"{summary.flops.fraction:.0%}", "of the FLOPs of the whole schedule"))
+        entries.append((f"{100 * summary.flops.fraction:.0f} %", "of the FLOPs of the whole schedule"))
     entries.append((seconds(summary.seconds.total), "in all"))
     if overhead.ms_per_step is not None:
-        share = "" if overhead.fraction is None else f" ({overhead.fraction:.1%} of training)"
+        share = "" if overhead.fraction is None else f" ({100 * overhead.fraction:.1f} % of training)"
         entries.append((f"{overhead.ms_per_step:.3g} ms", f"for GradES itself, per step{share}"))
     if summary.peak_memory_mib is not None:
         entries.append((f"{summary.peak_memory_mib:,.0f} MiB", "peak memory"))
@@ -234,8 +243,12 @@ def _scores(summary: RunSummary, samples: Sequence[Sample]) -> str:
     measured_before = any(before is not None for _, before, _ in rows)
     header = ("", *(["Before"] if measured_before else []), "After", *(["Rows"] if of_rows else []))
     cells = [
-        (name, *([before] if measured_before else []), after, *([of_rows.get(name)] if of_rows else []))
-        for name, before, after in rows
+        (
+            name,
+            *("-" if score is None else format_score(name, score) for score in both[0 if measured_before else 1 :]),
+            *([of_rows.get(name)] if of_rows else []),
+        )
+        for name, *both in rows
     ]
     caption = "Scores before and after training" if measured_before else "Scores"
     scores = table(cells, header, len(header) - 1, caption) if rows else ""

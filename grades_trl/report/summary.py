@@ -390,6 +390,12 @@ def before_and_after(results: Mapping[str, float]) -> list[tuple[str, float | No
     return [(name, results.get(f"before/{name}"), results.get(f"final/{name}", results.get(name))) for name in names]
 
 
+def format_score(name: str, number: float) -> str:
+    """A loss or perplexity as it is, all else in percent."""
+    is_fraction = not any(word in name for word in ("loss", "perplexity"))
+    return f"{100 * number:.1f} %" if is_fraction and abs(number) <= 10 else f"{number:.4g}"
+
+
 def rows_of(results: Mapping[str, float]) -> dict[str, int]:
     """How many rows each score is of, by its name: `rows/x`, where it is known."""
     return {key.removeprefix("rows/"): int(count) for key, count in results.items() if key.startswith("rows/")}

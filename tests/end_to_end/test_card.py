@@ -102,6 +102,7 @@ def test_a_run_that_is_pushed(run, hub, tmp_path):
     ran = found["What ran"]
     assert f"| steps | {result['steps']} of 6, 32 examples each |" in ran
     assert f"s on {result['environment']['device']} |" in ran and "| ended by | all matrices frozen |" in ran
+    assert "| learning rate | 0.003, cosine |" in ran
     assert "![What froze when](grades/timeline.png)" in found["What froze when"]
     assert (
         "| language | 28 | 28 | 3 to " in found["What froze when"]
@@ -111,7 +112,7 @@ def test_a_run_that_is_pushed(run, hub, tmp_path):
     assert "20 (validation); seed 42" in found["Data"]
     scores = result["results"]
     assert f"| test_loss | - | {scores['final/test_loss']:.4g} |" in found["Scores"]
-    before, after = (f"{scores[f'{when}/exact_match_test']:.1%}" for when in ("before", "final"))
+    before, after = (f"{100 * scores[f'{when}/exact_match_test']:.1f} %" for when in ("before", "final"))
     assert f"| exact_match_test | {before} | {after} |" in found["Scores"]
     assert "sft_text.py --max_steps 6" in found["Command"] and "--hub_model_id me/tiny" in found["Command"]
     assert "2509.01842" in found["Citations"] and "vonwerra2020trl" in text
