@@ -129,7 +129,7 @@ def test_the_page_shows_the_numbers_of_summary_json(browser, run_page):
         f"{facts['speedup']['against_full_schedule']:.2f}x",
         f"{1 / facts['flops']['fraction']:.2f}x",
     ]
-    assert rows["exact match"] == ["0.1", "0.75"] and rows["test loss"] == ["-", "1.5"]
+    assert rows["exact match"] == ["10.0\u00a0%", "75.0\u00a0%"] and rows["test loss"] == ["-", "1.5"]
     assert rows["best score"] == [f"{facts['heldout']['best_score']:.4g}"]
     assert rows["vision"] == ["12.5\u00a0%", "1.0\u00a0%", "25.0\u00a0%"]
     assert facts["stop_reason"] in shown and "{" not in shown

@@ -169,9 +169,8 @@ def test_tasks_of_lm_eval_before_and_after(run, tmp_path, folder, monkeypatch):
     assert f"Scored before and after: {folder} is what the adapter was trained on" in printed
     found = scores(tmp_path)
     assert list(found) == [folder, "adapter"] and list(found["adapter"]) == ["tiny/acc"]
-    assert re.search(
-        rf"^tiny/acc +{found[folder]['tiny/acc']:.1%} +{found['adapter']['tiny/acc']:.1%}$", printed, re.M
-    )
+    before, after = (f"{100 * found[name]['tiny/acc']:.1f} %" for name in (folder, "adapter"))
+    assert re.search(rf"^tiny/acc +{before} +{after}$", printed, re.M)
     record = json.loads((tmp_path / "outputs" / "evaluate" / "scores.json").read_text())
     assert record["tasks"]["adapter"]["n-samples"]["tiny"]["effective"] == 9
 
