@@ -205,7 +205,8 @@ def test_several_processes_deepspeed_and_compiled_models_are_refused(tmp_path, m
 
 
 def test_axolotl_finds_a_trainer_with_the_mixin(tmp_path, monkeypatch):
-    """axolotl gets the class by its dotted name, and makes it with arguments of its own beside the Trainer's."""
+    """axolotl gets the class by its dotted name, and makes it with arguments of its own beside the Trainer's. The
+    stand-in has the `__init__` of axolotl 0.19.0, with which `axolotl train` has run."""
 
     class AxolotlTrainer(Trainer):
         def __init__(self, *args, bench_data_collator=None, eval_data_collator=None, dataset_tags=None, **kwargs):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,18 @@ from grades_trl.recipe.models import find_gguf
 
 logger = logging.getLogger(__name__)
 
-# What lmms-eval calls a family where that is not its `model_type`.
-LMMS_NAMES = {"llava": "llava_hf", "llava_next": "llava_hf", "mllama": "llama_vision", "internvl": "internvl_hf"}
+# What lmms-eval (0.7.3) calls a family where that is not its `model_type`.
+LMMS_NAMES = {
+    "internvl": "internvl_hf",
+    "lfm2_vl": "lfm2_5_vl",
+    "llama4": "llama4_scout",
+    "llava": "llava_hf",
+    "llava_next": "llava_hf",
+    "llava_onevision": "llava_hf",
+    "mistral3": "mistral3_vl",
+    "mllama": "llama_vision",
+}
+ONE_BY_ONE = ("internvl_hf", "llava_hf")  # they refuse batches
 LAST_LINES = 20  # of a harness that failed
 
 
@@ -71,9 +82,9 @@ def run_tasks(
         name (`str`): folder of a run or of an adapter, or hub id.
         base (`str`): the model that the adapter is on; otherwise `name`.
         folder (`Path`): what the harness writes.
-        args (`ModelConfig`): dtype of the base.
+        args (`ModelConfig`): dtype of the base. lmms-eval chooses its own: that of the files, or bfloat16.
         vision (`bool`): a vision-language model.
-        batch_size (`int`): examples in a batch.
+        batch_size (`int`): examples in a batch, where lmms-eval does not insist on 1.
         limit (`int`, *optional*): examples of each task, at most.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the model's repository brings.
 
@@ -83,12 +94,24 @@ def run_tasks(
 
     Raises:
         SystemExit: the harness failed; with the end of its log.
+        ValueError: YAML files for lmms-eval that it cannot find.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model: dict[str, Any] = {"pretrained": base}
     if vision:
         family = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).model_type
+        lmms_name = LMMS_NAMES.get(family, family)
+        if (
+            lmms_name != "lfm2_5_vl"
+        ):  # the only one without it. Transformers 5 does not know the "" that others default to
+            model["device_map"] = "auto" if device == "cuda" else device
         model_args = ",".join(f"{key}={value}" for key, value in model.items())
-        command = ["lmms_eval", "--model", LMMS_NAMES.get(family, family)]
+        command = ["lmms_eval", "--model", lmms_name]
+        if lmms_name in ONE_BY_ONE:
+            batch_size = 1
+        tasks, folder_of_tasks = find_lmms_tasks(tasks)
+        if folder_of_tasks is not None:
+            command += ["--include_path", str(folder_of_tasks)]
     else:
         gguf = find_gguf(base)
         if gguf is not None:
@@ -100,7 +123,6 @@ def run_tasks(
             model["trust_remote_code"] = True
         model_args = json.dumps(model)
         command = ["lm_eval", "run", "--model", "hf"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     command += ["--model_args", model_args, "--tasks", ",".join(tasks), "--batch_size", str(batch_size)]
     command += ["--device", device, "--output_path", str(folder)]
     if limit is not None:
@@ -121,6 +143,20 @@ def run_tasks(
     return task_scores(record["results"]), {key: record[key] for key in kept if key in record}
 
 
+def find_lmms_tasks(tasks: list[str]) -> tuple[list[str], Path | None]:
+    """Names of the tasks, and the folder of those that are YAML files: lmms-eval takes one folder, and then names."""
+    files = [Path(task) for task in tasks if task.endswith(".yaml")]
+    if len({file.parent for file in files}) > 1:
+        raise ValueError(f"lmms-eval reads tasks from one folder: put {', '.join(map(str, files))} into the same one.")
+    names = [task for task in tasks if not task.endswith(".yaml")]
+    for file in files:
+        found = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", file.read_text("utf-8"), re.MULTILINE)
+        if found is None:
+            raise ValueError(f'{file} is no task of lmms-eval: it has no line "task: NAME".')
+        names.append(found[1])
+    return names, files[0].parent if files else None
+
+
 def task_scores(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """`task/metric` -> score, from the `results` of a harness, where the keys are `metric,filter`. The filter `none`,
     standard errors and what is no number are left out."""
@@ -129,6 +165,6 @@ def task_scores(results: dict[str, dict[str, Any]]) -> dict[str, float]:
         for key, value in entries.items():
             metric, _, answers = key.partition(",")
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if is_number and answers and not metric.endswith("_stderr"):
+            if is_number and answers and "_stderr" not in metric:  # lmms-eval has metric_stderr_clt and others too
                 scores[f"{task}/{metric}" if answers == "none" else f"{task}/{metric} ({answers})"] = float(value)
     return scores

@@ -199,19 +199,26 @@ def likelier(model, tokenizer, question):
     return int(scores[1] > scores[0])
 
 
+# As lmms-eval 0.7.3 does it: it finds tasks by name in --include_path and refuses their files, LlavaHf refuses batches
+# and, with Transformers 5, its own default of device_map.
 LMMS = """import json, pathlib, sys
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-assert flags["--model"] == "llava_hf" and flags["--tasks"] == "mme", flags
-assert flags["--model_args"].startswith("pretrained="), flags
+known = {"mme"} | {file.stem for file in pathlib.Path(flags.get("--include_path", "none")).glob("*.yaml")}
+missing = set(flags["--tasks"].split(",")) - known
+assert not missing, f"Tasks not found: {missing}"
+model_args = dict(pair.split("=") for pair in flags["--model_args"].split(","))
+assert flags["--model"] == "llava_hf" and set(model_args) == {"pretrained", "device_map"}, flags
+assert model_args["device_map"] == flags["--device"] == "cpu" and flags["--batch_size"] == "1", flags
 folder = pathlib.Path(flags["--output_path"], "model")
-folder.mkdir(parents=True)
-results = {"mme": {"alias": "mme", "mme_score,none": 12.5, "mme_score_stderr,none": "N/A", "n": 3}}
-(folder / "20260101_results.json").write_text(json.dumps({"results": results, "versions": {"mme": 1}}))
+folder.mkdir(parents=True, exist_ok=True)
+results = {"mme": {"alias": "mme", "mme_score,none": 12.5, "mme_score_stderr,none": "N/A"}}
+results["mme"] |= {"mme_score_stderr_clt,none": 0.125, "mme_score_stderr_clustered,none": "N/A", "n": 3}
+(folder / "20260101_000000_results.json").write_text(json.dumps({"results": results, "versions": {"mme": 1}}))
 """
 
 
 def test_tasks_of_lmms_eval(run, refused, tmp_path, monkeypatch):
-    """With a stand-in that has its command line and its file; the real one needs torchvision."""
+    """With a stand-in that has its command line and its file: it asks for torchvision and an older wandb."""
     said = refused("evaluate.py", READER, "--tasks mme")
     assert "run by lmms-eval, which is not installed: pip install lmms-eval" in said
     (tmp_path / "path" / "lmms_eval").mkdir(parents=True)
@@ -222,8 +229,17 @@ def test_tasks_of_lmms_eval(run, refused, tmp_path, monkeypatch):
     printed = run("evaluate.py", READER, "--tasks mme")
     assert scores(tmp_path) == {str(READER): {"mme/mme_score": 12.5}}
     assert re.search(r"^mme/mme_score +12\.5$", printed, re.MULTILINE)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "digits.yaml").write_text("dataset_path: json\ntask: 'digits'  # read\n")
+    run("evaluate.py", READER, "--tasks mme own/digits.yaml")
     with pytest.raises(SystemExit, match=r"(?s)lmms_eval failed with exit code 1\. The end of .*log\.txt:.*'other'"):
         run("evaluate.py", READER, "--tasks other")
+    said = refused("evaluate.py", READER, "--tasks own/digits.yaml other.yaml")
+    assert "reads tasks from one folder: put own/digits.yaml, other.yaml into the same one" in said
+    (tmp_path / "empty.yaml").touch()
+    assert 'empty.yaml is no task of lmms-eval: it has no line "task: NAME"' in refused(
+        "evaluate.py", READER, "--tasks empty.yaml"
+    )
 
 
 def test_what_the_harnesses_cannot_run(run, refused, tmp_path, folder, monkeypatch):
