@@ -201,7 +201,7 @@ def likelier(model, tokenizer, question):
 
 # As lmms-eval 0.7.3 does it: it finds tasks by name in --include_path and refuses their files, LlavaHf refuses batches
 # and, with Transformers 5, its own default of device_map.
-LMMS = """import json, pathlib, sys
+LMMS = """import json, pathlib, sys, time
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 known = {"mme"} | {file.stem for file in pathlib.Path(flags.get("--include_path", "none")).glob("*.yaml")}
 missing = set(flags["--tasks"].split(",")) - known
@@ -213,7 +213,7 @@ folder = pathlib.Path(flags["--output_path"], "model")
 folder.mkdir(parents=True, exist_ok=True)
 results = {"mme": {"alias": "mme", "mme_score,none": 12.5, "mme_score_stderr,none": "N/A"}}
 results["mme"] |= {"mme_score_stderr_clt,none": 0.125, "mme_score_stderr_clustered,none": "N/A", "n": 3}
-(folder / "20260101_000000_results.json").write_text(json.dumps({"results": results, "versions": {"mme": 1}}))
+(folder / f"{time.time_ns()}_results.json").write_text(json.dumps({"results": results, "versions": {"mme": 1}}))
 """
 
 
