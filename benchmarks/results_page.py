@@ -43,6 +43,16 @@ TITLES = {
         "SmolLM2-135M-Instruct, LoRA, one-line descriptions of functions. There is nothing to freeze, nothing to end: "
         "GradES costs its three held-out measurements, and gives the same weights.",
     ),
+    "smollm2_9_epochs": (
+        "The same model, 9 epochs of 104 examples: a run that overfits",
+        "GradES ends after its third measurement, and keeps an average of the weights. The validation of "
+        "`early_stopping`, 66 rows after each epoch, is not in its FLOPs. Nothing froze.",
+    ),
+    "smollm2_9_epochs_cost": (
+        "The same, measured more often",
+        "`--heldout_cost 0.05`: measured every 15 steps in place of every 30, the run ends sooner, and has a better "
+        "average.",
+    ),
     "dates_150": (
         "Few examples: a run that overfits",
         "A tiny Qwen3 learns to write dates as ISO 8601 from 150 examples, from scratch; 600 steps are 128 epochs.",
