@@ -101,9 +101,7 @@ def run_tasks(
     if vision:
         family = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).model_type
         lmms_name = LMMS_NAMES.get(family, family)
-        if (
-            lmms_name != "lfm2_5_vl"
-        ):  # the only one without it. Transformers 5 does not know the "" that others default to
+        if lmms_name != "lfm2_5_vl":  # which has no device_map; the "" of the others is an error in Transformers 5
             model["device_map"] = "auto" if device == "cuda" else device
         model_args = ",".join(f"{key}={value}" for key, value in model.items())
         command = ["lmms_eval", "--model", lmms_name]
