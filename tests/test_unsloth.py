@@ -58,7 +58,7 @@ def test_the_recipe_with_backend_unsloth(folder, tmp_path):
     done = run(ROOT / "recipes" / "sft_text.py", "--model_name_or_path", folder, *flags.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "training on CPU" in done.stdout  # Unsloth's own word
-    assert "out/merged: loaded again, the same answers to 1 prompts" in done.stderr
+    assert "out/merged: loaded again, the same answers to one prompt" in done.stderr
     assert (tmp_path / "out" / "merged" / "tokenizer_config.json").exists()
     summary = json.loads((tmp_path / "out" / "grades" / "summary.json").read_text())
     assert summary["tracked_matrices"] == 28
