@@ -32,8 +32,8 @@ TITLES = {
     ),
     "demo_vlm_early_stopping": (
         "The same, with the early stopping of Transformers",
-        "It goes back to its best checkpoint. Its validation, 1,000 rows every 30 steps, costs about 0.2 more, and is "
-        "not in its FLOPs.",
+        "It goes back to its best checkpoint. Its validation, 1,000 rows every 30 steps, is not in its FLOPs: it "
+        "would add about 0.2.",
     ),
     "demo_vlm_lora": (
         "The same, with LoRA",

@@ -4,7 +4,6 @@ It sees few images many times, so it overfits. GradES freezes leading layers tha
 ends the loop when the held-out loss of the averaged weights has stopped improving, and keeps their best average. What
 belongs to GradES is marked; the rest is a training loop as you know it. Takes about a minute.
 
-  python recipes/plain_loop.py
   python recipes/plain_loop.py --steps 300 --seed 1
 """
 
@@ -12,7 +11,6 @@ import argparse
 import math
 
 import grades_trl.recipe.quiet  # noqa: F401  # isort: skip  hides an offer of bitsandbytes, which trl imports
-
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -73,10 +71,8 @@ def main() -> None:
     grades.finish()  # GradES: the better of the last weights and their best average
 
     # 4. Test: read whole numbers.
-    right = exact_match(answers(model, processor, test, batch_size=100, max_new_tokens=8), test)
-    print(
-        f"{step} of {args.steps} steps ({grades.stop_reason or 'schedule finished'}), exact match {100 * right:.1f} %"
-    )
+    right = 100 * exact_match(answers(model, processor, test, batch_size=100, max_new_tokens=8), test)
+    print(f"{step} of {args.steps} steps ({grades.stop_reason or 'schedule finished'}), exact match {right:.1f} %")
 
 
 if __name__ == "__main__":

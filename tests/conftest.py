@@ -1,4 +1,7 @@
+import importlib
 import os
+import sys
+from pathlib import Path
 
 # Tiny models are slower with more threads, and nothing here may reach a network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +23,16 @@ def no_figures(monkeypatch):
     from grades_trl.report import run_report
 
     monkeypatch.setattr(run_report, "installed", lambda module: False)
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    """The tiny models of many architectures, `tests/families/zoo.py`."""
+    folder = str(Path(__file__).parent / "families")
+    sys.path.insert(0, folder)
+    yield importlib.import_module("zoo")
+    sys.path.remove(folder)
+    sys.modules.pop("zoo")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as T
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -15,6 +16,7 @@ from trl import SFTConfig
 
 from grades_trl import GradESConfig
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
+from grades_trl.recipe import builtin
 
 SMALL = {
     "vocab_size": 64,
@@ -262,6 +264,26 @@ def arguments(output_dir, **changes) -> SFTConfig:
         "weight_decay": 0.1,
     }
     return SFTConfig(**(defaults | QUIETLY_ON_CPU | changes))
+
+
+# Arguments of a trainer that is made by `on_one_batch`.
+ONE_BATCH = {
+    "per_device_train_batch_size": 2,
+    "remove_unused_columns": False,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+}
+
+
+def on_one_batch(cls, model, inputs, args, **others):
+    """A trainer all of whose batches are `inputs`."""
+    return cls(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"input_ids": [[1, 2, 3]] * 8}),
+        processing_class=builtin.tiny_qwen3()[1],
+        data_collator=lambda rows: dict(inputs),
+        **others,
+    )
 
 
 def model_for(tokenizer, **changes) -> T.Qwen3ForCausalLM:

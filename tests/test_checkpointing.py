@@ -5,39 +5,26 @@ about it can go.
 """
 
 import copy
-import importlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTTrainer
 
+import helpers
 from grades_trl import GradESConfig, GradESMixin, GradESTrainer
 from grades_trl.freezing.checkpointing import let_embeddings_be_changed, refuse_lost_gradients
-from grades_trl.recipe import builtin
 from grades_trl.recipe.models import make_trainable
 from grades_trl.recipe.results import train_and_save
 from grades_trl.report.timing import RunClock
 from grades_trl.trainers.callback import GradESCallback
-from helpers import QUIETLY_ON_CPU, same, weights
+from helpers import same, weights
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 LEAF = "a leaf Variable that requires grad is being used in an in-place operation"
 NOTHING_FREEZES = GradESConfig(metric="none", stopping="end_of_schedule", keep="last")
-
-
-@pytest.fixture(scope="module")
-def zoo():
-    folder = str(Path(__file__).parent / "families")
-    sys.path.insert(0, folder)
-    yield importlib.import_module("zoo")
-    sys.path.remove(folder)
-    sys.modules.pop("zoo")
 
 
 def made(zoo, name, kind):
@@ -58,26 +45,11 @@ def made(zoo, name, kind):
 
 
 def trainer(folder, cls, model, inputs, reentrant=None, steps=2, **changes):
-    args = SFTConfig(
-        str(folder),
-        **QUIETLY_ON_CPU
-        | {"gradient_checkpointing": reentrant is not None}
-        | {"gradient_checkpointing_kwargs": None if reentrant is None else {"use_reentrant": reentrant}},
-        max_steps=steps,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        loss_type="nll",
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
-    return cls(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_dict({"input_ids": [[1, 2, 3]] * 8}),
-        processing_class=builtin.tiny_qwen3()[1],
-        data_collator=lambda rows: dict(inputs),
-        **changes,
-    )
+    checkpointing = {"gradient_checkpointing": reentrant is not None}
+    checkpointing["gradient_checkpointing_kwargs"] = None if reentrant is None else {"use_reentrant": reentrant}
+    settings = {"max_steps": steps, "learning_rate": 1e-2, "weight_decay": 0.0, "loss_type": "nll"}
+    args = helpers.arguments(folder, **helpers.ONE_BATCH, **settings, **checkpointing)
+    return helpers.on_one_batch(cls, model, inputs, args, **changes)
 
 
 def gradients(model, inputs, reentrant, *watched):

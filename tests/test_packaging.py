@@ -190,7 +190,9 @@ def test_the_extra_all_has_every_extra_that_a_message_names():
     (everything,) = extras["all"]
     assert set(everything.partition("[")[2].rstrip("]").split(",")) == {extra for _, extra in EXTRAS.values()}
     for package, extra in EXTRAS.values():
-        assert extras[extra][0].startswith(f"{package}>=")
+        requirement, *others = extras[extra]
+        assert requirement.startswith(f"{package}>=")
+        assert others == (["sentencepiece>=0.2"] if extra == "gguf" else [])
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,15 @@ Each case first shows what the stock trainer does. If one goes red there, TRL ha
 """
 
 import copy
-import importlib
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PromptTuningConfig, get_peft_model
 from trl import SFTTrainer
 
 import helpers
 from grades_trl import GradESConfig, GradESTrainer
-from grades_trl.recipe import builtin
 from grades_trl.recipe.bad_input import EXIT_CODE, run
 from grades_trl.recipe.results import train_and_save
 from grades_trl.report.timing import RunClock
@@ -31,32 +26,9 @@ MISPLACED = r"SFTTrainer cannot train GitForCausalLM: the model has 3\d {} for 1
 NO_HIDDEN_STATES = r"SFTTrainer cannot train \w+ with loss_type 'chunked_nll'.*Set loss_type='nll' \(--loss_type nll\)"
 
 
-@pytest.fixture(scope="module")
-def zoo():
-    folder = str(Path(__file__).parent / "families")
-    sys.path.insert(0, folder)
-    yield importlib.import_module("zoo")
-    sys.path.remove(folder)
-    sys.modules.pop("zoo")
-
-
 def trainer(folder, cls, model, inputs, loss_type, **changes):
-    args = helpers.arguments(
-        folder,
-        max_steps=2,
-        per_device_train_batch_size=2,
-        loss_type=loss_type,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
-    return cls(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_dict({"input_ids": [[1, 2, 3]] * 8}),
-        processing_class=builtin.tiny_qwen3()[1],
-        data_collator=lambda rows: dict(inputs),
-        **changes,
-    )
+    args = helpers.arguments(folder, **helpers.ONE_BATCH, max_steps=2, loss_type=loss_type)
+    return helpers.on_one_batch(cls, model, inputs, args, **changes)
 
 
 def made(zoo, name):

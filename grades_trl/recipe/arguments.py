@@ -459,7 +459,7 @@ def parse_scoring(
         report_to="none", output_dir="outputs/evaluate", dtype="auto", max_length=None, gradient_checkpointing=False
     )
     without_gpu = not torch.accelerator.is_available()
-    if without_gpu:  # a run that was scored in bf16 is scored so again, which takes place below
+    if without_gpu:  # before the settings of the run, which may have scored in bf16
         parser.set_defaults(use_cpu=True, bf16=False)
     if "--help_all" in argv:
         argv = ["--help"]

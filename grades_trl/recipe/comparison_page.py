@@ -76,7 +76,7 @@ def _flops(run: Run) -> float:
 
 def _share(ran: list[Run], other: str, cost: str) -> str:
     """The cost of GradES as a fraction of that of another variant, in percent."""
-    return f"{100 * _mean(_ratios(ran, other, cost)):.0f} %"
+    return percent(_mean(_ratios(ran, other, cost)), 0)
 
 
 def _better(ran: list[Run], other: str) -> float | None:
@@ -129,7 +129,7 @@ def _what_happened(record: dict[str, Any], ran: list[Run]) -> str:
         frozen = sorted({run["frozen"] for run in grades})
         froze = f"{frozen[0]:,}" if len(frozen) == 1 else f"{frozen[0]:,} to {frozen[-1]:,}"
         told.append(
-            f"GradES ran {100 * mean:.0f} % of the schedule. Why it ended: {reasons}. {froze} matrices were frozen."
+            f"GradES ran {percent(mean, 0)} of the schedule. Why it ended: {reasons}. {froze} matrices were frozen."
         )
     skipped = [(run["variant"], run["seed"], run["skipped"]) for run in record["runs"] if "skipped" in run]
     told += [f"{variant}, seed {seed}, has no scores: {reason}." for variant, seed, reason in skipped]
@@ -171,7 +171,7 @@ def _what_next(ran: list[Run], cost: str) -> list[str]:
             told.append("Freezing itself brought nothing here: --metric none keeps the average and the ending.")
         else:
             told.append(
-                f"Freezing itself brings the cost to {100 * ratio:.0f} % of the {cost} of the same run without it."
+                f"Freezing itself brings the cost to {percent(ratio, 0)} of the {cost} of the same run without it."
             )
     if count < 3:
         told.append("Add seeds with --seeds 0 1 2: fewer than three cannot tell a difference from chance.")

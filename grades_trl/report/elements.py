@@ -158,8 +158,8 @@ def times(ratio: float | None) -> str:
     return "not measurable" if ratio is None else f"{ratio:.2f}x"
 
 
-def percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.1f} %"
+def percent(fraction: float | None, digits: int = 1) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.{digits}f} %"
 
 
 def table(rows: Sequence[tuple], header: tuple[str, ...] = (), numbers: int = 1, caption: str = "") -> str:

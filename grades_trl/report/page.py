@@ -111,7 +111,7 @@ def headline(summary: RunSummary) -> str:
     ratio = summary.speedup.against_full_schedule
     if ratio is None:
         fraction = summary.flops.fraction
-        return ran if fraction is None else f"{ran}, for {100 * fraction:.0f} % of the FLOPs of the whole schedule"
+        return ran if fraction is None else f"{ran}, for {percent(fraction, 0)} of the FLOPs of the whole schedule"
     if _differs(summary.speedup) == 0:
         return f"{ran}, and was about as fast as the whole schedule: {ratio:.2f}x"
     if ratio >= 1:
@@ -183,7 +183,7 @@ def _was_it_worth_it(summary: RunSummary) -> list[str]:
             f"{times(speedup.cheaper_steps.ratio)} as fast, and {show(speedup.steps_not_run.steps)} were not run."
         )
     if flops is not None:
-        told.append(f"It took {100 * flops:.0f} % of the FLOPs of the whole schedule.")
+        told.append(f"It took {percent(flops, 0)} of the FLOPs of the whole schedule.")
     for name, before, after in _score_rows(summary):
         if isinstance(before, float) and isinstance(after, float):
             went = f"went from {format_score(name, before)} to {format_score(name, after)}"
@@ -221,10 +221,10 @@ def _cards(summary: RunSummary) -> list[tuple[str, str]]:
     if speedup.against_full_schedule is not None:
         entries.append((times(speedup.against_full_schedule), "speed against the whole schedule"))
     if summary.flops.fraction is not None:
-        entries.append((f"{100 * summary.flops.fraction:.0f} %", "of the FLOPs of the whole schedule"))
+        entries.append((percent(summary.flops.fraction, 0), "of the FLOPs of the whole schedule"))
     entries.append((seconds(summary.seconds.total), "in all"))
     if overhead.ms_per_step is not None:
-        share = "" if overhead.fraction is None else f" ({100 * overhead.fraction:.1f} % of training)"
+        share = "" if overhead.fraction is None else f" ({percent(overhead.fraction)} of training)"
         entries.append((f"{overhead.ms_per_step:.3g} ms", f"for GradES itself, per step{share}"))
     if summary.peak_memory_mib is not None:
         entries.append((f"{summary.peak_memory_mib:,.0f} MiB", "peak memory"))

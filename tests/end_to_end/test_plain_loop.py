@@ -53,4 +53,4 @@ def test_plain_loop_ends_by_its_heldout_loss(plain_loop, monkeypatch):
 
 
 def test_plain_loop_is_short():
-    assert len(SCRIPT.read_text().splitlines()) < 90  # as docs/own_code.md says
+    assert len(SCRIPT.read_text().splitlines()) < 80
