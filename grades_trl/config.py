@@ -108,8 +108,9 @@ class GradESConfig:
         heldout_every (`int`, *optional*):
             Average the weights, and measure their held-out score, every N optimizer steps. By default what
             `heldout_cost` allows, at most 20 times; `ceil(total_steps / 20)` without a Trainer.
-        heldout_patience (`int`, *optional*, defaults to `2`):
-            Measurements without a new best held-out score that end the run.
+        heldout_patience (`int`, *optional*):
+            Measurements without a new best held-out score that end the run. By default 2, or 1 of the loss where a
+            tenth of the schedule or more lies between two measurements.
         heldout_grace (`float`, *optional*, defaults to `0.1`):
             Fraction of all optimizer steps before the first measurement of the held-out score.
         heldout_cost (`float`, *optional*, defaults to `0.02`):
@@ -203,7 +204,7 @@ class GradESConfig:
         default=None, metadata={"help": "Measure the held-out score every N steps (default: what the cost allows)."}
     )
     heldout_patience: int | None = field(
-        default=None, metadata={"help": "Held-out measurements without improvement that end the run (default: 2)."}
+        default=None, metadata={"help": "Held-out measurements without improvement to end the run (default: 2 or 1)."}
     )
     heldout_grace: float | None = field(
         default=None, metadata={"help": "Fraction of all steps before the first held-out measurement (default: 0.1)."}

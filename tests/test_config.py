@@ -69,7 +69,7 @@ def test_defaults_of_the_other_metrics():
 
 
 def test_defaults_of_the_heldout_score():
-    expected = {"metric": "loss", "every": None, "patience": 2, "grace": 0.1, "cost": 0.02, "samples": 128}
+    expected = {"metric": "loss", "every": None, "patience": None, "grace": 0.1, "cost": 0.02, "samples": 128}
     assert GradESConfig().heldout_settings() == expected
     assert GradESConfig(heldout_every=7, heldout_grace=0.0).heldout_settings() == expected | {"every": 7, "grace": 0.0}
 

@@ -239,7 +239,7 @@ def test_bottom_up_and_random_are_plain_schedules():
 
 @pytest.mark.parametrize("heldout", [False, True])
 def test_a_replay_of_a_run_freezes_the_same_and_ends_the_same(tmp_path, heldout):
-    settings = {"heldout_every": 4} if heldout else {}
+    settings = {"heldout_every": 4, "heldout_patience": 2} if heldout else {}
     config = GradESConfig(metric="grad_change", alpha=0.3, auto_ratio=0.95, **settings)
     first = Run(qwen3, config, heldout).train().finish()
     path = tmp_path / "events.jsonl"
@@ -596,7 +596,8 @@ def test_whatever_ends_a_run_nothing_of_it_is_left_on_the_model(monkeypatch, wha
     """Layer 0 has frozen at step 2 and backward skips it; what goes wrong does so at step 4."""
     before = frozen_by_the_user()
     mapping = {"*.layers.0.*": 2, ("*.layers.1.*" if what == "all frozen" else "*.layers.1.mlp.*"): 4}
-    config = schedule(mapping, freeze_norms=True, freeze_embeddings=True, heldout_every=2, heldout_grace=0.0)
+    heldout = {"heldout_every": 2, "heldout_grace": 0.0, "heldout_patience": 2}
+    config = schedule(mapping, freeze_norms=True, freeze_embeddings=True, **heldout)
     run = Run(frozen_by_the_user, config, heldout=True, steps=4)
     run.train(last=3)
     model, grades = run.model, run.grades

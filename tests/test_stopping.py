@@ -7,7 +7,7 @@ import random
 import pytest
 
 from grades_trl.stopping import HELDOUT_METRICS, STOPPING_RULES, HeldoutScore
-from grades_trl.stopping.heldout import MAX_MEASUREMENTS, MIN_SAMPLES, plan
+from grades_trl.stopping.heldout import MAX_MEASUREMENTS, MIN_SAMPLES, PATIENCE, plan
 
 DEFAULTS = dict(HeldoutScore.defaults)
 NAN, INF = math.nan, math.inf
@@ -41,6 +41,29 @@ def test_a_run_ends_when_its_heldout_loss_has_stopped_improving(losses, patience
             break
     assert (step if stopping.reason else None) == ends_at
     assert (stopping.best_score, stopping.best_step) == (None if lowest == INF else lowest, best_step)
+
+
+@pytest.mark.parametrize(
+    ("metric", "every", "given", "expected"),
+    [
+        ("loss", 9, None, 2),
+        ("loss", 10, None, 1),  # of 100 steps: as many steps as two measurements with half the interval
+        ("loss", 25, None, 1),
+        ("loss", 25, 2, 2),
+        ("loss", 5, 1, 1),
+        ("token_accuracy", 25, None, 2),
+        ("exact_match", 25, None, 2),
+    ],
+)
+def test_where_measurements_are_far_apart_one_without_improvement_ends_the_run(metric, every, given, expected):
+    stopping = rule(100, metric=metric, every=every, patience=given)
+    scores = [0.5, 0.6, 0.7, 0.8] if metric == "loss" else [0.5, 0.4, 0.3, 0.2]
+    count = 0
+    while not stopping.reason:
+        stopping.update(count * every, scores[count], loss=1.0)
+        count += 1
+    assert count - 1 == expected == stopping.patience
+    assert ("one measurement " if expected == 1 else "2 measurements ") in stopping.description
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():
@@ -263,7 +286,7 @@ def test_the_quick_starts_of_others_are_long_enough_for_a_heldout_score(steps, p
     rows, every, cost = plan(DEFAULTS, steps, per_step, available=10_000)
     assert rows >= MIN_SAMPLES
     # one, two that are no improvement, and one of the last weights
-    assert len(measured(steps, every)) >= DEFAULTS["patience"] + 2
+    assert len(measured(steps, every)) >= PATIENCE + 2
     assert 0 < cost <= 0.05
     assert cost == pytest.approx(cost_of(steps, per_step, rows, every))
 
@@ -286,7 +309,7 @@ def test_an_answer_costs_more_passes_than_a_row_and_gets_fewer_measurements():
     assert plan(DEFAULTS, 60, 8, 10_000, passes_per_row=2.0).every > 60
     for steps, per_step, passes in ((300, 8, 2.0), (1000, 32, 2.0), (1000, 8, 1.3)):
         rows, every, cost = plan(DEFAULTS, steps, per_step, 10_000, passes)
-        assert rows >= MIN_SAMPLES and len(measured(steps, every)) >= DEFAULTS["patience"] + 2
+        assert rows >= MIN_SAMPLES and len(measured(steps, every)) >= PATIENCE + 2
         assert cost == pytest.approx(passes * cost_of(steps, per_step, rows, every)) and cost <= 0.02
 
 
@@ -352,4 +375,4 @@ def test_no_plan_costs_more_than_it_may(steps, per_step, settings):
     allowed = max(settings.get("cost", 0.02), 0.05 if count * rows <= 64 else 0.0)
     assert cost_of(steps, per_step, rows, every, **settings) <= allowed + 1e-12
     assert count <= MAX_MEASUREMENTS + 1
-    assert count == 0 or count >= settings.get("patience", 2) + 2
+    assert count == 0 or count >= settings.get("patience", PATIENCE) + 2

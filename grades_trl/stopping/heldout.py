@@ -10,6 +10,8 @@ from .base import StoppingRule
 HELDOUT_METRICS = ("loss", "token_accuracy", "exact_match")
 MAX_MEASUREMENTS = 20
 MIN_SAMPLES = 16
+PATIENCE = 2  # measurements,
+LONG_INTERVAL = 1 / 10  # or 1 where this fraction of the schedule lies between two of them: as many steps
 # A forward pass costs a third of a training step on the same row: backward is two more.
 FORWARD_SHARE = 1 / 3
 MIN_FORWARD_PASSES = 64  # of a row, which a run may use even where `cost` allows fewer,
@@ -29,7 +31,8 @@ class HeldoutScore(StoppingRule):
         total_steps (`int`): optimizer steps of the whole schedule.
         metric (`str`): `"loss"`, `"token_accuracy"` or `"exact_match"`.
         every (`int` or `None`): optimizer steps between measurements; `ceil(total_steps / 20)` if not given.
-        patience (`int`): measurements without a new best score that end the run.
+        patience (`int` or `None`): measurements without a new best score that end the run; if not given 2, or 1 of
+            the loss where a tenth of the schedule or more lies between two of them.
         grace (`float`): fraction of all steps before the first measurement.
         cost (`float`), samples (`int`): see [`plan`].
 
@@ -46,7 +49,7 @@ class HeldoutScore(StoppingRule):
     defaults = {  # noqa: RUF012
         "metric": "loss",
         "every": None,
-        "patience": 2,
+        "patience": None,
         "grace": 0.1,
         "cost": 0.02,
         "samples": 128,
@@ -56,9 +59,10 @@ class HeldoutScore(StoppingRule):
         super().__init__(total_steps)
         self.metric: str = settings["metric"]
         self.every: int = settings["every"] or math.ceil(total_steps / MAX_MEASUREMENTS)
-        self.patience: int = settings["patience"]
+        self.patience: int = settings["patience"] or default_patience(self.metric, self.every, total_steps)
         self.first_step = first_measurement(total_steps, self.every, settings["grace"])
-        self.description = f"after {self.patience} measurements without improvement"
+        count = "one measurement" if self.patience == 1 else f"{self.patience} measurements"
+        self.description = f"after {count} without improvement"
         self.score: float | None = None
         self.best_score: float | None = None
         self.best_step = self.evals_since_best = self.measurements = 0
@@ -132,6 +136,16 @@ def name_of(metric: str) -> str:
     return metric.replace("_", " ")
 
 
+def default_patience(metric: str, every: int, total_steps: int) -> int:
+    """Measurements without a new best score that end a run, if nothing else is set.
+
+    The rows are always the same and the averaged weights move slowly, so that their loss is a smooth curve: one
+    measurement above the lowest is enough where many steps lie between two of them (`dev/LOG.md`, 2026-11-28). An
+    accuracy of few rows has few values, and two measurements are often equal.
+    """
+    return 1 if metric == "loss" and every >= LONG_INTERVAL * total_steps else PATIENCE
+
+
 def first_measurement(total_steps: int, every: int, grace: float) -> int:
     """The first multiple of `every` that does not come before the end of the grace period."""
     grace_steps = math.ceil(round(grace * total_steps, 9))
@@ -171,8 +185,8 @@ def plan(
         passes_per_row (`float`, *optional*, defaults to `1.0`): forward passes of a row that its score costs.
 
     Returns:
-        [`Plan`]: with an interval longer than the schedule where the budget does not pay for the measurements that it
-        takes to end a run (`patience` more than the first).
+        [`Plan`]: with an interval longer than the schedule where the budget does not pay for the first measurement,
+        `patience` more (2 if not set), and the one of the last weights.
     """
     training_rows = total_steps * rows_per_step
     budget = settings["cost"] * training_rows / FORWARD_SHARE  # in forward passes of a row
@@ -197,7 +211,7 @@ def plan(
     for every in range(math.ceil(total_steps / MAX_MEASUREMENTS), total_steps + 1):
         count = measurements(every)
         if count * rows <= budget:
-            if count - 1 > settings["patience"]:  # the last of them is of the last weights, at the end
+            if count - 1 > (settings["patience"] or PATIENCE):  # the last of them is of the last weights, at the end
                 return planned(rows, every)
             break
     return Plan(rows, total_steps + 1, 0.0)
