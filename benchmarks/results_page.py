@@ -100,9 +100,9 @@ def spread(values: Iterable[float | None], form: str) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def seed_by_seed(record: dict[str, Any]) -> str:
+def seed_by_seed(runs: list[dict[str, Any]]) -> str:
     """Points of exact match of GradES above each other variant, seed by seed."""
-    exact = {(run["variant"], run["seed"]): numbers_of(run, {})["exact_match"] for run in record["runs"]}
+    exact = {(run["variant"], run["seed"]): run["exact_match"] for run in runs}
     lines = []
     for other in ("baseline", "baseline_matched_flops"):
         pairs = [(number, exact.get((other, seed))) for (name, seed), number in exact.items() if name == "grades"]
@@ -132,8 +132,23 @@ def section(name: str) -> str:
     record = read(name)
     title, text = TITLES[name]
     picture = f"![Test loss and exact match of each run against its FLOPs](images/compare_{name}.png)"
-    parts = [f"## {title}", text, table(record), seed_by_seed(record), picture, f"```bash\n{command(record)}\n```"]
+    points = seed_by_seed([run | numbers_of(run, {}) for run in record["runs"]])
+    parts = [f"## {title}", text, table(record), points, picture, f"```bash\n{command(record)}\n```"]
+    if name == "demo_vlm":
+        parts.append(on_more_images())
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def on_more_images() -> str:
+    """The models of the demo, scored again."""
+    record = json.loads((RESULTS / "demo_vlm_more_images.json").read_text("utf-8"))
+    lines = ["| variant | seeds | exact match, % |", "|---|---|---|"]
+    for variant in dict.fromkeys(run["variant"] for run in record["runs"]):
+        found = [100 * run["exact_match"] for run in record["runs"] if run["variant"] == variant]
+        lines.append(f"| `{variant}` | {len(found)} | {spread(found, '.1f')} |")
+    text = f"The models of these runs, scored once more on {record['images']:,} other images of the held-out scans:"
+    command = "python benchmarks/score_again.py outputs/compare"
+    return "\n\n".join((text, "\n".join(lines), seed_by_seed(record["runs"]), f"```bash\n{command}\n```"))
 
 
 def heldout_metrics() -> str:

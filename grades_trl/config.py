@@ -106,7 +106,7 @@ class GradESConfig:
             the fraction of the prompts that are answered exactly right, by generation; a trainer needs
             `heldout_answers` for it.
         heldout_every (`int`, *optional*):
-            Average the weights, and measure their held-out score, every N optimizer steps. By default what
+            Measure the held-out score of the averaged weights every N optimizer steps. By default what
             `heldout_cost` allows, at most 20 times; `ceil(total_steps / 20)` without a Trainer.
         heldout_patience (`int`, *optional*):
             Measurements without a new best held-out score that end the run. By default 2, or 1 of the loss where a
@@ -115,7 +115,8 @@ class GradESConfig:
             Fraction of all optimizer steps before the first measurement of the held-out score.
         heldout_cost (`float`, *optional*, defaults to `0.02`):
             What all measurements of the held-out score may cost, as a fraction of the training FLOPs. Short runs may
-            use 64 forward passes of a row, up to 5 %; with fewer than 427 training examples nothing is measured.
+            use 64 forward passes of a row, or 128 where they are longer than an epoch, up to 5 %. With fewer than 427
+            training examples, counted each time that they come, nothing is measured.
         heldout_samples (`int`, *optional*, defaults to `128`):
             Held-out rows per measurement, at most; always the same ones.
         track_projector (`bool`, *optional*, defaults to `False`):

@@ -241,10 +241,11 @@ class GradES:
 
     def _measure_heldout_score(self, step: int) -> None:
         heldout, average = self.heldout, self.average
-        if heldout is None or average is None or step % heldout.every:
+        if heldout is None or average is None:
             return
-        average.update()
-        if step < heldout.first_step:
+        if heldout.updates_average(step):
+            average.update()
+        if step < heldout.first_step or step % heldout.every:
             return
         with average.in_model():
             score, loss = self._heldout_score_and_loss()

@@ -433,9 +433,10 @@ def test_a_heldout_loss_is_that_of_the_averaged_weights():
 
 
 def test_weights_are_averaged_from_the_first_interval_on_and_measured_after_the_grace_period():
-    """Every second step of 20, at step 8 for the first time: the weights at 2, 4, 6 and 8 count 1 to 4 times."""
+    """Every second step of 20, at step 8 for the first time: the weights at 1, 2, ... 8 count as often, since 20
+    updates of the average spread over 20 steps."""
     grades, _, losses = follow([float(step) for step in range(1, 9)], 0.0, heldout_every=2, heldout_grace=0.4)
-    average = sum((k + 1) * step for k, step in enumerate((2, 4, 6, 8))) / 10
+    average = sum(step * step for step in range(1, 9)) / sum(range(1, 9))
     assert losses == pytest.approx([average**2 / 2])
     assert (grades.heldout.best_step, grades.heldout.measurements) == (8, 1)
 

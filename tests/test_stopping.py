@@ -1,5 +1,6 @@
 """Stopping rules on their own: sequences of scores by hand, and what held-out measurements may cost."""
 
+import itertools
 import json
 import math
 import random
@@ -64,6 +65,20 @@ def test_where_measurements_are_far_apart_one_without_improvement_ends_the_run(m
         count += 1
     assert count - 1 == expected == stopping.patience
     assert ("one measurement " if expected == 1 else "2 measurements ") in stopping.description
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "per_interval"), [(117, 30, 5), (117, 15, 3), (600, 30, 1), (60, 16, 5), (4, 2, 2)]
+)
+def test_an_average_has_about_20_updates_however_few_measurements_there_are(steps, every, per_interval):
+    stopping = rule(steps, every=every)
+    updates = [step for step in range(1, steps + 1) if stopping.updates_average(step)]
+    measurements = range(every, steps + 1, every)
+    assert set(measurements) <= set(updates)
+    for end in measurements:  # evenly, as far as steps are whole
+        own = [step for step in updates if end - every < step <= end]
+        gaps = [b - a for a, b in itertools.pairwise([end - every, *own])]
+        assert len(own) == per_interval and max(gaps) - min(gaps) <= 1
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():
@@ -325,6 +340,28 @@ def test_427_training_examples_are_the_fewest_that_are_measured():
     """64 forward passes cost what 21.3 examples of training do, 5 % of 426.7."""
     planned = {steps for steps in range(300, 500) if plan(DEFAULTS, steps, 1, available=1000)[1] <= steps}
     assert planned == set(range(427, 500))
+
+
+@pytest.mark.parametrize(
+    ("rows", "once", "again"),
+    [
+        (426, None, None),  # 5 % are 63.9 forward passes,
+        (427, (16, 4), (16, 4)),  # 64
+        (640, (16, 4), (16, 6)),  # 96: of 16 rows 6
+        (936, (16, 4), (16, 8)),  # and 140, of which 128 are used
+        (1200, (16, 4), (16, 8)),  # 2 % are 72
+        (3000, (16, 11), (16, 11)),  # 2 % are 180
+    ],
+)
+def test_a_short_run_whose_rows_come_back_is_measured_more_often(rows, once, again):
+    for comes_back, expected in ((False, once), (True, again)):
+        found = plan(DEFAULTS, rows, 1, 1000, rows_come_back=comes_back)
+        if expected is None:
+            assert found.every > rows
+        else:
+            count = len(measured(rows, found.every))
+            assert (found.rows, count) == expected
+            assert found.cost == pytest.approx(cost_of(rows, 1, *found[:2])) and found.cost <= 0.05
 
 
 @pytest.mark.parametrize("every", [1, 10, 25, 100, 400])

@@ -9,13 +9,16 @@ from .base import StoppingRule
 
 HELDOUT_METRICS = ("loss", "token_accuracy", "exact_match")
 MAX_MEASUREMENTS = 20
+MAX_UPDATES = 20  # of the average of the weights, about, which costs no forward pass
 MIN_SAMPLES = 16
 PATIENCE = 2  # measurements,
 LONG_INTERVAL = 1 / 10  # or 1 where this fraction of the schedule lies between two of them: as many steps
 # A forward pass costs a third of a training step on the same row: backward is two more.
 FORWARD_SHARE = 1 / 3
-MIN_FORWARD_PASSES = 64  # of a row, which a run may use even where `cost` allows fewer,
-MAX_SHORT_RUN_COST = 0.05  # if they are at most this fraction of its training FLOPs
+# Forward passes of a row that a run may use even where `cost` allows fewer, if they are at most this fraction of its
+# training FLOPs. Where rows come back a run may overfit: the second number then, to end it at the right moment.
+MIN_FORWARD_PASSES, IF_ROWS_COME_BACK = 64, 128
+MAX_SHORT_RUN_COST = 0.05
 
 
 class HeldoutScore(StoppingRule):
@@ -57,6 +60,7 @@ class HeldoutScore(StoppingRule):
 
     def __init__(self, total_steps: int, **settings: Any):
         super().__init__(total_steps)
+        self._total_steps = total_steps
         self.metric: str = settings["metric"]
         self.every: int = settings["every"] or math.ceil(total_steps / MAX_MEASUREMENTS)
         self.patience: int = settings["patience"] or default_patience(self.metric, self.every, total_steps)
@@ -92,6 +96,12 @@ class HeldoutScore(StoppingRule):
             self.best_score, self._loss_of_best, self.best_step = score, loss, step
         self._update_reason()
         return is_best
+
+    def updates_average(self, step: int) -> bool:
+        """Whether the average takes in the weights of a step: those of each measurement, and of others, evenly spread
+        between measurements that are far apart, so that a schedule has about 20 of them."""
+        updates = min(self.every, max(1, round(self.every * MAX_UPDATES / self._total_steps)))
+        return step * updates % self.every < updates
 
     def _update_reason(self) -> None:
         ended = self.evals_since_best >= self.patience
@@ -168,14 +178,20 @@ class Plan(NamedTuple):
 
 
 def plan(
-    settings: dict[str, Any], total_steps: int, rows_per_step: int, available: int, passes_per_row: float = 1.0
+    settings: dict[str, Any],
+    total_steps: int,
+    rows_per_step: int,
+    available: int,
+    passes_per_row: float = 1.0,
+    rows_come_back: bool = False,
 ) -> Plan:
     """How many held-out rows a measurement takes, and how many optimizer steps lie between measurements.
 
     All measurements together, with the one at the end of the schedule, may cost `cost` of the training FLOPs, a
-    forward pass being a third of a training step on the same row; or 64 forward passes, where that is more and at
-    most 5 %. They are spread over at most 20 measurements of at most `samples` rows and, unless `samples` or the data
-    say so, of no fewer than 16. An interval that is set is kept; then the rows follow from it.
+    forward pass being a third of a training step on the same row. Short runs may use 64 forward passes, and up to 128
+    where rows come back, if that is at most 5 %. They are spread over at most 20 measurements of at most `samples`
+    rows and, unless `samples` or the data say so, of no fewer than 16. An interval that is set is kept; then the rows
+    follow from it.
 
     Args:
         settings (`dict`): `every`, `patience`, `grace`, `cost` and `samples`.
@@ -183,6 +199,7 @@ def plan(
         rows_per_step (`int`): training rows per optimizer step.
         available (`int`): held-out rows.
         passes_per_row (`float`, *optional*, defaults to `1.0`): forward passes of a row that its score costs.
+        rows_come_back (`bool`, *optional*, defaults to `False`): the schedule is longer than an epoch.
 
     Returns:
         [`Plan`]: with an interval longer than the schedule where the budget does not pay for the first measurement,
@@ -190,8 +207,9 @@ def plan(
     """
     training_rows = total_steps * rows_per_step
     budget = settings["cost"] * training_rows / FORWARD_SHARE  # in forward passes of a row
-    if MAX_SHORT_RUN_COST * training_rows >= MIN_FORWARD_PASSES * FORWARD_SHARE:
-        budget = max(budget, MIN_FORWARD_PASSES)
+    of_short_run = MAX_SHORT_RUN_COST * training_rows / FORWARD_SHARE
+    if of_short_run >= MIN_FORWARD_PASSES:
+        budget = max(budget, min(of_short_run, IF_ROWS_COME_BACK if rows_come_back else MIN_FORWARD_PASSES))
     budget /= passes_per_row  # in rows
     most = min(settings["samples"], available)
 

@@ -187,10 +187,8 @@ class GradESMixin(WholeCheckpoints):
         wanted = config.needs_heldout_rows or (self._has_heldout_rows() and not begun_without)
         if config.may_measure_heldout and wanted:
             config, score = self._plan_heldout(config)
-        epoch = self._epoch()
-        comes_back = epoch is not None and self.state.max_steps > epoch[1]
         # In several processes, most rows of an epoch come back in another one than before.
-        cache_bytes = psutil.virtual_memory().available // 10 if comes_back and world_size() == 1 else 0
+        cache_bytes = psutil.virtual_memory().available // 10 if self._rows_come_back and world_size() == 1 else 0
         ddp = wrapper_of(self.model_wrapped)
         refuse_devices_that_send_nothing(self.model)
         refuse_reentrant_checkpointing(ddp, any(checkpoints_reentrantly(module) for module in self.model.modules()))
@@ -201,7 +199,7 @@ class GradESMixin(WholeCheckpoints):
             self.optimizer,
             score,
             cache_bytes,
-            epoch,
+            self._epoch(),
             knows_train_accuracy=self._computes_train_accuracy,
             ddp=ddp,
         )
@@ -230,6 +228,12 @@ class GradESMixin(WholeCheckpoints):
         return rows, rows / self._rows_per_step
 
     @property
+    def _rows_come_back(self) -> bool:
+        """Whether the schedule is longer than an epoch."""
+        epoch = self._epoch()
+        return epoch is not None and self.state.max_steps > epoch[1]
+
+    @property
     def _rows_per_step(self) -> int:
         return self._train_batch_size * self.args.gradient_accumulation_steps * world_size()
 
@@ -249,7 +253,7 @@ class GradESMixin(WholeCheckpoints):
         if metric == "exact_match":
             assert answers is not None  # checked when the trainer was made
             available, passes = answers.available, answers.passes_per_row(self)
-        rows, every, cost = plan(settings, steps, self._rows_per_step, available, passes)
+        rows, every, cost = plan(settings, steps, self._rows_per_step, available, passes, self._rows_come_back)
         if every > steps:
             logger.log(
                 logging.WARNING if config.needs_heldout_rows else logging.INFO,
