@@ -36,7 +36,7 @@ def main() -> None:
         name = f"{run['variant']}-seed{run['seed']}"
         model, processor = load_trained(str(given.folder / name), ModelConfig(), vision=True)
         found = exact_match(answers(model, processor, test, max_new_tokens=10), test)
-        runs.append({key: run[key] for key in ("variant", "seed", "id")} | {"exact_match": found})
+        runs.append({"variant": run["variant"], "seed": run["seed"], "exact_match": found})
         print(f"{name}: {100 * found:.2f} %", flush=True)
     path = given.folder / "more_images.json"
     path.write_text(json.dumps({"images": given.images, "runs": runs}, indent=2) + "\n", "utf-8")
