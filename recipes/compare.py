@@ -35,6 +35,7 @@ from grades_trl.recipe.comparison import (
     VARIANTS,
     Run,
     draw,
+    format_comparison,
     markdown,
     matched_steps,
     reordered,
@@ -43,6 +44,7 @@ from grades_trl.recipe.comparison import (
 )
 from grades_trl.recipe.places import IS_INSTALLED, RECIPES, ROOT, find_config, this_command
 from grades_trl.recipe.secret import without_secrets
+from grades_trl.recipe.terminal import wrapped
 from grades_trl.report.strict_json import write_json
 
 # Recipe -> subcommand. The command runs the file in recipes/, in a checkout and in an installed package.
@@ -123,7 +125,8 @@ def main() -> None:
     if figure is not None:
         draw(record, figure)
     comparison_page.write(record, figure, output_dir / "compare.html")
-    print(printable(f"\n{markdown(summary)}\n{output_dir / 'compare.html'}"))
+    print(printable(f"\n{format_comparison(summary)}\n\nall numbers  {output_dir / 'compare.md'}"))
+    print(printable(f"report       {output_dir / 'compare.html'}"))
     if figure is None:
         print(f"It has no figure, which needs matplotlib: {how_to_install('matplotlib')}.")
 
@@ -224,7 +227,7 @@ def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str,
     if before is not None and {key: before.get(key) for key in made_of} == made_of:
         run = finished_run(result, before["id"], variant, seed)
         if run is not None:
-            print(f"{describe(run)}  (from an earlier run)", flush=True)
+            print(wrapped(f"{describe(run)}  (from an earlier run)", sys.stdout), flush=True)
             return run
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -240,7 +243,7 @@ def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str,
     if run is None or (exit_code != 0 and "skipped" not in run):
         last = "\n".join((folder / "log.txt").read_text("utf-8", errors="replace").splitlines()[-LAST_LINES:])
         raise SystemExit(f"{variant}, seed {seed} failed. The end of {folder / 'log.txt'}:\n\n{printable(last)}")
-    print(describe(run), flush=True)
+    print(wrapped(describe(run), sys.stdout), flush=True)
     return run
 
 
