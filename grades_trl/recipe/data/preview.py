@@ -7,11 +7,14 @@ import dataclasses
 import itertools
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset
+from transformers import TrainerCallback
 
+from grades_trl.distributed import is_main
 from grades_trl.recipe.bad_input import printable
 from grades_trl.recipe.scored import RowsLeft
 from grades_trl.trainers.heldout import IGNORED, nothing_random_moves
@@ -54,6 +57,23 @@ def show_example(trainer: Any, rows: dict[str, RowsLeft], whole: bool = False) -
         _check(prepared, row, ids, labels, tokenizer, trainer.args.max_length)
     if whole:
         print("\n".join(_lengths(trainer, rows)))
+
+
+class LeaveNoFolder(TrainerCallback):
+    """Removes the output folder that a trainer makes, with those above it that were not there either. For a preview.
+
+    Args:
+        output_dir (`str`): of the trainer, which is not made yet.
+    """
+
+    def __init__(self, output_dir: str):
+        folder = Path(output_dir).resolve()
+        self._new = [path for path in (folder, *folder.parents) if not path.exists()]
+
+    def on_init_end(self, args, state, control, **kwargs):
+        if is_main():
+            for folder in self._new:
+                folder.rmdir()
 
 
 def _evenly(length: int, count: int) -> list[int]:
