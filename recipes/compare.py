@@ -46,6 +46,7 @@ from grades_trl.recipe.places import IS_INSTALLED, RECIPES, ROOT, find_config, t
 from grades_trl.recipe.secret import without_secrets
 from grades_trl.recipe.terminal import wrapped
 from grades_trl.report.strict_json import write_json
+from grades_trl.wording import counted
 
 # Recipe -> subcommand. The command runs the file in recipes/, in a checkout and in an installed package.
 SUBCOMMANDS = {file.removesuffix(".py"): name for name, file in RECIPES.items() if name in ("text", "vlm")}
@@ -96,10 +97,8 @@ def main() -> None:
 
     count = len(args.variants) * len(args.seeds)
     if count > 2:
-        fewer = "Fewer: --variants baseline grades --seeds 0"
-        print(
-            f"{count} runs: {len(args.variants)} variants, seeds {' '.join(map(str, args.seeds))}. {fewer}", flush=True
-        )
+        variants, seeds = counted(len(args.variants), "variant"), " ".join(map(str, args.seeds))
+        print(f"{count} runs: {variants}, seeds {seeds}. Fewer: --variants baseline grades --seeds 0", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             runs = [run for of_seed in pool.map(run_seed, args.seeds) for run in of_seed]
@@ -325,8 +324,8 @@ def describe(run: Run) -> str:
     if "skipped" in run:
         return name + printable(run["skipped"])
     return name + printable(
-        f"{run['steps']:>6,} of {run['total_steps']:,} steps, test loss {run['results']['final/test_loss']:.4f}, "
-        f"{run['seconds']['total']:.1f} s, {run['stop_reason']}"
+        f"{run['steps']:>6,} of {counted(run['total_steps'], 'step')}, "
+        f"test loss {run['results']['final/test_loss']:.4f}, {run['seconds']['total']:.1f} s, {run['stop_reason']}"
     )
 
 

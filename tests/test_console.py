@@ -23,6 +23,7 @@ from grades_trl.recipe.console import _joined, format_start, log_entries, set_up
 from grades_trl.recipe.results import format_results
 from grades_trl.recipe.scored import RowsLeft
 from grades_trl.report.environment import Environment
+from grades_trl.wording import counted
 from helpers import arguments, model_for, never
 
 LOGS = {
@@ -173,3 +174,8 @@ def test_the_start_and_the_scores_fit_80_columns():
     counted = format_results({"before/a": 0.5, "final/a": 1.0, "final/b": 2.0, "rows/b": 1234})
     assert counted.split() == ["before", "after", "rows", "a", "50.0", "%", "100.0", "%", "b", "200.0", "%", "1,234"]
     assert max(map(len, counted.splitlines())) <= 80
+
+
+def test_one_of_something_is_no_plural():
+    assert [counted(n, "row") for n in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
+    assert [counted(n, "matrix is", "matrices are") for n in (1, 2)] == ["1 matrix is", "2 matrices are"]

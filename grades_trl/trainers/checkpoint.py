@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from grades_trl.durable import put_in_place
+from grades_trl.wording import counted
 
 STATE_JSON, STATE_TENSORS = "grades_state.json", "grades_state.safetensors"
 # Of the state. To be raised when an older library could not go on from it, or would go on with other weights.
@@ -60,7 +61,7 @@ def load_state(folder: str | Path, rank: int = 0, shards: int = 1) -> dict[str, 
     written = read_values(folder)["shards"]
     if written != shards:
         raise ValueError(
-            f"{folder} was written with the model in {written} piece{'s' if written > 1 else ''}, and this run has it "
+            f"{folder} was written with the model in {counted(written, 'piece')}, and this run has it "
             f"in {shards}: resume with FSDP, or without, and with as many processes as before."
         )
     values, tensors = read_values(folder, rank), _files(folder, rank)[1]

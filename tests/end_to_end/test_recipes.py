@@ -121,7 +121,7 @@ def test_vlm_builtin(tmp_path):
     assert "The held-out loss of 16 rows is measured every 11 steps" in printed
     assert "GradES: 21 of 40 steps; all matrices frozen" in printed
     assert "51 of 51 matrices" in printed
-    assert "1 measurements of 16 examples" in printed
+    assert "1 measurement of 16 examples" in printed
     assert "exact_match_blank_images" in printed
     output_dir = tmp_path / "outputs" / "demo_vlm"
     for file in EVIDENCE:

@@ -18,6 +18,7 @@ from grades_trl.distributed import is_main
 from grades_trl.recipe.bad_input import printable
 from grades_trl.recipe.scored import RowsLeft
 from grades_trl.trainers.heldout import IGNORED, nothing_random_moves
+from grades_trl.wording import counted
 
 from .errors import DataError
 from .formats import text_of_content
@@ -184,7 +185,7 @@ def _lengths(trainer: Any, rows: dict[str, RowsLeft]) -> list[str]:
         lengths = [length for table in tables for length in pc.list_value_length(table["input_ids"]).to_pylist()]
         line = f"{split}: {_summary(lengths)}"
         if trainer.args.packing:
-            line += f", packed from {rows[split].given:,} examples"
+            line += f", packed from {counted(rows[split].given, 'example')}"
         elif limit is not None:
             of = rows[split]
             line += f"; {of.full:,} reach --max_length {limit} and {of.cut:,} of them lose their end"
@@ -208,4 +209,4 @@ def _lengths_with_images(trainer: Any, limit: int | None) -> str:
 
 def _summary(lengths: list[int]) -> str:
     median = statistics.median(lengths)
-    return f"{len(lengths):,} rows of {min(lengths):,} to {max(lengths):,} tokens, median {median:,.0f}"
+    return f"{counted(len(lengths), 'row')} of {min(lengths):,} to {max(lengths):,} tokens, median {median:,.0f}"
