@@ -28,6 +28,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from grades_trl.wording import counted
+
 ROOT = Path(__file__).resolve().parents[1]
 
 EVERY = "--heldout_every 4 --heldout_cost 1 --heldout_grace 0"
@@ -80,7 +82,8 @@ def main() -> None:
     for number, setup in enumerate(args.setups):
         kills = args.kills // len(args.setups) + (number < args.kills % len(args.setups))
         failures += soak(setup, kills, args.output_dir / setup, moments)
-    print(f"{args.kills} kills: {'every run ended as the straight one' if not failures else f'{failures} FAILED'}")
+    ended = f"{failures} FAILED" if failures else "every run ended as the straight one"
+    print(f"{counted(args.kills, 'kill')}: {ended}")
     sys.exit(failures > 0)
 
 

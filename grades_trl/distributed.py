@@ -27,6 +27,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from grades_trl.wording import counted
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -257,7 +259,8 @@ class UnusedParameters:
             return
         self.remove_hooks()
         unused = [name for name in self._trained if name not in self._reached]
-        some = f"{len(unused)} parameters get no gradient ({', '.join(unused[:2])}{', ...' * (len(unused) > 2)})"
+        some = counted(len(unused), "parameter gets", "parameters get")
+        some += f" no gradient ({', '.join(unused[:2])}{', ...' * (len(unused) > 2)})"
         if self._is_reentrant:
             if unused:
                 raise ValueError(

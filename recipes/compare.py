@@ -35,6 +35,7 @@ from grades_trl.recipe.comparison import (
     VARIANTS,
     Run,
     draw,
+    format_comparison,
     markdown,
     matched_steps,
     reordered,
@@ -43,7 +44,9 @@ from grades_trl.recipe.comparison import (
 )
 from grades_trl.recipe.places import IS_INSTALLED, RECIPES, ROOT, find_config, this_command
 from grades_trl.recipe.secret import without_secrets
+from grades_trl.recipe.terminal import wrapped
 from grades_trl.report.strict_json import write_json
+from grades_trl.wording import counted
 
 # Recipe -> subcommand. The command runs the file in recipes/, in a checkout and in an installed package.
 SUBCOMMANDS = {file.removesuffix(".py"): name for name, file in RECIPES.items() if name in ("text", "vlm")}
@@ -94,10 +97,8 @@ def main() -> None:
 
     count = len(args.variants) * len(args.seeds)
     if count > 2:
-        fewer = "Fewer: --variants baseline grades --seeds 0"
-        print(
-            f"{count} runs: {len(args.variants)} variants, seeds {' '.join(map(str, args.seeds))}. {fewer}", flush=True
-        )
+        variants, seeds = counted(len(args.variants), "variant"), " ".join(map(str, args.seeds))
+        print(f"{count} runs: {variants}, seeds {seeds}. Fewer: --variants baseline grades --seeds 0", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             runs = [run for of_seed in pool.map(run_seed, args.seeds) for run in of_seed]
@@ -123,7 +124,8 @@ def main() -> None:
     if figure is not None:
         draw(record, figure)
     comparison_page.write(record, figure, output_dir / "compare.html")
-    print(printable(f"\n{markdown(summary)}\n{output_dir / 'compare.html'}"))
+    print(printable(f"\n{format_comparison(summary)}\n\nall numbers  {output_dir / 'compare.md'}"))
+    print(printable(f"report       {output_dir / 'compare.html'}"))
     if figure is None:
         print(f"It has no figure, which needs matplotlib: {how_to_install('matplotlib')}.")
 
@@ -224,7 +226,7 @@ def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str,
     if before is not None and {key: before.get(key) for key in made_of} == made_of:
         run = finished_run(result, before["id"], variant, seed)
         if run is not None:
-            print(f"{describe(run)}  (from an earlier run)", flush=True)
+            print(wrapped(f"{describe(run)}  (from an earlier run)", sys.stdout), flush=True)
             return run
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -240,7 +242,7 @@ def run_variant(args: argparse.Namespace, recipe_flags: list[str], variant: str,
     if run is None or (exit_code != 0 and "skipped" not in run):
         last = "\n".join((folder / "log.txt").read_text("utf-8", errors="replace").splitlines()[-LAST_LINES:])
         raise SystemExit(f"{variant}, seed {seed} failed. The end of {folder / 'log.txt'}:\n\n{printable(last)}")
-    print(describe(run), flush=True)
+    print(wrapped(describe(run), sys.stdout), flush=True)
     return run
 
 
@@ -322,8 +324,8 @@ def describe(run: Run) -> str:
     if "skipped" in run:
         return name + printable(run["skipped"])
     return name + printable(
-        f"{run['steps']:>6,} of {run['total_steps']:,} steps, test loss {run['results']['final/test_loss']:.4f}, "
-        f"{run['seconds']['total']:.1f} s, {run['stop_reason']}"
+        f"{run['steps']:>6,} of {counted(run['total_steps'], 'step')}, "
+        f"test loss {run['results']['final/test_loss']:.4f}, {run['seconds']['total']:.1f} s, {run['stop_reason']}"
     )
 
 

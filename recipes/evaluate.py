@@ -42,6 +42,7 @@ from grades_trl.recipe.trained import base_of, has_vision, load_trained, release
 from grades_trl.report import tracking
 from grades_trl.report.environment import device_name, versions
 from grades_trl.report.strict_json import write_json
+from grades_trl.wording import counted
 
 
 @dataclass
@@ -98,7 +99,7 @@ def main() -> None:
         groups = rows_by_category(test, own.category_column)
         if recipe.num_eval_generations and "prompt" in test.column_names:
             asked = {split: first(rows, recipe.num_eval_generations) for split, rows in tests.items()}
-        print(f"{len(test):,} examples to score, {len(asked.get('test', [])):,} to answer")
+        print(f"{counted(len(test), 'example')} to score, {len(asked.get('test', [])):,} to answer")
 
     # 3. One model after the other: TRL's evaluation, as during training; then greedy answers; then the tasks, in a
     #    process of their own.

@@ -24,7 +24,14 @@ from grades_trl.recipe.card import push, write_card
 from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
 from grades_trl.recipe.console import format_start, set_up_console, show_progress
-from grades_trl.recipe.data import first, load_data, show_example, training_rows, warn_truncated_examples
+from grades_trl.recipe.data import (
+    LeaveNoFolder,
+    first,
+    load_data,
+    show_example,
+    training_rows,
+    warn_truncated_examples,
+)
 from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import answers, exact_match, format_samples
 from grades_trl.recipe.models import check_model, load_model, make_trainable
@@ -69,6 +76,8 @@ def main() -> None:
     if not set_up_resume(recipe, training, model_args, grades):
         return  # the run had finished before
     callbacks = [*early_stopping, *configure_bema(recipe, training)]
+    if recipe.preview:
+        callbacks.append(LeaveNoFolder(training.output_dir))
     if "wandb" in training.report_to and is_main():
         training.run_name = tracking.start(training.output_dir, training.run_name)
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import trainer as trainer_module
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -19,7 +21,7 @@ from trl import (
 
 from grades_trl import GradESConfig, GradESMixin, GradESTrainer
 from grades_trl.recipe import builtin
-from helpers import LORA, QUIETLY_ON_CPU, arguments, model_for, qwen3
+from helpers import LORA, QUIETLY_ON_CPU, arguments, llava, model_for, qwen3, same, weights
 
 COMMON = {"max_steps": 6, "per_device_train_batch_size": 4} | QUIETLY_ON_CPU
 PAIRS = {"prompt": ["1 May 1998 "] * 16, "chosen": ["1998-05-01"] * 16, "rejected": ["1998-05-02"] * 16}
@@ -160,3 +162,36 @@ def test_with_grades_tags_and_name_extend_those_of_the_base_and_the_card_cites_t
 def test_what_is_no_config_is_refused_before_the_data_is_touched(tmp_path, grades):
     with pytest.raises(TypeError, match="expected a GradESConfig, or None"):
         GradESTrainer("no such model", arguments(tmp_path), grades=grades)
+
+
+@pytest.mark.parametrize("load", ["_load_best_model", "_load_from_checkpoint"])
+def test_weights_saved_under_other_names_are_loaded_without_a_list_of_missing_keys(tmp_path, monkeypatch, load):
+    """A LLaVA is saved under older names, which the Trainer says are unexpected, and all of its own missing. Where
+    weights really are missing, it still says so."""
+    said = []
+    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
+    trainer_class = type("T", (GradESMixin, Trainer), {})
+    trainer = trainer_class(llava(), TrainingArguments(str(tmp_path), **COMMON), grades=None)
+    trainer.model.save_pretrained(tmp_path / "saved")
+    right = weights(trainer.model)
+    trainer.state.best_model_checkpoint = str(tmp_path / "saved")
+    path = tmp_path / "saved" / "model.safetensors"
+    saved = load_file(path)
+    assert set(saved) != set(right)
+
+    def load_saved():
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.zero_()
+        getattr(trainer, load)(*([str(path.parent)] if load == "_load_from_checkpoint" else []))
+
+    load_saved()
+    assert said == []
+    assert same(weights(trainer.model), right)
+
+    del saved["multi_modal_projector.linear_1.weight"]
+    save_file(saved, path, {"format": "pt"})
+    load_saved()
+    missing, unexpected = said
+    assert "missing keys" in missing and "'model.multi_modal_projector.linear_1.weight'" in missing
+    assert "unexpected keys" in unexpected

@@ -330,7 +330,7 @@ def test_examples_that_max_length_truncates_are_a_warning(tmp_path, caplog):
         warn_truncated_examples(rows_left(trainer, {"train": rows, "validation": short, "test": rows}), max_length)
         return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
-    reach = "1 more reach it, of which 1 are cut off, without the end-of-sequence token that ends a reply."
+    reach = "1 more reaches it, of which 1 is cut off, without the end-of-sequence token that ends a reply."
     found = "of 4 examples, 2 have no reply left within --max_length 40: dropped"
     assert report(rows, 40) == [f"train: {found}. {reach}", f"test: {found}, and not scored. {reach}"]
     assert report(rows, 200) == report(rows, None) == []

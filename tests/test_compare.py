@@ -22,6 +22,7 @@ from grades_trl.recipe.comparison import (
     VARIANTS,
     draw,
     flops_of_run,
+    format_comparison,
     markdown,
     matched_steps,
     reordered,
@@ -119,10 +120,46 @@ def test_tables_and_figure(tmp_path):
     assert lines[6][:2] == ["random_order", "not applicable: nothing froze"]
     assert lines[-2] == ["0", "0.4000", "0.4000", "yes", "50 %", "+0.0500", "-0.1000"]
     assert lines[-1][-1] == "-"
+    screen = format_comparison(summary).splitlines()
+    assert screen[0].split() == ["variant", "steps", "test", "loss", "exact,", "%", "seconds", "FLOPs"]
+    assert screen[1].split() == ["baseline", "100", "0.6000", "±", "0.1414", "85.0", "±", "7.1", "100.0", "1.00"]
+    assert screen[2].split() == ["grades", "50", "0.5000", "±", "0.1414", "-", "37.5", "0.40"]
+    assert screen[5].split(maxsplit=1) == ["random_order", "not applicable: nothing froze"]
+    assert screen[-2].split() == ["0", "0.4000", "0.4000", "50", "%", "+0.0500", "-0.1000"]
     for jobs, panels in ((1, 3), (2, 2)):  # no times of runs that slowed each other down
         path = tmp_path / f"{jobs}.png"
         draw({**summary, "jobs": jobs, "runs": RUNS}, path)
         assert Image.open(path).width == panels * 660
+
+
+def test_the_tables_on_a_terminal_fit_80_columns():
+    """Whatever the numbers, of every variant; what is longer goes on below."""
+    runs = [
+        run_of(
+            *(variant, seed),
+            steps=123_456,
+            total_steps=1_000_000,
+            test=10.1234 + 30 * seed,
+            validation=12.5,
+            **{"seconds": 100_000.0, "history": (12.5, 11.25), "final/exact_match": 1.0 - 0.5 * seed},
+        )
+        for variant in VARIANTS
+        for seed in (0, 1)
+        if variant != "bottom_up"
+    ]
+    reason = "there is no GradES run to make it from, " * 3
+    screen = format_comparison(summarize([*runs, {"variant": "bottom_up", "seed": 0, "skipped": reason}]))
+    assert max(map(len, screen.splitlines())) <= 80
+    assert reason.strip() in " ".join(screen.split())
+    for variant in VARIANTS:
+        assert sum(line.startswith(f"{variant} ") for line in screen.splitlines()) == 1
+    assert "- early stopping" in screen and "exact, %" in screen
+
+
+def test_what_was_not_measured_has_no_column_on_a_terminal():
+    screen = format_comparison(summarize([run_of("baseline", 3), run_of("grades", 3, steps=60, flops=0.5)]))
+    assert "exact" not in screen and "early" not in screen and "time" in screen
+    assert "seed" not in format_comparison(summarize([run_of("baseline", 3)]))
 
 
 def test_a_comparison_without_baseline_or_validation():
@@ -495,7 +532,11 @@ def test_a_real_comparison(tmp_path):
     assert [run["variant"] for run in record["runs"]] == ["baseline", "grades", "random_order"]
     assert record["variants"]["grades"]["steps"]["mean"] == 5
     assert (out / "compare.png").stat().st_size > 10_000
-    assert (out / "compare.md").read_text("utf-8") in first.stdout
+    assert (out / "compare.md").read_text("utf-8").startswith("| variant ")
+    table = first.stdout.partition("\n\n")[2].splitlines()
+    assert table[0].split()[:2] == ["variant", "steps"]
+    assert max(map(len, table)) <= 80
+    assert str(Path("out", "compare.md")) in table[-2] and "compare.html" in table[-1]
 
 
 def test_the_page_of_results_has_the_tables_of_the_records():

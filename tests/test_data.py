@@ -397,15 +397,15 @@ def test_bad_text(tmp_path, value):
         ),
         (
             {"messages": [turn("user", [IMAGE, text("a")]), ASSISTANT], "images": ["a.png", "a.png"]},
-            r"the messages have 1 images \(\"<image>\" in a text, or .* and the row has 2 images, expected as many",
+            r"the messages have 1 image \(\"<image>\" in a text, or .* and the row has 2 images, expected as many",
         ),
         (
             {"messages": [turn("user", [text("a")]), ASSISTANT], "images": ["a.png"]},
-            "the messages have 0 .* has 1 images, expected",
+            "the messages have 0 .* has 1 image, expected",
         ),
         (
             {"messages": [turn("user", "<image>\n<image>"), ASSISTANT], "images": ["a.png"]},
-            "the messages have 2 images .* and the row has 1 images, expected as many",
+            "the messages have 2 images .* and the row has 1 image, expected as many",
         ),
         (
             {"messages": [USER, turn("assistant", "<image>")], "images": ["a.png"]},
@@ -427,8 +427,8 @@ def test_placeholders_of_prompt_and_completion(tmp_path):
     write_image(tmp_path / "a.png")
     good = {"prompt": "<image>a", "completion": "b", "image": "a.png"}
     bad = {"prompt": "<image><image>a", "completion": "b", "image": "a.png"}
-    fault(tmp_path, bad, good, r'prompt has 2 "<image>" and the row has 1 images, expected as many', vision=True)
-    fault(tmp_path, {**bad, "prompt": "a"}, good, r'prompt has 0 "<image>" and the row has 1 images', vision=True)
+    fault(tmp_path, bad, good, r'prompt has 2 "<image>" and the row has 1 image, expected as many', vision=True)
+    fault(tmp_path, {**bad, "prompt": "a"}, good, r'prompt has 0 "<image>" and the row has 1 image', vision=True)
     other = {**bad, "prompt": "<|vision_start|><|image_pad|><|vision_end|>a"}
     load(str(write(tmp_path / "other.jsonl", [good, other])), vision=True)
     good = {"prompt": [turn("user", [IMAGE, text("a")])], "completion": [ASSISTANT], "image": "a.png"}

@@ -540,7 +540,7 @@ FAULTS = [
     (part_of({"type": "image", "image": "img/no.png"}), r"image 0 \(.*no\.png\) cannot be opened"),
     ({"messages": [turn("user", "a"), REPLY], "images": [ADDRESS]}, "has the image https://example.com"),
     ({"messages": [turn("user", "<video>a"), REPLY], "videos": ["a.mp4"]}, 'column "videos" is not empty'),
-    ({"messages": [turn("user", "<image>a"), REPLY], "images": []}, "the messages have 1 images .* has 0"),
+    ({"messages": [turn("user", "<image>a"), REPLY], "images": []}, "the messages have 1 image .* has 0"),
 ]  # fmt: skip
 
 

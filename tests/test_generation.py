@@ -147,12 +147,12 @@ def test_character_error_rate_closed_form():
     assert character_error_rate(["1234", " abcdef\n"], data) == 0
     assert character_error_rate(["1235", "abc"], data) == (1 + 3) / 10  # of all characters, not a mean over rows
     assert character_error_rate(["1" * 40, "abcdef"], data) == 3.9
-    with pytest.raises(ValueError, match="1 answers to 2 examples"):
+    with pytest.raises(ValueError, match="1 answer to 2 examples"):
         character_error_rate(["1"], data)
 
 
 def test_exact_match_refuses_other_lengths():
-    with pytest.raises(ValueError, match="2 answers to 1 examples"):
+    with pytest.raises(ValueError, match="2 answers to 1 example"):
         exact_match(["1", "2"], completions("1"))
     with pytest.raises(ValueError, match="at least one"):
         exact_match([], Dataset.from_dict({"completion": []}))

@@ -358,7 +358,7 @@ def test_conversations_without_a_learned_reply_are_left_out(tmp_path, caplog):
     talks = [talk("a?", "b"), talk("c?", "d"), talk("e?", "f")]
     talks[1][1]["loss"] = False
     assert [row[0]["content"] for row in read(tmp_path, talks)["messages"]] == ["a?", "e?"]
-    assert "train: 1 of 3 conversations are left out" in warnings_in(caplog)[0]
+    assert "train: 1 of 3 conversations left out" in warnings_in(caplog)[0]
     for messages in talks:
         messages[1]["loss"] = False
     with pytest.raises(DataError, match="train: every reply is marked not to be learned, expected at least one"):
@@ -373,7 +373,7 @@ def test_marks_that_ask_for_a_prompt_are_said(tmp_path, caplog):
     talks[1][0]["train"] = True
     read(tmp_path, talks)
     assert warnings_in(caplog)[0] == (
-        "train: 1 rows (the first is row 1) mark other messages than replies to be learned: only replies are."
+        "train: 1 row (the first is row 1) marks other messages than replies to be learned: only replies are."
     )
 
 

@@ -12,7 +12,7 @@ from grades_trl.recipe.arguments import RecipeArguments, configure_early_stoppin
 from grades_trl.recipe.results import final_eval, next_commands, train_and_save
 from grades_trl.report import timing
 from grades_trl.report.timing import RunClock
-from helpers import arguments, same
+from helpers import arguments, same, warnings_in
 
 
 class SlowSaving(SFTTrainer):
@@ -125,3 +125,38 @@ def test_the_test_rows_are_scored_whatever_the_workers_do(tmp_path):
     )
     scores = final_eval(trainer, test)
     assert scores["final/test_loss"] != scores["final/validation_loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"warmup_steps": 2}, "takes 2 steps and the run has 2: the learning rate never reaches 0.125. Lower "),
+        ({"warmup_steps": 40, "max_steps": -1, "num_train_epochs": 3.0}, "takes 40 steps and the run has 3"),
+        ({"warmup_steps": 1}, None),
+        ({"warmup_steps": 0.5}, None),
+        ({"warmup_steps": 0.9}, "takes 2 steps and the run has 2"),
+        ({"warmup_steps": 40, "lr_scheduler_type": "constant"}, None),
+        ({"warmup_steps": 40, "lr_scheduler_type": "constant_with_warmup"}, "takes 40 steps"),
+        ({}, None),
+    ],
+)
+def test_a_warm_up_as_long_as_the_run_is_said_before_the_first_step(tmp_path, caplog, changes, warned):
+    """It is said of no other: in these the learning rate reaches its full value."""
+    model, tokenizer = builtin.tiny_qwen3()
+    rates = []
+
+    class Note(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            said = [text for text in warnings_in(caplog) if "warm-up" in text]
+            assert len(said) == (warned is not None) and (warned or "") in "".join(said)
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    args = {"max_steps": 2, "learning_rate": 0.125, "lr_scheduler_type": "constant_with_warmup"} | changes
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], save_strategy="no", **args)
+    rows = Dataset.from_list([{"prompt": "1", "completion": "2"}] * 4)
+    trainer = SlowSaving(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=[RunClock(), Note()])
+    trainer.ended = []
+    clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, RunClock))
+    with caplog.at_level("WARNING", "grades_trl"):
+        train_and_save(trainer, clock, None)
+    assert (max(rates) == 0.125) == (warned is None)

@@ -76,7 +76,7 @@ def recorded(tmp_path_factory):
             report.record(step, events, {}, {}, gains)
             if step % 7 == 0:
                 report.record_heldout("loss", 10.0 / step, 16)
-            run.step(10.0 if step < 13 else 0.25)
+            run.step(100.0 if step < 13 else 0.25)
         run.end()
         seconds = run.clock.seconds
         summary = report.summarize(Outcome({}, "schedule finished", "last", 20))
@@ -118,7 +118,7 @@ def test_the_heatmap_of_the_gain_comes_with_every_figure(recorded):
 def test_drawing_counts_as_what_grades_takes(recorded):
     """Six figures while it trained."""
     seconds = recorded[2]
-    assert (seconds.total, seconds.training, seconds.grades) == (122.75, 122.0, 0.75)
+    assert (seconds.total, seconds.training, seconds.grades) == (1202.75, 1202.0, 0.75)
 
 
 def test_figures_take_no_more_than_their_share_of_a_run(tmp_path, monkeypatch):
@@ -133,8 +133,9 @@ def test_figures_take_no_more_than_their_share_of_a_run(tmp_path, monkeypatch):
     for step, name in enumerate(matrices, 1):
         report.record(step, [freeze(matrices, name, step)], {}, {})
         run.step(1.0)
-    # The first one when 5 % have frozen; then when 0.5 s are 2 % of what has passed (25 s), 1 s, and so on.
-    assert drawn == [5, 26, 50, 75, 99]
+    # The first one when the 1.5 s that it may take are 2 % of what has passed (75 s), though more than 5 % have frozen
+    # long since; then at every 5 %; and when four of 0.5 s are 2 % (100 s with them).
+    assert drawn == [76, 81, 87, 92, 99]
 
 
 def test_the_table_of_matrices_is_there_once(recorded):

@@ -49,8 +49,9 @@ class Schedule(Criterion):
         late = [name for name, step in self.steps.items() if step > total_steps]
         if late:
             logger.warning(
-                f"{len(late)} of the {len(self.steps)} matrices of the schedule never freeze: their steps are after "
-                f"the last one, {total_steps}; that of {late[0]} is {self.steps[late[0]]}."
+                f"{len(late)} of the {len(self.steps)} matrices of the schedule never "
+                f"{'freezes: its step is' if len(late) == 1 else 'freeze: their steps are'} after the last one, "
+                f"{total_steps}; that of {late[0]} is {self.steps[late[0]]}."
             )
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

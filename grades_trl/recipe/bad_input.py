@@ -1,7 +1,7 @@
 """Wrong arguments, files, data and models: one or two lines on stderr and exit code 2. `--debug` shows the traceback.
 
-All other errors keep theirs: they are not the user's. It imports the standard library alone, since Unsloth must be
-imported before all else.
+All other errors keep theirs: they are not the user's. It imports nothing but the standard library, since Unsloth
+must be imported before all else.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+
+from grades_trl.recipe.terminal import wrapped
 
 OURS = ("grades_trl", "vlm", "recipes", "__main__")
 EXIT_CODE = 2  # that of argparse
@@ -87,7 +89,7 @@ def bad_input_ends_here() -> Iterator[None]:
             print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
         else:
             process = f"[process {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
-            print(f"{process}Error: {_in_short(error)}", file=sys.stderr)
+            print(wrapped(f"{process}Error: {_in_short(error)}", sys.stderr), file=sys.stderr)
             print(f"{FLAG} shows where it was found.", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
 

@@ -19,6 +19,7 @@ from grades_trl.recipe.record import command_line
 from grades_trl.report.environment import Environment
 from grades_trl.report.summary import before_and_after, format_score, rows_of
 from grades_trl.report.timing import RunClock
+from grades_trl.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def _what_ran(trainer: Any, clock: RunClock, environment: Environment, model_arg
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = {
         "trained": f"{method}, {trained:,} parameters",
-        "steps": f"{state.global_step:,} of {state.max_steps:,}, {batch} examples each",
+        "steps": f"{state.global_step:,} of {state.max_steps:,}, {counted(batch, 'example')} each",
         "ended by": summary.stop_reason if summary is not None else "the schedule, or early stopping",
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "time": f"{seconds.total:,.1f} s on {environment.device}",

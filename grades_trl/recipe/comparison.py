@@ -10,10 +10,11 @@ import os
 import random
 import statistics
 import sys
+import textwrap
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grades_trl.extras import require
 from grades_trl.model.matrices import TOWER_ORDER
@@ -207,61 +208,89 @@ def _against(of_seed: dict[str, Run]) -> dict[str, Any]:
     }
 
 
+class Column(NamedTuple):
+    """
+    A column of a table.
+
+    Attributes:
+        heading (`str`): in Markdown.
+        cell: of the numbers of a variant, or of the entry of a seed.
+        short (`str`, *optional*): on a terminal, which has no room for columns without one.
+    """
+
+    heading: str
+    cell: Callable[[dict[str, Any]], str]
+    short: str | None = None
+
+
+OF_A_VARIANT = (
+    Column("steps", lambda n: _text(n["steps"]["mean"], ".0f"), "steps"),
+    Column("test loss", lambda n: _spread(n["test_loss"], ".4f"), "test loss"),
+    Column("exact match, %", lambda n: _spread(n["exact_match"], ".1f", times=100), "exact, %"),
+    Column("seconds", lambda n: _text(n["total_seconds"]["mean"], ".1f"), "seconds"),
+    Column("in validation", lambda n: _text(n["validation_seconds"]["mean"], ".1f")),
+    Column("in GradES", lambda n: _text(n["grades_seconds"]["mean"], ".2f")),
+    Column("FLOPs / baseline", lambda n: _text(n["flops"]["mean"], ".2f"), "FLOPs"),
+    Column("peak MiB", lambda n: _text(n["peak_memory_mib"]["mean"], ",.0f")),
+    Column("baseline's time / this", lambda n: _text(n["baseline_time_ratio"]["mean"], ".2f", unit="x")),
+)
+OF_A_SEED = (
+    Column("seed", lambda e: str(e["seed"]), "seed"),
+    Column(
+        "best validation loss of the baseline",
+        lambda e: _text(e["baseline_best_validation_loss"], ".4f"),
+        "baseline's best",
+    ),
+    Column("validation loss of GradES", lambda e: _text(e["grades_validation_loss"], ".4f"), "its loss"),
+    Column("at or below", lambda e: {True: "yes", False: "no", None: "-"}[e["as_good"]]),
+    Column("time / baseline", lambda e: _text(e["fraction_of_baseline_time"], ".0f", unit=" %", times=100), "time"),
+    Column(
+        "test loss, GradES - matched FLOPs",
+        lambda e: _text(e["grades_minus_matched_flops"], "+.4f"),
+        "- matched FLOPs",
+    ),
+    Column("GradES - early stopping", lambda e: _text(e["grades_minus_early_stopping"], "+.4f"), "- early stopping"),
+)
+
+
 def markdown(summary: dict[str, Any]) -> str:
     """Two tables: the variants, and below them GradES against the others for each seed."""
-    header = (
-        "variant",
-        "steps",
-        "test loss",
-        "exact match, %",
-        "seconds",
-        "in validation",
-        "in GradES",
-        "FLOPs / baseline",
-        "peak MiB",
-        "baseline's time / this",
+    header = ["variant", *(column.heading for column in OF_A_VARIANT)]
+    rows = _rows_of_variants(summary, OF_A_VARIANT)
+    rows = [row + [""] * (len(header) - len(row)) for row in rows]
+    seeds = [[column.cell(entry) for column in OF_A_SEED] for entry in summary["seeds"]]
+    return f"{_table(header, rows)}\n\n{_table([column.heading for column in OF_A_SEED], seeds)}\n"
+
+
+def format_comparison(summary: dict[str, Any]) -> str:
+    """The same two tables for a terminal, in 80 columns: with what decides, and without what was not measured."""
+    columns = [column for column in OF_A_VARIANT if column.short]
+    variants = _table_in_80_columns(["variant", *_short(columns)], _rows_of_variants(summary, columns))
+    variants += "\nFLOPs: as a fraction of the baseline's."
+    columns = [column for column in OF_A_SEED if column.short]
+    rows = [[column.cell(entry) for column in columns] for entry in summary["seeds"]]
+    if all(cell == "-" for row in rows for cell in row[1:]):  # GradES is not beside anything
+        return variants
+    return (
+        f"{variants}\n\n"
+        "GradES, seed by seed: its validation loss beside the best of the baseline; its\n"
+        "time as a fraction of the baseline's; its test loss minus that of the others.\n"
+        f"{_table_in_80_columns(_short(columns), rows)}"
     )
-    rows = []
-    for variant, numbers in summary["variants"].items():
-        if "skipped" in numbers:
-            rows.append([variant, f"not applicable: {numbers['skipped']}", *[""] * (len(header) - 2)])
-            continue
-        rows.append(
-            [
-                variant,
-                _text(numbers["steps"]["mean"], ".0f"),
-                _spread(numbers["test_loss"], ".4f"),
-                _spread(numbers["exact_match"], ".1f", times=100),
-                _text(numbers["total_seconds"]["mean"], ".1f"),
-                _text(numbers["validation_seconds"]["mean"], ".1f"),
-                _text(numbers["grades_seconds"]["mean"], ".2f"),
-                _text(numbers["flops"]["mean"], ".2f"),
-                _text(numbers["peak_memory_mib"]["mean"], ",.0f"),
-                _text(numbers["baseline_time_ratio"]["mean"], ".2f", unit="x"),
-            ]
-        )
-    below = (
-        "seed",
-        "best validation loss of the baseline",
-        "validation loss of GradES",
-        "at or below",
-        "time / baseline",
-        "test loss, GradES - matched FLOPs",
-        "GradES - early stopping",
-    )
-    seeds = [
-        [
-            str(entry["seed"]),
-            _text(entry["baseline_best_validation_loss"], ".4f"),
-            _text(entry["grades_validation_loss"], ".4f"),
-            {True: "yes", False: "no", None: "-"}[entry["as_good"]],
-            _text(entry["fraction_of_baseline_time"], ".0f", unit=" %", times=100),
-            _text(entry["grades_minus_matched_flops"], "+.4f"),
-            _text(entry["grades_minus_early_stopping"], "+.4f"),
-        ]
-        for entry in summary["seeds"]
+
+
+def _short(columns: list[Column]) -> list[str]:
+    return [str(column.short) for column in columns]
+
+
+def _rows_of_variants(summary: dict[str, Any], columns: Sequence[Column]) -> list[list[str]]:
+    """A row for each variant; it has two cells if there are no numbers."""
+    return [
+        [variant, f"not applicable: {numbers['skipped']}"]
+        if "skipped" in numbers
+        else [variant, *(column.cell(numbers) for column in columns)]
+        for variant, numbers in summary["variants"].items()
     ]
-    return f"{_table(header, rows)}\n\n{_table(below, seeds)}\n"
 
 
 def _text(value: float | None, form: str, unit: str = "", times: float = 1) -> str:
@@ -275,15 +304,31 @@ def _spread(number: dict[str, float | None], form: str, times: float = 1) -> str
     return f"{mean * times:{form}} ± {sd * times:{form}}"
 
 
-def _table(header: tuple[str, ...], rows: list[list[str]]) -> str:
+def _table(header: list[str], rows: list[list[str]]) -> str:
     """Markdown, its columns padded so that it reads well on a screen too."""
-    lines = [list(header), *rows]
+    lines = [header, *rows]
     # A remark in place of numbers runs over the columns it leaves empty.
     widths = [max(len(line[i]) for line in lines if i != 1 or line[-1]) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
         "| " + " | ".join(f"{t:<{w}}" for t, w in zip(line, widths, strict=True)) + " |" for line in lines
     )
+
+
+def _table_in_80_columns(header: list[str], rows: list[list[str]]) -> str:
+    """Names to the left and numbers to the right. A remark in place of numbers goes on below, if it is long."""
+    numbers = [row for row in rows if len(row) == len(header)]
+    shown = [i for i in range(len(header)) if i == 0 or any(row[i] != "-" for row in numbers)]
+    first = max(len(row[0]) for row in [header, *rows])
+    widths = {i: max(len(row[i]) for row in [header, *numbers]) for i in shown[1:]}
+    lines = []
+    for row in [header, *rows]:
+        name = f"{row[0]:<{first}}"
+        if len(row) == len(header):
+            lines.append("  ".join([name, *(f"{row[i]:>{width}}" for i, width in widths.items())]))
+        else:
+            lines += textwrap.wrap(f"{name}  {row[1]}", 80, subsequent_indent=" " * (first + 2))
+    return "\n".join(lines)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

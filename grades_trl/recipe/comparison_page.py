@@ -9,6 +9,7 @@ from typing import Any
 
 from grades_trl.recipe.comparison import VARIANTS, Run, exact_match, flops_of_run, made_alone
 from grades_trl.report.elements import command, document, fold, percent, plot, seconds, section, table, text, times
+from grades_trl.wording import counted
 
 # Whether freezing does more than these do is the question of a comparison.
 CONTROLS = ("baseline_matched_flops", "nothing_frozen", "early_stopping", "bema", "vision_frozen")
@@ -26,8 +27,8 @@ def build(record: dict[str, Any], png: bytes | None) -> str:
     environment = record.get("environment") or {}
     model, device = environment.get("model", "?"), environment.get("device", "?")
     seeds, runs = len({run["seed"] for run in ran}), len(record["runs"])
-    each = f"{seeds} seed{'s' if seeds != 1 else ''}"
-    over = f"Comparison of {len(record['variants'])} variants with {each}: {model}, on {device}"
+    compared = f"{counted(len(record['variants']), 'variant')} with {counted(seeds, 'seed')}"
+    over = f"Comparison of {compared}: {model}, on {device}"
     cost = "time" if made_alone(record) else "FLOPs"
     answers = (
         f"<section><div class=answers><div><h2>What happened</h2>{_what_happened(record, ran)}</div>"
@@ -121,7 +122,7 @@ def _paragraphs(sentences: list[str]) -> str:
 
 
 def _what_happened(record: dict[str, Any], ran: list[Run]) -> str:
-    told = [f"{len(ran):,} runs of recipes/{record['recipe']}.py, each variant with the same seeds and data."]
+    told = [f"{counted(len(ran), 'run')} of recipes/{record['recipe']}.py, each variant with the same seeds and data."]
     grades = list(_of(ran, "grades").values())
     if grades:
         mean = _mean([run["steps"] / run["total_steps"] for run in grades])

@@ -15,11 +15,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from grades_trl.distributed import is_main
 from grades_trl.recipe.bad_input import printable
+from grades_trl.recipe.terminal import wrapped
 
 
 def set_up_console() -> None:
-    """Shows what `grades_trl` and `vlm` log, from INFO on, on stderr. Where that is no terminal there are no bars. Of
-    several processes only the main one shows anything, errors aside.
+    """Shows what `grades_trl` and `vlm` log, from INFO on, on stderr. On a terminal, lines break between words. Where
+    stderr is no terminal each message is one line, and there are no bars. Of several processes only the main one shows
+    anything, errors aside.
 
     Characters that the terminal does not have are replaced: a row in Japanese must not end a run on a Windows console.
     """
@@ -41,7 +43,11 @@ class _TqdmHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname}: "
-        tqdm.write(level + printable(self.format(record)), file=sys.stderr)
+        _write(level + printable(self.format(record)))
+
+
+def _write(text: str) -> None:
+    tqdm.write(wrapped(text, sys.stderr), file=sys.stderr)
 
 
 def show_progress(trainer: Any) -> None:
@@ -84,7 +90,7 @@ class _Progress(ProgressCallback):
             return
         self._entries |= {name: value for name, value in entries.items() if name in ("loss", "frozen")}
         self.training_bar.set_postfix_str(_joined(self._entries, ", "))
-        tqdm.write(f"step {state.global_step:>{len(str(state.max_steps))}}  {_joined(entries, '  ')}", file=sys.stderr)
+        _write(f"step {state.global_step:>{len(str(state.max_steps))}}  {_joined(entries, '  ')}")
 
 
 def log_entries(logs: dict[str, Any], frozen: tuple[int, int] | None = None) -> dict[str, str]:
@@ -123,7 +129,7 @@ def _joined(entries: dict[str, str], separator: str) -> str:
 
 
 def format_start(environment: Any, splits: Mapping[str, Any], output_dir: str) -> str:
-    """What a run is about to do, in three lines.
+    """What a run is about to do, in three lines, which break between words where stdout is a terminal.
 
     Args:
         environment (`Environment`): of the run.
@@ -132,12 +138,9 @@ def format_start(environment: Any, splits: Mapping[str, Any], output_dir: str) -
     """
     uses = {"train": "train on", "validation": "validate on", "test": "test on"}
     rows = ", ".join(f"{splits[split]} to {use}" for split, use in uses.items() if split in splits)
-    return printable(
-        "\n".join(
-            [
-                f"model      {environment.model}, on {environment.device}",
-                f"examples   {rows}",
-                f"results    {output_dir}",
-            ]
-        )
-    )
+    lines = [
+        f"model      {environment.model}, on {environment.device}",
+        f"examples   {rows}",
+        f"results    {output_dir}",
+    ]
+    return wrapped(printable("\n".join(lines)), sys.stdout)

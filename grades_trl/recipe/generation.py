@@ -13,6 +13,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from grades_trl.distributed import gathered_objects, is_main, is_sharded, rank, world_size
 from grades_trl.recipe.bad_input import printable
+from grades_trl.wording import counted
 
 # Without temperature, top_p and top_k there are no warnings about sampling defaults.
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
@@ -184,8 +185,8 @@ def _pairs(score: str, answers: list[str], dataset: Dataset) -> list[tuple[str, 
     """Each answer beside what was expected, without outer spaces."""
     if not answers or len(answers) != len(dataset):
         raise ValueError(
-            f"{score}() got {len(answers)} answers to {len(dataset)} examples. It needs one answer per "
-            "example, in the order of the dataset, and at least one."
+            f"{score}() got {counted(len(answers), 'answer')} to {counted(len(dataset), 'example')}. It needs one "
+            "answer per example, in the order of the dataset, and at least one."
         )
     expected = [text_of(completion) for completion in dataset["completion"]]
     return [(ours.strip(), theirs.strip()) for ours, theirs in zip(answers, expected, strict=True)]

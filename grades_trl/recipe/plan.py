@@ -32,6 +32,7 @@ from grades_trl.recipe.data import first, load_data
 from grades_trl.recipe.models import find_gguf, make_trainable, read_config
 from grades_trl.stopping.heldout import plan as plan_heldout
 from grades_trl.weight_average import WeightAverage
+from grades_trl.wording import counted
 
 GIB = 2**30
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB of memory of a GPU
@@ -448,7 +449,7 @@ def format_plan(planned: Plan, cards: dict[int, str | None], checkpointing: bool
         lines.append("Steps and tokens of the run: not known; give --dataset_name or --max_steps.")
     else:
         lines.append(
-            f"The run: {planned.steps:,} steps, {planned.tokens:,.0f} tokens, "
+            f"The run: {counted(planned.steps, 'step')}, {planned.tokens:,.0f} tokens, "
             f"{planned.step_flops * planned.steps:.3g} FLOPs."
         )
     if planned.notes:

@@ -28,6 +28,7 @@ from grades_trl.recipe.interrupt import EndOnSignal
 from grades_trl.recipe.places import command_of, recipe_name
 from grades_trl.recipe.record import command_line, public_argv, resolved_arguments
 from grades_trl.recipe.scored import rows_scored
+from grades_trl.recipe.warm_up import WarnOfLongWarmUp
 from grades_trl.report import tracking
 from grades_trl.report.disk import is_of_the_disk, tolerated
 from grades_trl.report.environment import Environment
@@ -50,7 +51,8 @@ OF_ONE_RUN = (
 
 def train_and_save(trainer: Any, clock: RunClock, resume_from_checkpoint: str | None) -> None:
     """Trains, and saves the model as soon as it is trained: before anything that may fail, such as the callbacks of
-    W&B, reports and scores. If the checkpoint is that of the last step, only what comes after it is done.
+    W&B, reports and scores. If the checkpoint is that of the last step, only what comes after it is done. A warm-up
+    that is as long as the run is said first.
 
     Args:
         trainer: not trained yet.
@@ -65,6 +67,7 @@ def train_and_save(trainer: Any, clock: RunClock, resume_from_checkpoint: str | 
     tracking.GroupedWandbCallback.put_into(trainer)  # of a baseline too: no run ends for W&B
     callbacks.sort(key=lambda callback: not isinstance(callback, BEMA))  # which gives the model its weights first
     trainer.add_callback(_EndFinishedRun(trainer))
+    trainer.add_callback(WarnOfLongWarmUp())
     with contextlib.ExitStack() as during_training:
         if trainer.grades_config is None:  # what a run with GradES does itself
             trainer.add_callback(_KeepClock(clock))

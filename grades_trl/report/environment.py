@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from grades_trl.distributed import world_size
+from grades_trl.wording import counted
 
 # The libraries that the numbers of a run depend on. One that is not installed is left out of the record.
 LIBRARIES = (
@@ -77,7 +78,7 @@ def device_name(device: torch.device | None = None) -> str:
     if device is not None and device.type != "cpu":
         return f"{device.type}, {name}"
     threads = torch.get_num_threads()
-    return f"CPU, {name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"CPU, {name}, {counted(threads, 'thread')}"
 
 
 def versions() -> dict[str, str]:

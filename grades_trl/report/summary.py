@@ -13,6 +13,7 @@ from grades_trl.model.matrices import WeightMatrix
 from grades_trl.report.environment import Environment
 from grades_trl.report.strict_json import jsonable
 from grades_trl.report.timing import Evaluation, RunClock, Seconds, Speedup
+from grades_trl.wording import counted
 
 FINISHED, DATA_ENDED, EARLY_STOPPING = "schedule finished", "data ended", "early stopping"
 INTERRUPTED = "interrupted"  # by a signal
@@ -424,7 +425,12 @@ def format_summary(summary: RunSummary) -> str:
     if heldout is not None:
         cost = heldout.passes_per_training_example
         share = "" if cost is None else f", {100 * cost:.1f} % of the training examples, forward only"
-        rows.append(("held-out", f"{heldout.measurements} measurements of {heldout.examples} examples{share}"))
+        rows.append(
+            (
+                "held-out",
+                f"{counted(heldout.measurements, 'measurement')} of {counted(heldout.examples, 'example')}{share}",
+            )
+        )
     for name, label in (("encoder", "vision tower"), ("frozen_layers", "frozen layers")):
         if name in summary.caches:
             rows.append(("cache", f"{label}: {_cached(summary.caches[name])}"))
@@ -432,12 +438,13 @@ def format_summary(summary: RunSummary) -> str:
         rows.append(("gain", str(summary.gain)))
     rows += [("settings", str(change)) for change in summary.setting_changes]
     if summary.losses_not_finite:
-        rows.append(("numbers", f"the loss of {summary.losses_not_finite:,} steps was no finite number"))
+        rows.append(("numbers", f"the loss of {counted(summary.losses_not_finite, 'step')} was no finite number"))
     if summary.skipped_updates:
-        rows.append(("numbers", f"{summary.skipped_updates:,} updates were skipped: gradients overflowed in fp16"))
+        skipped = counted(summary.skipped_updates, "update was", "updates were")
+        rows.append(("numbers", f"{skipped} skipped: gradients overflowed in fp16"))
     memory = "not measured" if summary.peak_memory_mib is None else f"{summary.peak_memory_mib:,.0f} MiB"
     rows.append(("memory", f"{memory} at most, on {summary.environment.device}"))
-    lines = [f"GradES: {summary.steps:,} of {summary.total_steps:,} steps; {summary.stop_reason}"]
+    lines = [f"GradES: {summary.steps:,} of {counted(summary.total_steps, 'step')}; {summary.stop_reason}"]
     for label, text in rows:
         lines += textwrap.wrap(text, 80, initial_indent=f"  {label:<10}", subsequent_indent=" " * 12)
     return "\n".join(lines)
@@ -447,11 +454,11 @@ def speedup_in_words(speedup: Speedup) -> str:
     """How many times faster than the whole schedule, how sure that is, and by what, with the seconds saved."""
     cheaper, not_run = speedup.cheaper_steps, speedup.steps_not_run
     if cheaper.ratio is None or not speedup.in_words:
-        also = f"; {not_run.steps:,} steps were not run" if not_run.steps else ""
+        also = f"; {counted(not_run.steps, 'step was', 'steps were')} not run" if not_run.steps else ""
         return f"not measurable: steps before the first freeze are too few, or vary too much{also}"
     parts = [f"steps {cheaper.ratio:.2f}x as fast{_saved(cheaper)}"]
     if not_run.steps:
-        parts.append(f"{not_run.steps:,} steps not run{_saved(not_run)}")
+        parts.append(f"{counted(not_run.steps, 'step')} not run{_saved(not_run)}")
     if speedup.validation_not_run.evaluations:
         parts.append(f"validation not run{_saved(speedup.validation_not_run)}")
     return f"{speedup.in_words} against the whole schedule: {', '.join(parts)}"
@@ -477,8 +484,8 @@ def _shares(gain: float | None, cost: float, error: float | None = None) -> str:
 def _cached(cache: CacheSummary) -> str:
     if cache.off:
         return f"off: {cache.off}"
-    passes = cache.hits + cache.misses
-    return f"{cache.hits} of {passes} passes read, {cache.mib:,.0f} MiB, {cache.saved_seconds:+.1f} s"
+    passes = counted(cache.hits + cache.misses, "pass", "passes")
+    return f"{cache.hits:,} of {passes} read, {cache.mib:,.0f} MiB, {cache.saved_seconds:+.1f} s"
 
 
 def _weights(summary: RunSummary) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from grades_trl.durable import put_in_place
+from grades_trl.wording import counted
 
 STATE_JSON, STATE_TENSORS = "grades_state.json", "grades_state.safetensors"
 # Of the state. To be raised when an older library could not go on from it, or would go on with other weights.
@@ -61,7 +61,7 @@ def load_state(folder: str | Path, rank: int = 0, shards: int = 1) -> dict[str, 
     written = read_values(folder)["shards"]
     if written != shards:
         raise ValueError(
-            f"{folder} was written with the model in {written} piece{'s' if written > 1 else ''}, and this run has it "
+            f"{folder} was written with the model in {counted(written, 'piece')}, and this run has it "
             f"in {shards}: resume with FSDP, or without, and with as many processes as before."
         )
     values, tensors = read_values(folder, rank), _files(folder, rank)[1]
@@ -117,11 +117,16 @@ def _sha256_of(values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def load_renamed_weights(model: Any, checkpoint: str | Path) -> None:
+def load_renamed_weights(model: Any, checkpoint: str | Path) -> bool:
     """Loads weights that were saved under other names than the model has.
 
     Vision-language models are saved under the names of earlier versions of Transformers. Its Trainer does not
     translate them back (5.17): it says that keys are missing, and goes on with the weights as they are.
+
+    Returns:
+        `bool`: `True` if there were such weights, and the model has each of its weights from the checkpoint now.
+            `False` if it is as before: the names are those of the model, it is an adapter alone, or weights of the
+            checkpoint and of the model do not belong together.
     """
     path, index = Path(checkpoint) / SAFE_WEIGHTS_NAME, Path(checkpoint) / SAFE_WEIGHTS_INDEX_NAME
     if path.exists():
@@ -130,7 +135,11 @@ def load_renamed_weights(model: Any, checkpoint: str | Path) -> None:
     elif index.exists():
         names = set(json.loads(index.read_text())["weight_map"])
     else:
-        return  # adapters alone
-    if names - set(model.state_dict()):
-        saved: nn.Module = type(model).from_pretrained(checkpoint, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
+        return False  # adapters alone
+    if not names - set(model.state_dict()):
+        return False
+    saved, found = type(model).from_pretrained(checkpoint, dtype=model.dtype, output_loading_info=True)
+    if found["missing_keys"] or found["unexpected_keys"] or found["mismatched_keys"]:
+        return False
+    model.load_state_dict(saved.state_dict())
+    return True

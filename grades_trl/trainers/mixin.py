@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -459,18 +459,33 @@ class GradESMixin(WholeCheckpoints):
     def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
         # PEFT brings bf16 adapters of a quantized model back as float32, which would drift from the original run.
         dtypes = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
-        super()._load_from_checkpoint(checkpoint, *args, **kwargs)
+        with self._renamed_weights_of(checkpoint):
+            super()._load_from_checkpoint(checkpoint, *args, **kwargs)
         if is_sharded(self.model.parameters()):
             return
-        load_renamed_weights(self.model, checkpoint)
         if self.grades_config is not None:
             for name, parameter in self.model.named_parameters():
                 if name in dtypes:
                     parameter.data = parameter.data.to(dtypes[name])
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        load_renamed_weights(self.model, self.state.best_model_checkpoint)
+        with self._renamed_weights_of(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    @contextlib.contextmanager
+    def _renamed_weights_of(self, checkpoint: str) -> Iterator[None]:
+        """Loads what the Trainer leaves out of a checkpoint because of its names. The Trainer would list those as
+        missing and unexpected; the list is shown if weights really are."""
+        load_results: list[Any] = []
+        self._issue_warnings_after_load = load_results.append
+        try:
+            yield
+        finally:
+            del self._issue_warnings_after_load
+        loaded = not is_sharded(self.model.parameters()) and load_renamed_weights(self.model, checkpoint)
+        if not loaded:
+            for load_result in load_results:
+                self._issue_warnings_after_load(load_result)
 
     # ---- what people see ----
 

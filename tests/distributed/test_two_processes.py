@@ -174,7 +174,7 @@ def test_ddp_looks_for_unused_parameters_after_the_first_step_if_there_are_any(r
     run = facts(runs, "unused")
     assert run["looks"] == [True, True, False]
     (said,) = run["said"]
-    assert said.startswith("1 parameters get no gradient (model.unused.weight)")
+    assert said.startswith("1 parameter gets no gradient (model.unused.weight)")
     assert 'set gradient_checkpointing_kwargs={"use_reentrant": False}' in said
 
 

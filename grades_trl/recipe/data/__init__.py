@@ -4,12 +4,13 @@ learned (`replies.py`), and what the model will read (`preview.py`)."""
 
 from .checks import check, warn_truncated_examples
 from .errors import DataError
-from .preview import show_example
+from .preview import LeaveNoFolder, show_example
 from .replies import to_prompt_completion, training_rows, whole_conversations_problem
 from .splits import first, load, load_data, sample, with_validation
 
 __all__ = [
     "DataError",
+    "LeaveNoFolder",
     "check",
     "first",
     "load",

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from grades_trl.recipe.bad_input import printable
 from grades_trl.recipe.scored import RowsLeft
+from grades_trl.wording import counted
 
 from .errors import DataError
 from .formats import ROLES, SYSTEM_ROLES, count_placeholders, text_columns, text_of_content
@@ -93,8 +94,8 @@ def check(dataset: Dataset, vision: bool, name: str = "train", text_column: str 
             rows_asking.append(row)
     if rows_asking:
         logger.warning(
-            f"{name}: {len(rows_asking):,} rows (the first is row {rows_asking[0]}) mark other messages than replies "
-            "to be learned: only replies are."
+            f"{name}: {counted(len(rows_asking), 'row')} (the first is row {rows_asking[0]}) "
+            f"mark{'s' * (len(rows_asking) == 1)} other messages than replies to be learned: only replies are."
         )
     if of_images:
         open_images(dataset, of_images, name)
@@ -116,7 +117,7 @@ def _problem(example: dict[str, Any], columns: list[str], vision: bool, count: i
     # Other models than LLaVA have other tokens, which only their processors know
     found = values[0].count("<image>")
     if vision and found != count and (found or not OTHER_IMAGE_TOKEN.search(values[0])):
-        return f'prompt has {found} "<image>" and the row has {count} images, expected as many'
+        return f'prompt has {found} "<image>" and the row has {counted(count, "image")}, expected as many'
     return None
 
 
@@ -213,8 +214,8 @@ def _problem_in_placeholders(columns: list[list[dict]], count: int) -> str | Non
     implicit = not found and all(isinstance(m.get("content"), str) for m in messages if m["role"] == "user")
     if found != count and not implicit:
         return (
-            f'the messages have {found} images ("<image>" in a text, or {{"type": "image"}}) and the row has {count} '
-            "images, expected as many"
+            f'the messages have {counted(found, "image")} ("<image>" in a text, or {{"type": "image"}}) and the row '
+            f"has {counted(count, 'image')}, expected as many"
         )
     return None
 
@@ -260,12 +261,14 @@ def warn_truncated_examples(rows: dict[str, RowsLeft], max_length: int | None) -
         [`DataError`]: nothing is left to train on, to validate on, or to test on.
     """
     for split, of in rows.items():
-        found = f"{split}: of {of.given:,} examples, {of.given - of.left:,} have no reply left"
+        found = f"{split}: of {counted(of.given, 'example')}, "
+        found += f"{counted(of.given - of.left, 'has', 'have')} no reply left within --max_length {max_length}"
         if of.left == 0:
-            raise DataError(f"{found} within --max_length {max_length}: raise it.")
+            raise DataError(f"{found}: raise it.")
         if of.left < of.given or of.full:
             used = "dropped" if split == "train" else "dropped, and not scored"
-            warning = f"{found} within --max_length {max_length}: {used}. {of.full:,} more reach it"
+            warning = f"{found}: {used}. {counted(of.full, 'more reaches', 'more reach')} it"
             if of.cut:
-                warning += f", of which {of.cut:,} are cut off, without the end-of-sequence token that ends a reply"
+                warning += f", of which {counted(of.cut, 'is', 'are')} cut off"
+                warning += ", without the end-of-sequence token that ends a reply"
             logger.warning(f"{warning}.")

@@ -98,7 +98,7 @@ def leave_rows_out(dataset: Dataset, name: str) -> Dataset:
     if not kept:
         raise DataError(f"{name}: every reply is marked not to be learned, expected at least one that is")
     logger.warning(
-        f"{name}: {len(dataset) - len(kept):,} of {len(dataset):,} conversations are left out: all of their replies "
+        f"{name}: {len(dataset) - len(kept):,} of {len(dataset):,} conversations left out: all of their replies "
         "are marked not to be learned."
     )
     return dataset.select(kept)

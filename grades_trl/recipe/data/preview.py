@@ -7,14 +7,18 @@ import dataclasses
 import itertools
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset
+from transformers import TrainerCallback
 
+from grades_trl.distributed import is_main
 from grades_trl.recipe.bad_input import printable
 from grades_trl.recipe.scored import RowsLeft
 from grades_trl.trainers.heldout import IGNORED, nothing_random_moves
+from grades_trl.wording import counted
 
 from .errors import DataError
 from .formats import text_of_content
@@ -54,6 +58,23 @@ def show_example(trainer: Any, rows: dict[str, RowsLeft], whole: bool = False) -
         _check(prepared, row, ids, labels, tokenizer, trainer.args.max_length)
     if whole:
         print("\n".join(_lengths(trainer, rows)))
+
+
+class LeaveNoFolder(TrainerCallback):
+    """Removes the output folder that a trainer makes, with those above it that were not there either. For a preview.
+
+    Args:
+        output_dir (`str`): of the trainer, which is not made yet.
+    """
+
+    def __init__(self, output_dir: str):
+        folder = Path(output_dir).resolve()
+        self._new = [path for path in (folder, *folder.parents) if not path.exists()]
+
+    def on_init_end(self, args, state, control, **kwargs):
+        if is_main():
+            for folder in self._new:
+                folder.rmdir()
 
 
 def _evenly(length: int, count: int) -> list[int]:
@@ -164,7 +185,7 @@ def _lengths(trainer: Any, rows: dict[str, RowsLeft]) -> list[str]:
         lengths = [length for table in tables for length in pc.list_value_length(table["input_ids"]).to_pylist()]
         line = f"{split}: {_summary(lengths)}"
         if trainer.args.packing:
-            line += f", packed from {rows[split].given:,} examples"
+            line += f", packed from {counted(rows[split].given, 'example')}"
         elif limit is not None:
             of = rows[split]
             line += f"; {of.full:,} reach --max_length {limit} and {of.cut:,} of them lose their end"
@@ -188,4 +209,4 @@ def _lengths_with_images(trainer: Any, limit: int | None) -> str:
 
 def _summary(lengths: list[int]) -> str:
     median = statistics.median(lengths)
-    return f"{len(lengths):,} rows of {min(lengths):,} to {max(lengths):,} tokens, median {median:,.0f}"
+    return f"{counted(len(lengths), 'row')} of {min(lengths):,} to {max(lengths):,} tokens, median {median:,.0f}"
