@@ -249,6 +249,6 @@ def test_updates_that_a_loss_scaler_skips_are_counted(tmp_path, tokenizer, metri
     trainer.train()
     skipped = trainer.grades_summary.skipped_updates
     assert skipped == 1
-    assert f"{skipped} updates were skipped" in format_summary(trainer.grades_summary)
+    assert "1 update was skipped" in format_summary(trainer.grades_summary)
     assert all(step > skipped for step in trainer.grades.frozen.values())
     assert read_values(tmp_path / "checkpoint-4")["skipped_updates"] == skipped
