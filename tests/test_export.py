@@ -24,6 +24,7 @@ from grades_trl.recipe.export import (
     answer_all,
     check_exports,
     check_request,
+    check_vocabulary,
     difference,
     export,
     own_prompts,
@@ -155,6 +156,15 @@ def test_gguf_with_a_modelfile(llama, tmp_path):
     assert (written["gguf"] / "chat_template.jinja").exists()
 
 
+def test_a_vocabulary_that_llama_cpp_cannot_read_is_an_error(llama, tmp_path):
+    tokenizer, model = AutoTokenizer.from_pretrained(llama), AutoModelForCausalLM.from_pretrained(llama)
+    write_gguf(tmp_path / "right.gguf", model)
+    check_vocabulary(tmp_path / "right.gguf", tokenizer)
+    write_gguf(tmp_path / "wrong.gguf", model, kind="llama")
+    with pytest.raises(SystemExit, match=r"wrong\.gguf: the converter has taken the tokenizer for SentencePiece's"):
+        check_vocabulary(tmp_path / "wrong.gguf", tokenizer)
+
+
 def test_an_export_that_answers_otherwise_is_an_error(llama, tmp_path, monkeypatch):
     args = adapter(llama, tmp_path / "run")
     monkeypatch.setattr(exporting, "_merge", lambda model, folder: model.unload().save_pretrained(folder))
@@ -280,4 +290,7 @@ def test_a_template_that_ollama_cannot_express(caplog):
     assert ollama_template(tokenizer) is None
     tokenizer.chat_template = None
     assert "TEMPLATE" not in modelfile(["a.gguf"], tokenizer)
+    ends = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, tokenizer.pad_token])
+    stops = "".join(f'PARAMETER stop "{token}"\n' for token in (tokenizer.eos_token, tokenizer.pad_token))
+    assert modelfile(["a.gguf"], tokenizer, ends) == f"FROM ./a.gguf\n{stops}"
     assert own_prompts(tokenizer)["prompt"][0] == "What is the capital of France?"

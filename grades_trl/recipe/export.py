@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerBase
 from trl import ModelConfig
 from trl.data_utils import prepare_multimodal_messages
 
@@ -25,6 +25,7 @@ from grades_trl.recipe.arguments import RecipeArguments
 from grades_trl.recipe.bad_input import printable
 from grades_trl.recipe.data import first
 from grades_trl.recipe.generation import GREEDY, prompt_text
+from grades_trl.recipe.gguf_tokenizer import vocabulary_of
 from grades_trl.recipe.modelfile import modelfile
 from grades_trl.recipe.models import load_gguf
 from grades_trl.recipe.trained import base_of, load_trained, release
@@ -183,6 +184,7 @@ def export(
     model, processor = trained if trained is not None else load()
     prompts = prompt_inputs(processor, own_prompts(processor) if rows is None else rows, vision)
     dtype, expected = model.dtype, answer_all(model.eval(), prompts, max_new_tokens)
+    ends = model.generation_config.eos_token_id
     written: dict[str, Path] = {}
 
     def compare(name: str, reload: Callable[[], Any]) -> None:
@@ -223,7 +225,9 @@ def export(
         if "merged" not in exports:
             shutil.rmtree(merged)
         processor.save_pretrained(written["gguf"])
-        text = modelfile([file.name for file in files], getattr(processor, "tokenizer", processor))
+        tokenizer = getattr(processor, "tokenizer", processor)
+        check_vocabulary(files[0], tokenizer)
+        text = modelfile([file.name for file in files], tokenizer, ends if isinstance(ends, list) else [])
         (written["gguf"] / "Modelfile").write_text(text, encoding="utf-8")
         if vision:
             logger.warning("GGUF files of vision-language models cannot be loaded here: try this one in llama.cpp.")
@@ -311,6 +315,20 @@ def _convert(merged: Path, folder: Path, converter: Path, gguf_type: str, vision
 
 
 # ---- comparing ----
+
+
+def check_vocabulary(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Transformers reads the weights of a GGUF file, but llama.cpp its own tokenizer.
+
+    Raises:
+        SystemExit: a byte-level tokenizer became a SentencePiece one, with which llama.cpp aborts.
+    """
+    if vocabulary_of(file)[0] == "llama" and "ByteLevel" in str(tokenizer.backend_tokenizer.pre_tokenizer):
+        raise SystemExit(
+            f"{file}: the converter has taken the tokenizer for SentencePiece's, so that llama.cpp cannot read a text "
+            "with it. Do not use it. The tokenizer was saved from a GGUF file by Transformers itself: put the "
+            "tokenizer.json of the original model into the folder of the run."
+        )
 
 
 def own_prompts(processor: Any) -> Dataset:
