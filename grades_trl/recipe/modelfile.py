@@ -22,8 +22,8 @@ def modelfile(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, ends: Se
             that reads images.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): whose chat template becomes the template. Where Ollama
             cannot express it, the line is left out, with a warning: Ollama then takes a template that it knows.
-        ends (`Sequence[int]`, *optional*): ids of the tokens that end an answer beside the end-of-sequence token, by the
-            model's generation config: Gemma and Llama 3 end a turn otherwise than a text.
+        ends (`Sequence[int]`, *optional*): ids of the tokens that end an answer beside the end-of-sequence token, by
+            the model's generation config: Gemma and Llama 3 end a turn otherwise than a text.
     """
     lines = [f"FROM ./{file}" for file in files]
     template = ollama_template(tokenizer)
