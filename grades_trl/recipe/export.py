@@ -112,7 +112,7 @@ def check_architecture(config: Any, converter: Path) -> None:
     Raises:
         ValueError: the converter does not run, or does not know the model.
     """
-    vision = getattr(config, "vision_config", None)
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
     # As the converter reads the config: the language model may have an architecture of its own
     text = getattr(getattr(config, "text_config", None), "architectures", None) or config.architectures
     if not text:
@@ -123,14 +123,14 @@ def check_architecture(config: Any, converter: Path) -> None:
         last = "\n".join((done.stdout + done.stderr).splitlines()[-5:])
         raise ValueError(f"{converter} does not run, or does not list the models that it knows:\n{last}")
     known = {"language model": of_text, "part that reads images": of_images}
-    needed = {"language model": text[0]} | ({"part that reads images": config.architectures[0]} if vision else {})
+    needed = {"language model": text[0]} | ({"part that reads images": config.architectures[0]} if tower else {})
     for part, architecture in needed.items():
         # Its LLaVA is Pixtral; it would take another tower's language model for a Llama
-        other_tower = architecture.startswith("Llava") and vision is not None and vision.model_type != "pixtral"
+        other_tower = architecture.startswith("Llava") and tower != "pixtral"
         if other_tower or not re.search(rf"- {re.escape(architecture)}$", known[part], re.MULTILINE):
-            tower = f" with a tower of the type {vision.model_type}" if other_tower else ""
+            of_type = f" with a tower of the type {tower}" if other_tower else ""
             raise ValueError(
-                f"--export gguf: {converter} does not know the {part} of this model ({architecture}{tower}). Update "
+                f"--export gguf: {converter} does not know the {part} of this model ({architecture}{of_type}). Update "
                 "llama.cpp, or use --export merged: the weights in 16 bits, which Transformers and vLLM load."
             )
 
