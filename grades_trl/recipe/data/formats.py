@@ -260,7 +260,7 @@ def to_trl_format(
     rest = dataset.remove_columns(list(rows))
     # Side by side, since `map` would copy the images
     whole = concatenate_datasets([rest, converted], axis=1) if rest.column_names else converted
-    whole = _with_tools(whole) if "tools" in whole.column_names else whole
+    whole = _with_tools(whole, name == "sharegpt") if "tools" in whole.column_names else whole
     return take_inline_images(whole, "inline_images")
 
 
@@ -487,7 +487,7 @@ def _from_json(value: Any, kind: type | tuple[type, ...]) -> Any:
     return read if isinstance(read, kind) else value
 
 
-def _with_tools(dataset: Dataset) -> Dataset:
+def _with_tools(dataset: Dataset, bare: bool) -> Dataset:
     """LLaMA-Factory's and ms-swift's tools are JSON in a text, LLaMA-Factory's without the envelope that chat
     templates expect; axolotl's parameters are JSON in a text."""
 
@@ -497,14 +497,16 @@ def _with_tools(dataset: Dataset) -> Dataset:
             return {"tools": None}
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             return {"tools": tools}  # the check names the row
-        return {"tools": [_tool(tool) for tool in tools] or None}
+        is_bare = bare or isinstance(example["tools"], str)  # TRL's own lists stay as they are
+        return {"tools": [_tool(tool, is_bare) for tool in tools] or None}
 
     tools = dataset.select_columns(["tools"]).map(parse, features=Features({"tools": Json()}), desc="Reading tools")
     return concatenate_datasets([dataset.remove_columns("tools"), tools], axis=1)
 
 
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    tool = tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool}
+def _tool(tool: dict[str, Any], is_bare: bool) -> dict[str, Any]:
+    if not isinstance(tool.get("function"), dict):
+        return {"type": "function", "function": tool} if is_bare else tool
     parameters = _from_json(tool["function"].get("parameters"), dict)
     return {**tool, "function": {**tool["function"], "parameters": parameters}} if parameters is not None else tool
 
