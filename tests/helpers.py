@@ -99,8 +99,8 @@ IDS = torch.arange(32).view(2, 16)
 MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
 
-def write_gguf(path, model):
-    """A GGUF file of a tiny Llama, as llama.cpp lays it out."""
+def write_gguf(path, model, kind="gpt2", split="default"):
+    """A GGUF file of a tiny Llama, as llama.cpp lays it out; with a kind of vocabulary, and how it splits texts."""
     writer = gguf.GGUFWriter(path, "llama")
     config = model.config
     writer.add_block_count(config.num_hidden_layers)
@@ -113,7 +113,8 @@ def write_gguf(path, model):
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     tokens = ["<unk>", "<bos>", "<eos>", *(chr(ord("!") + i) for i in range(config.vocab_size - 5)), '!"', "#$"]
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (config.vocab_size - 3))
     writer.add_token_merges(['! "', "# $"])

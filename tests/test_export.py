@@ -1,6 +1,7 @@
 """What is exported is loaded again as its users do it, and answers as the trained model."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    Gemma3Config,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -22,8 +24,10 @@ from grades_trl.recipe.export import (
     TOLERANCE,
     Answer,
     answer_all,
+    check_architecture,
     check_exports,
     check_request,
+    check_vocabulary,
     difference,
     export,
     own_prompts,
@@ -105,24 +109,35 @@ def test_an_adapter_of_a_model_that_sees(tmp_path):
 
 CONVERTER = """
 import argparse, sys
+parser = argparse.ArgumentParser()
+parser.add_argument("model", nargs="?")
+parser.add_argument("--outfile")
+parser.add_argument("--outtype", choices=["f32", "f16", "bf16", "q8_0"])
+parser.add_argument("--mmproj", action="store_true")
+parser.add_argument("--print-supported-models", action="store_true")
+args = parser.parse_args()
+if args.print_supported_models:
+    for line in ["TEXT models:", *{text}, "MMPROJ models:", *{images}]:
+        print(line if line.endswith(":") else "  - " + line, file=sys.stderr)
+    sys.exit()
+if {fails}:
+    sys.exit("this tokenizer is not known")
+if args.mmproj:
+    open(args.outfile, "w").write("what reads images")
+    sys.exit()
 sys.path.insert(0, {tests!r})
 from helpers import write_gguf
 from transformers import AutoModelForCausalLM
-parser = argparse.ArgumentParser()
-parser.add_argument("model")
-parser.add_argument("--outfile")
-parser.add_argument("--outtype", choices=["f32", "f16", "bf16", "q8_0"])
-args = parser.parse_args()
-if {fails}:
-    sys.exit("this tokenizer is not known")
 write_gguf(args.outfile, AutoModelForCausalLM.from_pretrained(args.model).float())
 """
+LLAMA, GEMMA = "LlamaForCausalLM", "Gemma3ForConditionalGeneration"
 
 
-def converter(folder, fails=False):
+def converter(folder, fails=False, text=(LLAMA,), images=()):
     """A stand-in for llama.cpp's script: its command line, and real GGUF files of tiny Llamas."""
     folder.mkdir(exist_ok=True)
-    (folder / "convert_hf_to_gguf.py").write_text(CONVERTER.format(tests=str(Path(__file__).parent), fails=fails))
+    values = {"tests": str(Path(__file__).parent), "fails": fails, "text": text, "images": images}
+    (folder / "convert_hf_to_gguf.py").write_text(CONVERTER.format(**values))
     return str(folder)
 
 
@@ -155,6 +170,66 @@ def test_gguf_with_a_modelfile(llama, tmp_path):
     assert (written["gguf"] / "chat_template.jinja").exists()
 
 
+def test_a_model_that_the_converter_does_not_know_is_refused_before_anything_is_written(llama, tmp_path):
+    def refused(source, vision, path):
+        with pytest.raises(ValueError, match=r"Update llama\.cpp, or use --export merged") as error:
+            rows = digit_images(train=1, test=1)["test"] if vision else ROWS
+            export(["gguf"], str(source), tmp_path / "out", ModelConfig(), rows, vision=vision, converter=path)
+        assert not (tmp_path / "out").exists()
+        return str(error.value)
+
+    path = converter(tmp_path / "old", text=["Llama"])
+    assert "does not know the language model of this model (LlamaForCausalLM)" in refused(llama, False, path)
+    llava = ["LlavaForConditionalGeneration"]
+    path = converter(tmp_path / "new", text=llava, images=llava)  # Pixtral, to llama.cpp
+    assert "(LlavaForConditionalGeneration with a tower of the type clip_vision_model)" in refused(READER, True, path)
+    config = Gemma3Config(architectures=[GEMMA])
+    path = Path(converter(tmp_path / "text", text=[GEMMA])) / "convert_hf_to_gguf.py"
+    with pytest.raises(ValueError, match="does not know the part that reads images of this model"):
+        check_architecture(config, path)
+    check_architecture(config, Path(converter(tmp_path / "both", text=[GEMMA], images=[GEMMA])) / path.name)
+    # SmolVLM: the language model has an architecture of its own
+    path = Path(converter(tmp_path / "smol", text=[LLAMA], images=["SmolVLM"])) / path.name
+    text = LlamaConfig(architectures=[LLAMA])
+    check_architecture(SimpleNamespace(architectures=["SmolVLM"], text_config=text, vision_config=text), path)
+    path.write_text("raise ImportError('no sentencepiece')")
+    with pytest.raises(ValueError, match=r"(?s)does not run.*no sentencepiece"):
+        check_architecture(config, path)
+
+
+def test_both_files_of_a_model_that_sees(llama, tmp_path, monkeypatch):
+    """By the stand-in: the language model's file is that of a Llama, as only its place matters here."""
+    path = converter(tmp_path / "llama.cpp")
+    monkeypatch.setattr(exporting, "check_architecture", lambda config, converter: None)
+    monkeypatch.setattr(exporting, "_convert", convert_of(llama))
+    rows = digit_images(train=1, test=1)["test"]
+    written = export(
+        ["gguf"], str(READER), tmp_path, ModelConfig(), rows, vision=True, converter=path, gguf_type="f16"
+    )
+    assert sorted(file.name for file in written["gguf"].glob("*.gguf")) == ["mmproj-f16.gguf", "model-f16.gguf"]
+    assert (written["gguf"] / "Modelfile").read_text().startswith("FROM ./model-f16.gguf\nFROM ./mmproj-f16.gguf\n")
+    assert not (written["gguf"] / "merged").exists() and (written["gguf"] / "processor_config.json").exists()
+
+
+def convert_of(language_model):
+    """`_convert`, with the language model in a folder of its own, since the stand-in can only write that."""
+    convert = exporting._convert
+
+    def of(merged, folder, *others):
+        return convert(language_model, folder, *others)
+
+    return of
+
+
+def test_a_vocabulary_that_llama_cpp_cannot_read_is_an_error(llama, tmp_path):
+    tokenizer, model = AutoTokenizer.from_pretrained(llama), AutoModelForCausalLM.from_pretrained(llama)
+    write_gguf(tmp_path / "right.gguf", model)
+    check_vocabulary(tmp_path / "right.gguf", tokenizer)
+    write_gguf(tmp_path / "wrong.gguf", model, kind="llama")
+    with pytest.raises(SystemExit, match=r"wrong\.gguf: the converter has taken the tokenizer for SentencePiece's"):
+        check_vocabulary(tmp_path / "wrong.gguf", tokenizer)
+
+
 def test_an_export_that_answers_otherwise_is_an_error(llama, tmp_path, monkeypatch):
     args = adapter(llama, tmp_path / "run")
     monkeypatch.setattr(exporting, "_merge", lambda model, folder: model.unload().save_pretrained(folder))
@@ -175,6 +250,7 @@ def test_what_cannot_be_exported(llama, tmp_path, monkeypatch):
     assert "git clone https://github.com/ggml-org/llama.cpp" in refused(["gguf"])
     assert "expected the path of llama.cpp's" in refused(["gguf"], converter=str(tmp_path))
     path = converter(tmp_path / "llama.cpp")
+    assert "the tokenizers of the built-in models" in refused(["gguf"], is_adapter=False, base=None)
     assert "--gguf_type q4_k_m" in refused(["gguf"], converter=path, gguf_type="q4_k_m")
     check_request(["gguf"], is_adapter=True, base="x", backend="unsloth", gguf_type="q4_k_m")
     with pytest.raises(ValueError, match="the built-in model is not on disk"):
@@ -280,4 +356,7 @@ def test_a_template_that_ollama_cannot_express(caplog):
     assert ollama_template(tokenizer) is None
     tokenizer.chat_template = None
     assert "TEMPLATE" not in modelfile(["a.gguf"], tokenizer)
+    ends = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, tokenizer.pad_token])
+    stops = "".join(f'PARAMETER stop "{token}"\n' for token in (tokenizer.eos_token, tokenizer.pad_token))
+    assert modelfile(["a.gguf"], tokenizer, ends) == f"FROM ./a.gguf\n{stops}"
     assert own_prompts(tokenizer)["prompt"][0] == "What is the capital of France?"

@@ -37,7 +37,7 @@ def png(color="red"):
 def read(tmp_path, rows, vision=False, name="data.json", **kwargs):
     """The rows as they are trained on, in their order: a second file holds what is tested on."""
     for folder, colors in (("img", {"red.png": "red", "blue.png": "blue"}),):
-        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder).mkdir(exist_ok=True, parents=True)
         for file, color in colors.items():
             (tmp_path / folder / file).write_bytes(png(color))
     for split in ("train", "test"):
@@ -202,6 +202,29 @@ def test_roles_of_ms_swift_in_messages(tmp_path):
     assert found[1]["tool_calls"][0]["function"]["name"] == "add"
 
 
+def test_calls_and_tools_that_are_json_in_texts(tmp_path):
+    """OpenAI's arguments, axolotl's parameters, ms-swift's list of tools: chat templates would write them as texts."""
+    function = {"name": "add", "parameters": {"type": "object"}}
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    talk = [A, {"role": "assistant", "content": None, "tool_calls": [call]}, turn("tool", "2"), B]
+    stored = [{"type": "function", "function": function | {"parameters": json.dumps(function["parameters"])}}]
+    for tools in (stored, json.dumps(stored), json.dumps([function])):
+        (found, _) = read(tmp_path, [{"messages": talk, "tools": tools}] * 2)
+        assert found["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+        assert found["tools"] == [{"type": "function", "function": function}]
+    # A text that is no JSON is what the model is to write
+    talk[1]["tool_calls"][0]["function"]["arguments"] = "a = 1"
+    assert messages(tmp_path, {"messages": talk})[1]["tool_calls"][0]["function"]["arguments"] == "a = 1"
+
+
+def test_several_calls_at_once_are_one_message(tmp_path):
+    calls = [turn("tool_call", json.dumps({"name": "add", "arguments": {"a": i}})) for i in (1, 2)]
+    row = {"messages": [A, *calls, turn("tool_response", "3"), turn("tool_response", "4"), B]}
+    found = messages(tmp_path, row)
+    assert [message["role"] for message in found] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [call["function"]["arguments"] for call in found[1]["tool_calls"]] == [{"a": 1}, {"a": 2}]
+
+
 def test_turn_pairs(tmp_path):
     """ms-swift's `conversation`, and the `texts` of the Cauldron and FineVision."""
     expected = [
@@ -282,6 +305,11 @@ QUICK_STARTS = {
     "AI-MO/NuminaMath-CoT": ({"source": "x", "problem": "a", "solution": "c", "messages": [A, B]}, [A, B]),
     "inst_tune.qmd, oasst": ({"INSTRUCTION": "a", "RESPONSE": "b"}, [A, B]),
     "inst_tune.qmd, metharme": ({"prompt": "a", "generation": "b"}, [A, B]),
+    "inst_tune.qmd, context_qa": ({"article": "x", "question": "a", "answer": "b"}, [turn("user", "a\nx"), B]),
+    "conversation.qmd, reasoning in parts": (
+        {"messages": [A, B | {"content": [text("b")], "reasoning_content": [text("h"), text("m")]}]},
+        [A, B | {"reasoning_content": "hm"}],
+    ),
     "inst_tune.qmd, load_open_orca": (OPENORCA, [turn("system", "s"), A, B]),
     "conversation.qmd, pygmalion": (
         {"conversations": [{"role": "human", "value": "a"}, {"role": "bot", "value": "b"}]},
@@ -340,6 +368,55 @@ def test_a_text_file_is_learned_line_by_line(tmp_path):
     assert sorted(row["text"] for part in loaded.values() for row in part) == ["one", "three", "two"]
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     assert sum(map(len, load(str(tmp_path), test_size=1).values())) == 2
+
+
+# Data for other kinds of training
+
+
+GOOD, BAD = {"from": "gpt", "value": "b"}, {"from": "gpt", "value": "c"}
+DPO = "a better and a worse answer, for DPO; these recipes learn one answer"
+OTHER_TRAINING = {
+    "LLaMA-Factory/data/dpo_en_demo.json": (
+        {
+            "conversations": [*SHAREGPT["conversations"], {"from": "human", "value": "d"}],
+            "chosen": GOOD,
+            "rejected": BAD,
+        },
+        f"the columns chosen and rejected are {DPO}",
+    ),
+    "LLaMA-Factory, alpaca": ({"instruction": "a", "input": "", "chosen": "b", "rejected": "c"}, DPO),
+    "LLaMA-Factory/data/v1_dpo_demo.jsonl": (
+        {"chosen_messages": [A, B], "rejected_messages": [A, B]},
+        "--columns messages=chosen_messages",
+    ),
+    "TRL": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "prompt=NAME completion=chosen"),
+    "LLaMA-Factory/data/kto_en_demo.json": ({"messages": [A, B], "label": False}, 'the column "label" says .*for KTO'),
+    "LLaMA-Factory, ShareGPT": (SHAREGPT | {"kto_tag": True}, "would learn the bad ones too"),
+    "axolotl, input_output": ({"segments": [{"label": True, "text": "a"}]}, "axolotl's input_output"),
+    "axolotl, tokenized": ({"input_ids": [1, 2], "labels": [-100, 2]}, "tokenized already"),
+    "ms-swift, pre-training": ({"response": "a"}, "text=NAME to learn the whole text"),
+    "axolotl, reasoning left out": (
+        {"messages": [A, B | {"reasoning_content": [text("h") | {"train": False}]}]},
+        "only whole messages can be left out",
+    ),
+    "reasoning without text": ({"messages": [A, B | {"reasoning_content": [IMAGE]}]}, "has the reasoning_content"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TRAINING)
+def test_data_for_another_kind_of_training(tmp_path, name):
+    row, match = OTHER_TRAINING[name]
+    with pytest.raises(DataError, match=match):
+        read(tmp_path, [row, row])
+
+
+def test_a_whole_conversation_is_learned_beside_other_columns(tmp_path):
+    """UltraFeedback's messages are the better answer, and a label that is no true or false is a category."""
+    pair = {"prompt": "a", "chosen": [A, B], "rejected": [A, turn("assistant", "c")], "messages": [A, B]}
+    assert messages(tmp_path, pair) == [A, B]
+    assert messages(tmp_path, {"messages": [A, B], "label": 1}) == [A, B]
+    del pair["messages"]
+    assert messages(tmp_path, pair, columns={"messages": "chosen"}) == [A, B]
 
 
 # Columns
@@ -437,6 +514,22 @@ def test_marks_beside_a_list_of_images(tmp_path, style):
     assert parts.count(IMAGE) == 2
     prompts = [row["images"] for row in to_prompt_completion(Dataset.from_list([found], on_mixed_types="use_json"))]
     assert [len(images) for images in prompts] == ([2] if style == "alpaca" else [1, 2])
+
+
+def test_paths_that_start_in_the_current_folder(tmp_path, monkeypatch):
+    """As in LLaMA-Factory's v1_multimodal_demo.jsonl, ms-swift and axolotl; beside the data file is looked first."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in ("img/red.png", "data/blue.png"):
+        (elsewhere / path).parent.mkdir()
+        (elsewhere / path).write_bytes(png("blue"))
+    monkeypatch.chdir(elsewhere)
+    parts = [{"type": "image_url", "value": path} for path in ("img/red.png", "data/blue.png")]
+    inside = {"messages": [turn("user", [*parts, text("a")]), B]}
+    beside = {"messages": [turn("user", "<image><image>a"), B], "images": ["img/red.png", "data/blue.png"]}
+    for row in (inside, beside):
+        (found, _) = read(tmp_path / "data_of_run", [row, row], vision=True)
+        assert colors(found) == [RED, BLUE]
 
 
 DATA_URL = "data:image/png;base64," + base64.b64encode(png()).decode()
@@ -541,6 +634,11 @@ FAULTS = [
     ({"messages": [turn("user", "a"), REPLY], "images": [ADDRESS]}, "has the image https://example.com"),
     ({"messages": [turn("user", "<video>a"), REPLY], "videos": ["a.mp4"]}, 'column "videos" is not empty'),
     ({"messages": [turn("user", "<image>a"), REPLY], "images": []}, "the messages have 1 image .* has 0"),
+    (
+        {"messages": [turn("user", "<image>a"), turn("assistant", "<bbox>")], "images": ["img/red.png"],
+         "objects": {"bbox": [[1, 2, 3, 4]]}},
+        "has <bbox> or <ref-object>, which ms-swift fills in",
+    ),
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Models from local folders and GGUF files, through the real loading code; what trains of them."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -119,6 +120,28 @@ def test_a_gguf_file_becomes_a_model_that_trains_and_saves(tmp_path):
     assert len(find_matrices(model)) == 14
     model.save_pretrained(tmp_path / "saved")
     assert find_gguf(str(tmp_path / "saved")) is None
+
+
+@pytest.mark.parametrize(
+    ("split", "pieces"),
+    [
+        ("default", ["It", "'s", "Ġ1998"]),
+        ("smollm", ["It", "'s", "Ġ", "1", "9", "9", "8"]),
+        ("llama-bpe", ["It", "'s", "Ġ", "199", "8"]),
+        ("of-tomorrow", ["It", "'s", "Ġ1998"]),
+    ],
+)
+def test_the_tokenizer_of_a_gguf_file_is_byte_level(tmp_path, caplog, split, pieces):
+    """As llama.cpp needs it: with SentencePiece's fallback, the file of an exported model made it abort."""
+    write_gguf(tmp_path / "tiny.gguf", T.LlamaForCausalLM(T.LlamaConfig(**SMALL, head_dim=8)), split=split)
+    tokenizer = load_model(ModelConfig(model_name_or_path=str(tmp_path)), "transformers")[1]
+    assert ("which is not known here" in caplog.text) == (split == "of-tomorrow")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = T.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert [p for p, _ in again.backend_tokenizer.pre_tokenizer.pre_tokenize_str("It's 1998")] == pieces
+    saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    assert saved["model"]["byte_fallback"] is False and saved["decoder"]["type"] == "ByteLevel"
+    assert again.decode(again('!"#$%&')["input_ids"]) == '!"#$%&'
 
 
 def test_what_is_no_gguf(tmp_path, folder):

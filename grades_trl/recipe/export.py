@@ -6,6 +6,7 @@ What was written is loaded again, and must answer as the trained model does.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -17,16 +18,18 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerBase
 from trl import ModelConfig
 from trl.data_utils import prepare_multimodal_messages
 
+from grades_trl.extras import require
 from grades_trl.recipe.arguments import RecipeArguments
 from grades_trl.recipe.bad_input import printable
 from grades_trl.recipe.data import first
 from grades_trl.recipe.generation import GREEDY, prompt_text
+from grades_trl.recipe.gguf_tokenizer import vocabulary_of
 from grades_trl.recipe.modelfile import modelfile
-from grades_trl.recipe.models import load_gguf
+from grades_trl.recipe.models import find_gguf, load_gguf, read_config
 from grades_trl.recipe.trained import base_of, load_trained, release
 
 logger = logging.getLogger(__name__)
@@ -63,6 +66,7 @@ def check_request(
     backend: str,
     gguf_type: str = "q8_0",
     converter: str | None = None,
+    config: Any = None,
 ) -> None:
     """Refuses before training, or before a model is loaded, what cannot be exported.
 
@@ -72,6 +76,7 @@ def check_request(
         base (`str` or `None`): folder or hub id of the model that is trained; `None` if it is made in memory.
         backend (`str`): `"unsloth"` or `"transformers"`.
         gguf_type (`str`, *optional*, defaults to `"q8_0"`), converter (`str`, *optional*): as in [`export`].
+        config (`~transformers.PreTrainedConfig`, *optional*): of the model, whose architecture is then checked.
 
     Raises:
         ValueError: with what is missing.
@@ -83,12 +88,50 @@ def check_request(
             f"--export {' '.join(exports)}: the built-in model is not on disk, so that its adapter has nothing to be "
             "put on. Train all its weights, or give --model_name_or_path."
         )
+    if "gguf" in exports and base is None:
+        raise ValueError("--export gguf: llama.cpp does not know the tokenizers of the built-in models. Use merged.")
     if "gguf" in exports and backend == "transformers":
-        find_converter(converter)
+        require("gguf", "--export gguf")
+        script = find_converter(converter)
         if gguf_type not in GGUF_TYPES:
             raise ValueError(
                 f"--gguf_type {gguf_type}: llama.cpp's converter writes {', '.join(GGUF_TYPES)}. For others, run its "
                 "llama-quantize on a file of one of these, or use --backend unsloth."
+            )
+        if config is not None:
+            check_architecture(config, script)
+
+
+def check_architecture(config: Any, converter: Path) -> None:
+    """Refuses a model that this version of the converter does not know, by its own list.
+
+    Args:
+        config (`~transformers.PreTrainedConfig`): of the model. One that was read from a GGUF file is known.
+        converter (`Path`): llama.cpp's script.
+
+    Raises:
+        ValueError: the converter does not run, or does not know the model.
+    """
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    # As the converter reads the config: the language model may have an architecture of its own
+    text = getattr(getattr(config, "text_config", None), "architectures", None) or config.architectures
+    if not text:
+        return
+    done = subprocess.run([sys.executable, str(converter), "--print-supported-models"], capture_output=True, text=True)
+    of_text, _, of_images = (done.stdout + done.stderr).partition("MMPROJ models:")
+    if done.returncode != 0 or "TEXT models:" not in of_text:
+        last = "\n".join((done.stdout + done.stderr).splitlines()[-5:])
+        raise ValueError(f"{converter} does not run, or does not list the models that it knows:\n{last}")
+    known = {"language model": of_text, "part that reads images": of_images}
+    needed = {"language model": text[0]} | ({"part that reads images": config.architectures[0]} if tower else {})
+    for part, architecture in needed.items():
+        # Its LLaVA is Pixtral; it would take another tower's language model for a Llama
+        other_tower = architecture.startswith("Llava") and tower != "pixtral"
+        if other_tower or not re.search(rf"- {re.escape(architecture)}$", known[part], re.MULTILINE):
+            of_type = f" with a tower of the type {tower}" if other_tower else ""
+            raise ValueError(
+                f"--export gguf: {converter} does not know the {part} of this model ({architecture}{of_type}). Update "
+                "llama.cpp, or use --export merged: the weights in 16 bits, which Transformers and vLLM load."
             )
 
 
@@ -172,6 +215,7 @@ def export(
         backend=backend,
         gguf_type=gguf_type,
         converter=converter,
+        config=_config(base, trust_remote_code),
     )
 
     def load(dequantized: bool = False) -> tuple[Any, Any]:
@@ -183,6 +227,7 @@ def export(
     model, processor = trained if trained is not None else load()
     prompts = prompt_inputs(processor, own_prompts(processor) if rows is None else rows, vision)
     dtype, expected = model.dtype, answer_all(model.eval(), prompts, max_new_tokens)
+    ends = model.generation_config.eos_token_id
     written: dict[str, Path] = {}
 
     def compare(name: str, reload: Callable[[], Any]) -> None:
@@ -223,10 +268,15 @@ def export(
         if "merged" not in exports:
             shutil.rmtree(merged)
         processor.save_pretrained(written["gguf"])
-        text = modelfile([file.name for file in files], getattr(processor, "tokenizer", processor))
+        tokenizer = getattr(processor, "tokenizer", processor)
+        check_vocabulary(files[0], tokenizer)
+        text = modelfile([file.name for file in files], tokenizer, ends if isinstance(ends, list) else [])
         (written["gguf"] / "Modelfile").write_text(text, encoding="utf-8")
         if vision:
-            logger.warning("GGUF files of vision-language models cannot be loaded here: try this one in llama.cpp.")
+            logger.warning(
+                "GGUF files of vision-language models cannot be loaded here. Try them in llama.cpp: llama-mtmd-cli -m "
+                f"{files[0]} --mmproj {files[-1]} --image IMAGE -p PROMPT"
+            )
         else:
             compare("gguf", lambda: load_gguf(files[0], dtype)[0])
     if "adapter" in exports:
@@ -248,7 +298,14 @@ def check_exports(recipe: RecipeArguments, args: ModelConfig, backend: str) -> N
     """Refuses, before a recipe trains, what `--export` could not do at its end. Raises as [`check_request`]."""
     in_memory = args.model_name_or_path in (None, "tiny_llava")
     base = None if in_memory else args.model_name_or_path
-    check_request(recipe.export or (), is_adapter=bool(args.use_peft), base=base, backend=backend)
+    exports = recipe.export or ()
+    config = _config(base, False) if "gguf" in exports else None
+    check_request(exports, is_adapter=bool(args.use_peft), base=base, backend=backend, config=config)
+
+
+def _config(base: str | None, trust_remote_code: bool) -> Any:
+    in_file = base is None or find_gguf(base) is not None  # the built-in model, which is Qwen3, or a GGUF file
+    return None if in_file else read_config(ModelConfig(model_name_or_path=base), trust_remote_code)
 
 
 def export_run(trainer: Any, recipe: RecipeArguments, args: ModelConfig, test: Dataset, backend: str) -> None:
@@ -311,6 +368,20 @@ def _convert(merged: Path, folder: Path, converter: Path, gguf_type: str, vision
 
 
 # ---- comparing ----
+
+
+def check_vocabulary(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Transformers reads the weights of a GGUF file, but llama.cpp its own tokenizer.
+
+    Raises:
+        SystemExit: a byte-level tokenizer became a SentencePiece one, with which llama.cpp aborts.
+    """
+    if vocabulary_of(file)[0] == "llama" and "ByteLevel" in str(tokenizer.backend_tokenizer.pre_tokenizer):
+        raise SystemExit(
+            f"{file}: the converter has taken the tokenizer for SentencePiece's, so that llama.cpp cannot read a text "
+            "with it. Do not use it. The tokenizer was saved from a GGUF file by Transformers itself: put the "
+            "tokenizer.json of the original model into the folder of the run."
+        )
 
 
 def own_prompts(processor: Any) -> Dataset:

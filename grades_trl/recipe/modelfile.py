@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 SYSTEM, USER, REPLY, LAST = "<<system>>", "<<user>>", "<<reply>>", "<<last>>"
 
 
-def modelfile(files: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> str:
+def modelfile(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, ends: Sequence[int] = ()) -> str:
     """
     What `ollama create NAME -f Modelfile` reads.
 
@@ -22,6 +22,8 @@ def modelfile(files: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> str:
             that reads images.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): whose chat template becomes the template. Where Ollama
             cannot express it, the line is left out, with a warning: Ollama then takes a template that it knows.
+        ends (`Sequence[int]`, *optional*): ids of the tokens that end an answer beside the end-of-sequence token, by
+            the model's generation config: Gemma and Llama 3 end a turn otherwise than a text.
     """
     lines = [f"FROM ./{file}" for file in files]
     template = ollama_template(tokenizer)
@@ -32,8 +34,8 @@ def modelfile(files: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> str:
             "Ollama cannot express the chat template of this model, so its Modelfile has none: write TEMPLATE there, "
             "or use llama.cpp with --jinja, which takes the template from the GGUF file."
         )
-    if tokenizer.eos_token is not None:
-        lines.append(f'PARAMETER stop "{tokenizer.eos_token}"')
+    stops = [tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(list(ends))]
+    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop is not None]
     return "\n".join(lines) + "\n"
 
 

@@ -25,6 +25,7 @@ from grades_trl.extras import installed, require
 from grades_trl.model import TOWERS, linear_layers
 from grades_trl.recipe.bad_input import blamed_on
 from grades_trl.recipe.choice import chosen_modules, whole_language_layers
+from grades_trl.recipe.gguf_tokenizer import mend_tokenizer
 from grades_trl.recipe.lora import compare_with_adapted, default_targets, refuse_dropout_on_parameters
 
 # What Transformers raises of a name or folder that is no model, or a damaged one
@@ -238,6 +239,7 @@ def load_gguf(path: Path, dtype: str | torch.dtype | None = "float32") -> tuple[
     require("gguf", "GGUF files")
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    mend_tokenizer(tokenizer, path)
     # The weights are ordinary tensors now; these marks would make the Trainer and save_pretrained refuse them.
     model.is_quantized = False
     for mark in ("hf_quantizer", "quantization_method"):

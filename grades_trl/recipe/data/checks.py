@@ -11,7 +11,7 @@ import logging
 import re
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Value
 from tqdm.auto import tqdm
 
 from grades_trl.recipe.bad_input import printable
@@ -26,6 +26,11 @@ from .marks import asks, marks_of, problem_in_marks
 # Image tokens of models that do not write "<image>", in plain text prompts
 OTHER_IMAGE_TOKEN = re.compile(r"<[^<>]*(image|img)[^<>]*>|\[IMG\]", re.IGNORECASE)
 NO_VIDEO_OR_AUDIO = "video and audio are not supported, expected text and images"
+# Columns of data for other kinds of training, as TRL, LLaMA-Factory and ms-swift name them
+PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))
+FEEDBACK = ("label", "kto_tag")
+# What stands for an entry of ms-swift's column "objects", which fills it in
+OBJECT_MARKS = ("<bbox>", "<ref-object>")
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +57,19 @@ def check(dataset: Dataset, vision: bool, name: str = "train", text_column: str 
     columns = dataset.column_names
     _refuse_video_and_audio(dataset, name)
     of_text = text_columns(columns, text_column)
+    _refuse_preferences(dataset, of_text, name)
+    if not of_text and "segments" in columns:
+        raise DataError(
+            f'{name}: the column "segments" is axolotl\'s input_output, texts of which some are learned: expected '
+            '"messages", with the replies that are learned, or "prompt" and "completion"'
+        )
+    if not of_text and "input_ids" in columns:
+        raise DataError(f"{name}: the rows are tokenized already (input_ids), expected text: TRL tokenizes it")
     if not of_text:
         raise DataError(
             f'{name}: expected a column "messages", or "prompt" and "completion", or "{text_column}"; '
             f"found: {', '.join(columns)}. Say which columns they are, for example "
-            "--columns prompt=NAME completion=NAME"
+            "--columns prompt=NAME completion=NAME, or text=NAME to learn the whole text"
         )
     of_images = image_column(columns)
     if of_images and not vision:
@@ -81,6 +94,11 @@ def check(dataset: Dataset, vision: bool, name: str = "train", text_column: str 
         problem = _problem(example, of_text, vision, count)
         for column in beside if isinstance(example[of_text[0]], list) else ():
             problem = problem or BESIDE_MESSAGES[column](example[column])
+        if "objects" in columns and any(mark in str([example[c] for c in of_text]) for mark in OBJECT_MARKS):
+            problem = problem or (
+                f'has {" or ".join(OBJECT_MARKS)}, which ms-swift fills in from the column "objects", with boxes in '
+                "the way of each model: write the names and boxes into the messages"
+            )
         # TRL asks the first row only
         this = isinstance(example[of_text[0]], list)
         if conversational is None:
@@ -140,6 +158,30 @@ def _refuse_video_and_audio(dataset: Dataset, name: str) -> None:
             )
 
 
+def _refuse_preferences(dataset: Dataset, of_text: list[str], name: str) -> None:
+    """Data for DPO and KTO. A better and a worse answer beside a whole conversation are left out, as in UltraFeedback:
+    the conversation is the better one."""
+    columns = dataset.column_names
+    pair = next((pair for pair in PAIRS if all(column in columns for column in pair)), None)
+    messages = dataset.select_columns(of_text)[0][of_text[0]] if of_text == ["messages"] else None
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    is_prompt = isinstance(last, dict) and last.get("role") == "user"
+    if pair and (not of_text or is_prompt):
+        raise DataError(
+            f"{name}: the columns {' and '.join(pair)} are a better and a worse answer, for DPO; these recipes learn "
+            "one answer. To learn the better one, make it the last message of the conversation, or name it, as in "
+            f"--columns messages={pair[0]} (where it is a whole conversation) or prompt=NAME completion={pair[0]}. "
+            "TRL's DPOTrainer learns from both, with GradESMixin too"
+        )
+    feedback = next((c for c in FEEDBACK if c in columns and dataset.features[c] == Value("bool")), None)
+    if feedback and of_text:
+        raise DataError(
+            f'{name}: the column "{feedback}" says of each answer whether it is good, for KTO; these recipes would '
+            "learn the bad ones too. Remove their rows, and then the column. TRL's KTOTrainer learns from both, with "
+            "GradESMixin too"
+        )
+
+
 def _problem_in_messages(column: str, messages: Any, vision: bool) -> str | None:
     if not isinstance(messages, list) or not messages:
         return f'{column} is {_short(messages)}, expected a list of {{"role": ..., "content": ...}}'
@@ -153,6 +195,11 @@ def _problem_in_messages(column: str, messages: Any, vision: bool) -> str | None
         problem = problem_in_marks(message)
         if problem:
             return f"{here} {problem}"
+        reasoning = message.get("reasoning_content")
+        if isinstance(reasoning, list) and not all(
+            isinstance(p, dict) and isinstance(p.get("text"), str) for p in reasoning
+        ):
+            return f"{here} has the reasoning_content {_short(reasoning)}, expected text or a list of parts of text"
         if role == "assistant" and message.get("tool_calls") and not content:
             continue
         for part in content if isinstance(content, list) else []:

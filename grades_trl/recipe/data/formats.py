@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Json, LargeList, List, Value, concatenate_datasets
 
 from .errors import DataError
-from .images import IMAGE_STORAGE, OTHER_NAMES, images_in_lists, take_inline_images, to_image
+from .images import IMAGE_STORAGE, OTHER_NAMES, image_folders, images_in_lists, take_inline_images, to_image
 from .marks import marks_of, take_marks
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -37,7 +37,7 @@ REPLIES = (
 )
 CAPTIONS = ("caption", "text")
 # Columns beside those that a format is recognized by, with their other names
-BESIDE = {"input": ("input", "context"), "system": ("system", "system_prompt"), "history": ("history",)}
+BESIDE = {"input": ("input", "context", "article"), "system": ("system", "system_prompt"), "history": ("history",)}
 # Where a text is: in which of a format's columns, and under which keys of a turn
 TEXTS = ("prompt", "reply", "input", "system")
 TEXT_KEYS = ("content", "value", "human", "user", "question", "assistant", "gpt", "bot", "answer")
@@ -217,7 +217,7 @@ def to_trl_format(
 
     Args:
         dataset ([`~datasets.Dataset`]): rows as they were read, see [`images.read_images`].
-        folder (`Path`): relative paths of images inside of messages start here.
+        folder (`Path`): relative paths of images inside of messages start here, or else in the current folder.
         vision (`bool`): whether `<image>` in a text stands for an image, and images inside of messages are taken out.
         text_column (`str`, *optional*, defaults to `"text"`): column that holds plain text.
         always (`bool`, *optional*, defaults to `False`): rebuild messages that need it not, so that datasets of
@@ -240,7 +240,8 @@ def to_trl_format(
         made = [column for column in made if _is_conversation(dataset.features[column])]
         system = next((c for c in BESIDE["system"] if c in dataset.column_names), None) if made else None
         name, rows = "", dict.fromkeys(made, "") | ({system: "system"} if system else {})
-        if not made or not (always or vision or system or any(_is_unusual(dataset, column) for column in made)):
+        beside = system or "tools" in dataset.column_names
+        if not made or not (always or vision or beside or any(_is_unusual(dataset, column) for column in made)):
             return dataset
     read, stored = _undecoded_texts(dataset.select_columns(list(rows)), rows)
     converted = read.map(
@@ -249,7 +250,7 @@ def to_trl_format(
             "format": name,
             "reads": rows,
             "vision": vision,
-            "folder": str(folder.absolute()),
+            "folders": image_folders(folder),
             "stored": stored,
         },
         remove_columns=list(rows),
@@ -259,7 +260,7 @@ def to_trl_format(
     rest = dataset.remove_columns(list(rows))
     # Side by side, since `map` would copy the images
     whole = concatenate_datasets([rest, converted], axis=1) if rest.column_names else converted
-    whole = _with_tools(whole) if name == "sharegpt" and "tools" in whole.column_names else whole
+    whole = _with_tools(whole, name == "sharegpt") if "tools" in whole.column_names else whole
     return take_inline_images(whole, "inline_images")
 
 
@@ -315,7 +316,7 @@ def _to_messages(
     format: str,
     reads: dict[str, str],
     vision: bool,
-    folder: str,
+    folders: Sequence[str],
     stored: dict[str, list[str]],
 ) -> dict[str, Any]:
     for column, keys in stored.items():
@@ -331,18 +332,31 @@ def _to_messages(
     images: list[Any] = []
     for column, turns in converted.items():
         if isinstance(turns, list):
-            converted[column] = [to_message(turn, images, vision, folder) for turn in turns]
+            read = [to_message(turn, images, vision, folders) for turn in turns]
+            converted[column] = _parallel_calls(turns, read)
     first = next(iter(converted.values()))
     if system and isinstance(first, list) and not any(_role(message) in SYSTEM_ROLES for message in first):
         first.insert(0, _turn("system", system))
     return {**converted, "inline_images": images}
 
 
+def _parallel_calls(turns: list[Any], messages: list[Any]) -> list[Any]:
+    """ms-swift has several calls at once as turns that follow each other; chat templates expect one message."""
+    merged: list[Any] = []
+    for before, turn, message in zip([None, *turns], turns, messages, strict=False):
+        both = str(_role(before)).lower() in CALLS and str(_role(turn)).lower() in CALLS
+        if both and "tool_calls" in message and "tool_calls" in merged[-1]:
+            merged[-1]["tool_calls"] += message["tool_calls"]
+        else:
+            merged.append(message)
+    return merged
+
+
 def _role(message: Any) -> Any:
     return message.get("role") or message.get("from") if isinstance(message, dict) else None
 
 
-def to_message(turn: Any, images: list[Any], vision: bool = False, folder: str = "") -> Any:
+def to_message(turn: Any, images: list[Any], vision: bool = False, folders: Sequence[str] = ("",)) -> Any:
     """
     A turn as TRL has it: `role` and `content`, with the roles that chat templates know.
 
@@ -350,7 +364,7 @@ def to_message(turn: Any, images: list[Any], vision: bool = False, folder: str =
         turn: as it was read; what is no turn at all stays as it is, for the check to name it.
         images (`list`): gets the images that are in the turn itself.
         vision (`bool`, *optional*, defaults to `False`): `<image>` in a text that is no reply stands for an image.
-        folder (`str`, *optional*): relative paths start here.
+        folders (`Sequence[str]`, *optional*): relative paths start in the first of these that has the file.
     """
     if not isinstance(turn, dict):
         return turn
@@ -365,10 +379,12 @@ def to_message(turn: Any, images: list[Any], vision: bool = False, folder: str =
     if name in CALLS:
         calls = _calls(content)
         return {**_turn("assistant", None if calls else content), **others, **({"tool_calls": calls} if calls else {})}
+    if isinstance(others.get("tool_calls"), list):
+        others["tool_calls"] = [_with_arguments(call) for call in others["tool_calls"]]
     message = {"role": ROLE_NAMES.get(name, name if name in ROLES else role), "content": content, **others}
     if isinstance(content, list):
         message |= _reasoning_and_calls(content) if message["role"] == "assistant" else {}
-        message["content"] = [to_part(part, images, folder) for part in message["content"]]
+        message["content"] = [to_part(part, images, folders) for part in message["content"]]
     if vision and message["role"] not in ("assistant", "tool"):
         parts = message["content"] if isinstance(message["content"], list) else [{"type": "text", "text": content}]
         if any("<image>" in str(_text_of_part(part)) for part in parts):
@@ -392,7 +408,7 @@ def _reasoning_and_calls(parts: list[Any]) -> dict[str, Any]:
     return {"content": rest, **{key: value for key, value in found.items() if value}}
 
 
-def to_part(part: Any, images: list[Any], folder: str = "") -> Any:
+def to_part(part: Any, images: list[Any], folders: Sequence[str] = ("",)) -> Any:
     """A part of a message as TRL has it, and its image, if it has one, at the end of `images`.
 
     OpenAI's `image_url` (a text, or a `url` in it), Qwen's and Unsloth's `image`, axolotl's `url`, `path` and
@@ -415,7 +431,7 @@ def to_part(part: Any, images: list[Any], folder: str = "") -> Any:
     value = next((part[key] for key in keys if key in part), None)
     if value is None:
         return {"type": "image"}
-    image, problem = to_image(value, folder)
+    image, problem = to_image(value, folders)
     if problem:
         return {"type": "image", "problem": problem}
     images.append(image)
@@ -441,35 +457,58 @@ def _without_marks(part: Any) -> list[Any]:
 
 def _calls(content: Any) -> list[dict[str, Any]]:
     """LLaMA-Factory's and ms-swift's calls of tools, JSON in a text, as Transformers has them; empty if it is none."""
-    try:
-        called = json.loads(content) if isinstance(content, str) else content
-    except json.JSONDecodeError:
-        return []
+    called = _from_json(content, (dict, list))
     calls = called if isinstance(called, list) else [called]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
         return []
     return [
-        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+        {
+            "type": "function",
+            "function": {"name": call["name"], "arguments": _from_json(call.get("arguments", {}), dict)},
+        }
         for call in calls
     ]
 
 
-def _with_tools(dataset: Dataset) -> Dataset:
-    """LLaMA-Factory's tools are JSON in a text, without the envelope that chat templates expect."""
+def _with_arguments(call: Any) -> Any:
+    """OpenAI's and axolotl's arguments of a call are JSON in a text, which chat templates would write as a text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    return {**call, "function": {**function, "arguments": _from_json(function.get("arguments", {}), dict)}}
+
+
+def _from_json(value: Any, kind: type | tuple[type, ...]) -> Any:
+    """The object or list that a text is the JSON of; whatever else it is stays as it is."""
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value
+    return read if isinstance(read, kind) else value
+
+
+def _with_tools(dataset: Dataset, bare: bool) -> Dataset:
+    """LLaMA-Factory's and ms-swift's tools are JSON in a text, LLaMA-Factory's without the envelope that chat
+    templates expect; axolotl's parameters are JSON in a text."""
 
     def parse(example: dict[str, Any]) -> dict[str, Any]:
-        tools = example["tools"]
-        try:
-            tools = (json.loads(tools) if tools.strip() else None) if isinstance(tools, str) else tools
-        except json.JSONDecodeError:
-            return {"tools": tools}  # the check names the row
+        tools = _from_json(example["tools"], list)
+        if isinstance(tools, str) and not tools.strip():
+            return {"tools": None}
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            return {"tools": tools}
-        wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-        return {"tools": wrapped or None}
+            return {"tools": tools}  # the check names the row
+        is_bare = bare or isinstance(example["tools"], str)  # TRL's own lists stay as they are
+        return {"tools": [_tool(tool, is_bare) for tool in tools] or None}
 
     tools = dataset.select_columns(["tools"]).map(parse, features=Features({"tools": Json()}), desc="Reading tools")
     return concatenate_datasets([dataset.remove_columns("tools"), tools], axis=1)
+
+
+def _tool(tool: dict[str, Any], is_bare: bool) -> dict[str, Any]:
+    if not isinstance(tool.get("function"), dict):
+        return {"type": "function", "function": tool} if is_bare else tool
+    parameters = _from_json(tool["function"].get("parameters"), dict)
+    return {**tool, "function": {**tool["function"], "parameters": parameters}} if parameters is not None else tool
 
 
 def clean(dataset: Dataset, text_column: str, keep: Collection[str] = ()) -> Dataset:
@@ -535,6 +574,8 @@ def _clean(example: dict[str, Any], has_images: bool) -> dict[str, Any]:
         for message in messages:
             if message["role"] in SYSTEM_ROLES:
                 message["role"] = "system"
+            if isinstance(message.get("reasoning_content"), list):
+                message["reasoning_content"] = text_of_content(message["reasoning_content"])
             if isinstance(message.get("content"), list) and not has_images:
                 # The chat templates of most language models would write the list as Python does
                 message["content"] = text_of_content(message["content"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def read_images(dataset: Dataset, folder: Path) -> Dataset:
     Args:
         dataset ([`~datasets.Dataset`]): rows with a column `image` or `images`, under this name or one of
             `OTHER_NAMES`, or without.
-        folder (`Path`): relative paths start here.
+        folder (`Path`): relative paths start here, or else in the current folder.
 
     Returns:
         [`~datasets.Dataset`]: with one image per row in `image`, or a list of images per row in `images`.
@@ -77,7 +77,7 @@ def read_images(dataset: Dataset, folder: Path) -> Dataset:
     return dataset.map(
         _to_storage,
         batched=True,
-        fn_kwargs={"column": column, "to": to, "folder": str(folder.absolute())},
+        fn_kwargs={"column": column, "to": to, "folders": image_folders(folder)},
         remove_columns=[column],
         features=Features(
             {**{c: f for c, f in features.items() if c != column}, to: List(RGB) if to == "images" else RGB}
@@ -86,9 +86,15 @@ def read_images(dataset: Dataset, folder: Path) -> Dataset:
     )
 
 
-def _to_storage(batch: dict[str, list], column: str, to: str, folder: str) -> dict[str, list]:
+def image_folders(folder: Path) -> list[str]:
+    """Where relative paths of images start: beside the data file, as in `datasets`, or else in the current folder, as
+    in ms-swift, axolotl and LLaMA-Factory's v1 files."""
+    return [str(folder.absolute()), str(Path.cwd())]
+
+
+def _to_storage(batch: dict[str, list], column: str, to: str, folders: Sequence[str]) -> dict[str, list]:
     def stored(value: Any) -> Any:
-        image, problem = to_image(value, folder)
+        image, problem = to_image(value, folders)
         return {"bytes": None, "path": f"{PROBLEM}{problem}"} if problem else image
 
     if to == "image":
@@ -97,14 +103,14 @@ def _to_storage(batch: dict[str, list], column: str, to: str, folder: str) -> di
     return {to: [[stored(value) for value in row if value] for row in rows]}
 
 
-def to_image(value: Any, folder: str = "") -> tuple[dict[str, Any] | None, str | None]:
+def to_image(value: Any, folders: Sequence[str] = ("",)) -> tuple[dict[str, Any] | None, str | None]:
     """
     An image as `datasets` stores it.
 
     Args:
         value: path, `file://` address, data URL, base64, bytes, PIL image, array; or a dict with one of these under
             `url`, `path`, `bytes`, `base64`, `data` or `image`.
-        folder (`str`, *optional*): relative paths start here.
+        folders (`Sequence[str]`, *optional*): relative paths start in the first of these that has the file.
 
     Returns:
         `tuple[dict | None, str | None]`: `bytes` and `path`, or else what is wrong with it.
@@ -131,7 +137,10 @@ def to_image(value: Any, folder: str = "") -> tuple[dict[str, Any] | None, str |
             return None, f"has the image {value[:40]}..., expected data:image/png;base64,... with its data"
         return {"bytes": stored, "path": None}, None
     value = value.removeprefix("file://")
-    return {"bytes": None, "path": value if "://" in value else str(Path(folder, value))}, None
+    if "://" in value:
+        return {"bytes": None, "path": value}, None
+    paths = [Path(folder, value) for folder in folders]
+    return {"bytes": None, "path": str(next((path for path in paths if path.exists()), paths[0]))}, None
 
 
 def take_inline_images(dataset: Dataset, column: str) -> Dataset:

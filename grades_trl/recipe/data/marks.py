@@ -57,8 +57,9 @@ def asks(message: dict[str, Any]) -> bool:
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    content = message.get("content")
-    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    """Of its text, and of the reasoning that axolotl has beside it."""
+    lists = [message[key] for key in ("content", "reasoning_content") if isinstance(message.get(key), list)]
+    return [part for parts in lists for part in parts if isinstance(part, dict)]
 
 
 def take_marks(message: dict[str, Any]) -> dict[str, Any]:
