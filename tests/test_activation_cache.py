@@ -34,6 +34,8 @@ from helpers import (
     warnings_in,
 )
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 MIB = 2**20
 
 

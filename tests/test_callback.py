@@ -21,6 +21,8 @@ from grades_trl.trainers.callback import GradESCallback
 from grades_trl.trainers.whole_checkpoint import WholeCheckpoints
 from helpers import LORA, arguments, model_for, qwen3, same, weights
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 PAPER = {"metric": "grad_change", "tau": "auto", "auto_ratio": 1.0, "alpha": 0.3, "stopping": "all_frozen"}
 CONFIGS = {
     "paper": GradESConfig(**PAPER, keep="last", sample_fraction=1.0),
@@ -127,7 +129,8 @@ def resume(folder, checkpoint=6):
 
 
 KILL = """
-import os, sys
+import gc, os, sys
+gc.disable()  # imports are most of what this costs
 import grades_trl.trainers.callback as callback, grades_trl.trainers.checkpoint as checkpoint
 from pathlib import Path
 from test_callback import CONFIGS, SAVING, GradESCallback, plain

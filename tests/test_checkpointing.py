@@ -152,7 +152,7 @@ def test_reentrant_checkpointing_that_loses_gradients_is_refused(zoo, name, kind
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("name", ["t5", "qwen2_5_vl", "llava", "gemma4_text", "bart"])
+@pytest.mark.parametrize("name", ["t5", "qwen2_5_vl", "llava", "gemma4_text", "bart", "hrm_text"])
 def test_reentrant_checkpointing_that_loses_none_is_not(zoo, name, kind):
     model, inputs = made(zoo, name, kind)
     assert close(gradients(model, inputs, True, refuse_lost_gradients), gradients(model, inputs, None))

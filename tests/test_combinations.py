@@ -14,6 +14,8 @@ from helpers import arguments, bottom_up, model_for, same, trajectory, weights
 from vlm import GradESVLMTrainer
 from vlm import builtin as vlm_builtin
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 MARKED = (
     "{% for message in messages %}{{ message['role'] }}: {% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"

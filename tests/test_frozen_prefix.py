@@ -38,6 +38,8 @@ from helpers import (
 from vlm import GradESVLMTrainer
 from vlm import builtin as vlm_builtin
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 @CHECKPOINTING
 @pytest.mark.parametrize("frozen", [1, 3, 5])

@@ -17,6 +17,8 @@ from helpers import LORA, arguments, losses, model_for, never, same, weights
 from vlm import GradESVLMTrainer
 from vlm import builtin as vlm_builtin
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 @pytest.fixture(scope="module")
 def text():

@@ -20,6 +20,8 @@ from grades_trl.trainers.checkpoint import load_state
 from grades_trl.trainers.whole_checkpoint import MANIFEST, SAVING, newest_whole, what_is_wrong
 from helpers import LORA, arguments, model_for, warnings_in
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def train(folder, steps=2, grades=True, peft_config=None, eval=(), **changes):
     """Saves after each step. `eval`: what it measures then."""

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 SCRIPT = """
 import sys
-from grades_trl.recipe.backend import choose
-assert choose("unsloth") == "unsloth"
+from grades_trl.recipe.backend import BACKEND
+assert BACKEND == "unsloth"
 import trl
 from unsloth import FastLanguageModel
 from grades_trl import GradESConfig, GradESTrainer
@@ -43,7 +43,7 @@ def run(*command, cwd):
 
 
 def test_text_lora_freezes_on_unsloth_s_own_trainer(folder, tmp_path):
-    done = run("-c", SCRIPT, folder, tmp_path / "out", cwd=tmp_path)
+    done = run("-c", SCRIPT, folder, tmp_path / "out", "--backend", "unsloth", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "FROZEN" in done.stdout
     assert len((tmp_path / "out" / "grades" / "events.jsonl").read_text().splitlines()) > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import UserDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def refuse_lost_gradients(model: nn.Module) -> list[RemovableHandle]:
     It gives a gradient to tensors that a layer gets by position, and only if there is one that requires it. Mllama
     hands its image features over by name, and fails in the backward pass. Layers of Gemma 3n share keys by way of a
     dict. Under LoRA, Idefics' vision layers get nothing that requires a gradient. Both train, with wrong gradients
-    (transformers 5.17).
+    (transformers 5.17). A layer that is called without gradients, as in the first cycles of HRM, has none to lose.
 
     Args:
         model (`nn.Module`): with checkpointing as it will be in training.
@@ -72,19 +73,51 @@ def refuse_lost_gradients(model: nn.Module) -> list[RemovableHandle]:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    refuse = functools.partial(_refuse, {})
-    return [layer.register_forward_pre_hook(refuse, with_kwargs=True) for layer in layers]
+    modules = dict(model.named_modules())
+    layers = [path for path, module in modules.items() if isinstance(module, GradientCheckpointingLayer)]
+    # A layer is checked inside of the checkpoint, where gradients are always off: the modules around it tell whether
+    # they were on outside.
+    with_gradients: dict[str, bool] = {}
+    around = {path for layer in layers for path in _around(layer)}
+    handles = [
+        modules[path].register_forward_pre_hook(functools.partial(_note, with_gradients, path)) for path in around
+    ]
+    writers: dict[int, dict[Any, Any]] = {}
+    return handles + [
+        modules[path].register_forward_pre_hook(
+            functools.partial(_refuse, writers, with_gradients, path), with_kwargs=True
+        )
+        for path in layers
+    ]
+
+
+def _around(path: str) -> Iterator[str]:
+    """Paths of the modules around one, the nearest first."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _note(with_gradients: dict[str, bool], path: str, module: Any, args: tuple) -> None:
+    with_gradients[path] = torch.is_grad_enabled()
 
 
 def _refuse(
-    writers: dict[int, dict[Any, Any]], layer: Any, args: tuple, kwargs: dict[str, Any]
+    writers: dict[int, dict[Any, Any]],
+    with_gradients: dict[str, bool],
+    path: str,
+    layer: Any,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> tuple[tuple, dict[str, Any]] | None:
     function: Any = getattr(layer, "_gradient_checkpointing_func", None)
     is_torch_s = getattr(getattr(function, "func", None), "__module__", "") == "torch.utils.checkpoint"
     is_on = layer.gradient_checkpointing and layer.training and is_torch_s
     # With gradients it is the backward pass that calls the layer, or the checkpointing is another one.
     if not is_on or torch.is_grad_enabled() or not function.keywords.get("use_reentrant", True):
+        return None
+    # A ModuleList is never called.
+    if not next((with_gradients[around] for around in _around(path) if around in with_gradients), True):
         return None
     by_name = [name for name, value in kwargs.items() if _requires_grad(value)]
     if by_name:

@@ -1,19 +1,19 @@
 """Runs that are made in two processes, and again in one at the same global batch. Each leaves facts and weights.
 
-`python runs.py FOLDER NAME ...` makes them in this process, which is one of two where RANK and WORLD_SIZE say so.
-`tests` and the folder above it are on PYTHONPATH.
+`main` makes all of them, in processes that are forked after the imports, which cost as much as ten runs.
 """
 
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
-import sys
+import socket
 import time
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -30,8 +30,10 @@ import helpers
 from grades_trl import GradESConfig, GradESTrainer
 from grades_trl import distributed as processes
 from grades_trl.criteria import measurement
+from grades_trl.extras import installed
 from grades_trl.recipe import builtin
 from grades_trl.recipe.generation import answers
+from grades_trl.report import run_report
 from grades_trl.trainers.heldout import HeldoutAnswers
 from helpers import LORA, qwen3
 from vlm import GradESVLMTrainer
@@ -56,7 +58,7 @@ def image_rows(count):
     return vlm_builtin.digit_images(train=count, test=8, seed=0)["train"]
 
 
-SHARDED = any(name.startswith("sharded") for name in sys.argv)  # FSDP2 in all runs of this process
+SHARDED = False  # FSDP2 in all runs of this process
 
 
 def make_fsdp_take_the_cpu():
@@ -216,8 +218,10 @@ def simple(config, asks=False, **settings):
     def run(name, folder):
         trainer, counter = build(folder / name, config, **settings)
         trainer.train()
-        rows = builtin.dates(train=8, test=5)["test"]
-        found = answers(trainer.model, TOKENIZER, rows, batch_size=2, max_new_tokens=6) if asks else []
+        found = []
+        if asks:
+            rows = builtin.dates(train=8, test=5)["test"]
+            found = answers(trainer.model, TOKENIZER, rows, batch_size=2, max_new_tokens=6)
         trainer.save_model()
         finish(name, folder, trainer, counter, answers=found)
 
@@ -532,20 +536,65 @@ RUNS = {
 }
 
 
-def main(folder, names):
-    torch.set_num_threads(1)
+ONE = ["plain", "plain_lora", "full", "accumulated", "non_reentrant", "lora", "vision", "gain", "paper"]
+ONE += ["token_accuracy", "plain_loop"]
+SHARDED_RUNS = [name for name in RUNS if name.startswith("sharded")]
+COPIES = [name for name in RUNS if name not in SHARDED_RUNS]
+
+
+def make(folder, names, rank, environment):
+    """Makes runs in this process, which is one of two where the environment says so, as torchrun does."""
+    global SHARDED
+    os.environ.update(environment)
+    with open(folder / f"log-{names[0]}-{rank}.txt", "wb", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     logging.basicConfig(level=logging.INFO, format=f"[{processes.rank()}] %(message)s")
     logging.getLogger("grades_trl").setLevel(logging.INFO)
     processes.dist = Counted()
+    SHARDED = names is SHARDED_RUNS
     if SHARDED:
         count_what_is_scattered()
     for name in names:
-        start = time.perf_counter()
+        run_report.installed = installed if name == "full" else lambda module: False  # figures take as long as a run
+        start = time.process_time()
         RUNS[name](name, folder)
-        print(f"{os.environ.get('RANK', '-')} {name} {time.perf_counter() - start:.1f} s", flush=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:] or list(RUNS))
+        print(f"{os.environ.get('RANK', '-')} {name} {time.process_time() - start:.1f} s of CPU time", flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def start(folder, names, count):
+    """Starts runs in one process or two."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    started = []
+    for rank in range(count):
+        environment = {}
+        if count > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **address}
+            environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        started.append(multiprocessing.Process(target=make, args=(folder, names, rank, environment), daemon=True))
+        started[-1].start()
+    return started
+
+
+def main(folder):
+    """Makes them in `one/` and `two/` of a folder. No thread may have been started in this process."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork")
+    gc.freeze()  # the Trainer collects after each run
+    gc.enable()
+    alone = start(folder / "one", ONE, 1)
+    for names in (COPIES, SHARDED_RUNS):
+        _wait(folder / "two", names, start(folder / "two", names, 2))
+    _wait(folder / "one", ONE, alone)
+
+
+def _wait(folder, names, started):
+    for rank, process in enumerate(started):
+        process.join()
+        if process.exitcode:
+            raise SystemExit((folder / f"log-{names[0]}-{rank}.txt").read_text(errors="replace")[-3000:])
