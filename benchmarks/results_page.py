@@ -50,9 +50,9 @@ TITLES = {
     ),
     "smollm2_9_epochs": (
         "The same model, 9 epochs of 104 examples: a run that overfits",
-        "GradES ends in the middle of its schedule, after its fourth measurement, and keeps the average of the third. It "
-        "is below all others in each seed. Nothing froze. The validation of `early_stopping`, 66 rows after each epoch, "
-        "is not in its FLOPs: it would add about 0.14.",
+        "GradES ends in the middle of its schedule, after its fourth measurement, and keeps the average of the third. "
+        "It is below all others in each seed. Nothing froze. The validation of `early_stopping`, 66 rows after each "
+        "epoch, is not in its FLOPs: it would add about 0.14.",
     ),
     "dates_150": (
         "Few examples: a run that overfits",
