@@ -49,7 +49,7 @@ TITLES = {
         "GradES costs its three held-out measurements, and gives the same weights.",
     ),
     "smollm2_9_epochs": (
-        "The same model, 9 epochs of 104 examples: a run that overfits",
+        "The same model, 9 epochs of 94 to 97 examples: a run that overfits",
         "GradES ends in the middle of its schedule, after its fourth measurement, and keeps the average of the third. "
         "It is below all others in each seed. Nothing froze. The validation of `early_stopping`, 66 rows after each "
         "epoch, is not in its FLOPs: it would add about 0.14.",
