@@ -43,6 +43,12 @@ TITLES = {
         "New images: the vision tower has to move",
         "The same model learns to read inverted images. Here it must *not* be frozen, and by default it is not.",
     ),
+    "digits_700": (
+        "From scratch: nothing to freeze, and still learning at the end",
+        "A tiny LLaVA learns to read from 700 images, seen 45 times at a constant rate. What helps is the average of "
+        "the weights. The early stopping of Transformers, with one validation in 250 steps, ends no run; it goes back "
+        "to its best checkpoint.",
+    ),
     "smollm2_60x8": (
         "A quick start with a real model: 60 steps of 8 examples",
         "SmolLM2-135M-Instruct, LoRA, one-line descriptions of functions. There is nothing to freeze, nothing to end: "

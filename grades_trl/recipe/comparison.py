@@ -366,7 +366,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
                 middle = [statistics.median(numbers) for numbers in zip(*points, strict=True)]
                 ax.scatter(*middle, color=color, marker=mark, s=130, edgecolor="white", zorder=3)
         ax.set(xlabel="FLOPs of the run, as a fraction of the whole baseline's", ylabel=label)
-        ax.set_xlim(left=0)
+        ax.set_xlim(0, 1.06 * ax.dataLim.x1)  # no mark is cut off
         ax.grid(color="#e4e7eb", linewidth=0.6)
         ax.set_axisbelow(True)
     axes[0].set_title("Each run is a small mark, the median of its seeds a large one", fontsize=10, loc="left")
