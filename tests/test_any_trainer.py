@@ -74,7 +74,8 @@ def build(kind, tokenizer, folder, grades, lora):
 @pytest.mark.parametrize("kind", ["plain", "dpo", "kto", "reward"])
 def test_a_trainer_freezes_in_the_middle_and_measures_its_heldout_loss(tmp_path, tokenizer, kind, lora):
     schedule = {"*.layers.0.*": 3}
-    grades = GradESConfig(metric="schedule", schedule=schedule, heldout_every=2, heldout_cost=1.0, keep="last")
+    heldout = {"heldout_every": 2, "heldout_cost": 1.0, "heldout_patience": 2}
+    grades = GradESConfig(metric="schedule", schedule=schedule, keep="last", **heldout)
     trainer = build(kind, tokenizer, tmp_path, grades, lora)
     frozen_at = {}
 

@@ -88,7 +88,7 @@ def test_a_log_line_breaks_between_words_on_a_terminal(monkeypatch, columns):
     monkeypatch.setattr(sys, "stderr", terminal.stream)
     try:
         set_up_console()
-        with tqdm(total=3, file=sys.stderr, ncols=30) as bar:
+        with tqdm(total=3, file=sys.stderr, ncols=30, disable=False) as bar:  # a test may have imported `quiet`
             logging.getLogger("grades_trl.x").info(LONG)
             logging.getLogger("vlm.x").warning("  first\nsecond")
             bar.update()

@@ -118,10 +118,10 @@ def test_vlm_builtin(tmp_path):
     flags += ["--warmup_steps", 39]
     flags += ["--max_train_samples", 640, "--metric", "grad_change", "--auto_ratio", 1000, "--alpha", 0.5]
     printed = succeeded(start("sft_vlm.py", *flags, cwd=tmp_path))
-    assert "The held-out loss of 16 rows is measured every 11 steps" in printed
+    assert "The held-out loss of 16 rows is measured every 6 steps" in printed
     assert "GradES: 21 of 40 steps; all matrices frozen" in printed
     assert "51 of 51 matrices" in printed
-    assert "1 measurement of 16 examples" in printed
+    assert "3 measurements of 16 examples" in printed
     assert "exact_match_blank_images" in printed
     output_dir = tmp_path / "outputs" / "demo_vlm"
     for file in EVIDENCE:
