@@ -358,15 +358,17 @@ def draw(record: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, count, squeeze=False)[0]
     for ax, (key, label, factor) in zip(axes, panels, strict=False):
+        most = 1.0
         for variant in drawn:
             points = [(n["flops"], factor * score) for n in found[variant] if (score := n[key]) is not None]
             color, mark = COLORS_AND_MARKS[variant]
             if points:
+                most = max(most, *(flops or 0.0 for flops, _ in points))
                 ax.scatter(*zip(*points, strict=True), color=color, marker=mark, label=variant, s=22, alpha=0.5)
                 middle = [statistics.median(numbers) for numbers in zip(*points, strict=True)]
                 ax.scatter(*middle, color=color, marker=mark, s=130, edgecolor="white", zorder=3)
         ax.set(xlabel="FLOPs of the run, as a fraction of the whole baseline's", ylabel=label)
-        ax.set_xlim(0, 1.06 * ax.dataLim.x1)  # no mark is cut off
+        ax.set_xlim(0, 1.06 * most)  # no mark is cut off
         ax.grid(color="#e4e7eb", linewidth=0.6)
         ax.set_axisbelow(True)
     axes[0].set_title("Each run is a small mark, the median of its seeds a large one", fontsize=10, loc="left")
