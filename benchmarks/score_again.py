@@ -19,7 +19,7 @@ from grades_trl.recipe.trained import load_trained
 from vlm.builtin import DATASETS
 from vlm.generation import answers
 
-USED = 2000  # test images that the recipes draw
+USED = 2000  # test images that the recipes draw, in `load_data`
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ class GradESConfig:
         heldout_cost (`float`, *optional*, defaults to `0.02`):
             What all measurements of the held-out score may cost, as a fraction of the training FLOPs. Short runs may
             use 64 forward passes of a row, or 128 where they are longer than an epoch, up to 5 %. With fewer than 427
-            training examples, counted each time that they come, nothing is measured.
+            training examples in all epochs together, nothing is measured.
         heldout_samples (`int`, *optional*, defaults to `128`):
             Held-out rows per measurement, at most; always the same ones.
         track_projector (`bool`, *optional*, defaults to `False`):

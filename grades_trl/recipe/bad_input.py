@@ -1,7 +1,7 @@
 """Wrong arguments, files, data and models: one or two lines on stderr and exit code 2. `--debug` shows the traceback.
 
-All other errors keep theirs: they are not the user's. It imports nothing but the standard library, since Unsloth
-must be imported before all else.
+All other errors keep theirs: they are not the user's. It imports the standard library and `terminal.py` alone, since
+Unsloth must be imported before all else.
 """
 
 from __future__ import annotations

@@ -26,10 +26,7 @@ def wrapped(text: str, stream: TextIO) -> str:
 
 
 def _broken(line: str, columns: int) -> list[str]:
+    if len(line) <= columns:
+        return [line]
     indent = line[: len(line) - len(line.lstrip())] + "  "
-    short = len(line) <= columns
-    return (
-        [line]
-        if short
-        else textwrap.wrap(line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    )
+    return textwrap.wrap(line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

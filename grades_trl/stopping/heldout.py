@@ -9,14 +9,15 @@ from .base import StoppingRule
 
 HELDOUT_METRICS = ("loss", "token_accuracy", "exact_match")
 MAX_MEASUREMENTS = 20
-MAX_UPDATES = 20  # of the average of the weights, about, which costs no forward pass
+MAX_UPDATES = 20  # of the average of the weights, about: an update costs no forward pass
 MIN_SAMPLES = 16
-PATIENCE = 2  # measurements,
-LONG_INTERVAL = 1 / 10  # or 1 where this fraction of the schedule lies between two of them: as many steps
+# Measurements without improvement that end a run. One is enough where this fraction of the schedule lies between two:
+# two of 20 measurements are as many steps apart.
+PATIENCE, LONG_INTERVAL = 2, 1 / 10
 # A forward pass costs a third of a training step on the same row: backward is two more.
 FORWARD_SHARE = 1 / 3
-# Forward passes of a row that a run may use even where `cost` allows fewer, if they are at most this fraction of its
-# training FLOPs. Where rows come back a run may overfit: the second number then, to end it at the right moment.
+# Forward passes of a row that a run may use even where `cost` allows fewer, if they cost at most this fraction of its
+# training FLOPs. A schedule longer than an epoch may overfit. It may use more, to end at the right moment.
 MIN_FORWARD_PASSES, IF_ROWS_COME_BACK = 64, 128
 MAX_SHORT_RUN_COST = 0.05
 
@@ -189,9 +190,9 @@ def plan(
 
     All measurements together, with the one at the end of the schedule, may cost `cost` of the training FLOPs, a
     forward pass being a third of a training step on the same row. Short runs may use 64 forward passes, and up to 128
-    where rows come back, if that is at most 5 %. They are spread over at most 20 measurements of at most `samples`
-    rows and, unless `samples` or the data say so, of no fewer than 16. An interval that is set is kept; then the rows
-    follow from it.
+    where the schedule is longer than an epoch, if that is at most 5 %. They are spread over at most 20 measurements of
+    at most `samples` rows and, unless `samples` or the data say so, of no fewer than 16. An interval that is set is
+    kept; then the rows follow from it.
 
     Args:
         settings (`dict`): `every`, `patience`, `grace`, `cost` and `samples`.
