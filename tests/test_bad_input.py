@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 
@@ -103,7 +104,21 @@ FLAGS = [
     ("--dataset_name dates --columns prompt=a", "The built-in dataset dates has no columns"),
     ("--resume nowhere", "--resume nowhere: there is no such folder"),
     ("--early_stopping_patience 2 --eval_strategy no", "early_stopping_patience needs validation"),
+    ("--warmup_ratio 0.1", "--warmup_ratio is not known. Write --warmup_steps 0.1 (below 1"),
+    ("--max-seq-length 512", "--max-seq-length is not known. Write --max_length."),
+    ("--group_by_length --lora_rank=8", "Write --train_sampling_strategy group_by_length. --lora_rank is not known."),
+    ("--overwrite_output_dir", "--overwrite_output_dir is not known. Write nothing: a run writes over"),
+    ("--learning_rates 1", "--learning_rates is not known. Is it --learning_rate?"),
+    ("--zzz", "--zzz is not known. --help_all lists all arguments."),
+    ("--seed 1 more", "more: not understood; expected --name value."),
+    ("--metric_for_best_model exact_match", "metric_for_best_model is exact_match; expected one of loss, "),
+    ("--use_peft --lora_target_modules q_proj,v_proj", "'q_proj,v_proj'; expected names with spaces"),
+    ("--dataset_train_split validation", "The built-in dataset dates has no dataset_train_split: leave it out."),
+    ("--test_size 0.5", "The built-in dataset dates has no test_size: leave it out."),
+    ("--load_best_model_at_end", "requires the save and eval strategy to match"),
 ]
+if not torch.accelerator.is_available():
+    FLAGS.append(("--activation_offloading", "activation_offloading moves activations from a GPU to the host"))
 
 
 @pytest.mark.parametrize(("flags", "expected"), FLAGS, ids=[flags for flags, _ in FLAGS])
@@ -144,6 +159,8 @@ def test_wrong_flags_of_other_recipes(recipe, flags, expected, tmp_path, monkeyp
         ("train_on: both\n", "train_on is 'both'; expected all or last"),
         ("num_samples: two\n", "invalid int value: 'two'"),
         ("lora_r: 8\n", "lora_r without use_peft"),
+        ("cutoff_len: 8\n", "cutoff_len is not known in the config file. Write max_length."),
+        ("use_peft: true\nlora_target_modules: q_proj,v_proj\n", "'q_proj,v_proj'; expected names with spaces"),
     ],
 )
 def test_wrong_config_files(content, expected, tmp_path, monkeypatch, capsys):
@@ -183,6 +200,34 @@ def test_wrong_data(rows, encoding, expected, tmp_path, monkeypatch, capsys):
     assert expected in said and "\x1b" not in said
 
 
+MADE = [  # with flags that TRL, Transformers and PEFT look at: the data are read, and the model is made
+    ("--assistant_only_loss", "this model's chat template does not mark replies ({% generation %})"),
+    ("--padding_free", "`max_length` is not enforced"),
+    ("--loss_type foo", "Invalid `loss_type` foo passed"),
+    ("--save_strategy best", "`args.metric_for_best_model` must be provided"),
+    ("--push_to_hub", "offline mode is enabled"),
+    ("--optim schedule_free_adamw", "--optim schedule_free_adamw: ImportError: You need to install `schedulefree`"),
+    ("--optim galore_adamw_layerwise", "optim is galore_adamw_layerwise, which updates weights during the backward"),
+    ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_kwargs {}: One of min_lr or min_lr_rate should be set"),
+    ("--lr_scheduler_type warmup_stable_decay", "missing 1 required positional argument: 'num_decay_steps'"),
+    ('--lr_scheduler_kwargs {"min_lr":1}', "got an unexpected keyword argument 'min_lr'"),
+    ("--use_peft --lora_target_modules c_attn", "(linear layers here: down_proj, gate_proj, k_proj"),
+    ("--use_peft --lora_modules_to_save head", "lora_modules_to_save names head, and Qwen3ForCausalLM has no such"),
+]
+if importlib.util.find_spec("liger_kernel") is None:
+    MADE.append(("--use_liger_kernel", "use_liger_kernel needs liger-kernel, which is not installed"))
+
+
+@pytest.mark.parametrize(("flags", "expected"), MADE, ids=[flags for flags, _ in MADE])
+def test_flags_that_the_libraries_beneath_refuse(flags, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = ["--output_dir", "out", "--report_to", "none", "--max_train_samples", "8", "--max_eval_samples", "8"]
+    recipe = str(RECIPES / "sft_text.py")
+    said = ended(lambda: runpy.run_path(recipe, run_name="__main__"), monkeypatch, capsys, *given, *flags.split())
+    assert expected in said and "Traceback" not in said
+    assert not Path("out", "grades").exists()  # nothing has been trained
+
+
 def test_the_backend_is_chosen_before_the_arguments_are_read(tmp_path, monkeypatch, capsys):
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "bad.yaml").write_text("a: [\n")
@@ -211,6 +256,10 @@ def deep():
     int("internal")
 
 
+def raise_of_ours():
+    raise RuntimeError("cannot be")
+
+
 def test_debug_shows_the_traceback(monkeypatch, capsys):
     seen = []
 
@@ -234,6 +283,8 @@ def test_unforeseen_errors_keep_their_traceback(monkeypatch):
         run(deep)  # no check of ours has found anything
     with pytest.raises(KeyError):
         run(lambda: {}["missing"])
+    with pytest.raises(RuntimeError):
+        run(raise_of_ours)  # we raise it where we are wrong, not the user
 
     def main():
         training_begins()

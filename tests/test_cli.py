@@ -61,6 +61,20 @@ def test_the_default_rate_and_type_of_weights_are_those_of_the_method(flags, rat
     assert (training.learning_rate, model.dtype) == (rate, dtype)
 
 
+@pytest.mark.parametrize(
+    ("flags", "steps", "epochs"),
+    [
+        (["--num_train_epochs", "0.5"], -1, 0.5),  # not the 500 steps of the file
+        (["--num_train_epochs=2"], -1, 2),
+        (["--num_train_epochs", "2", "--max_steps", "8"], 8, 2),
+        ([], 500, 3),
+    ],
+)
+def test_epochs_on_the_command_line_go_before_the_steps_of_the_file(flags, steps, epochs):
+    training = settings(*flags)[1]
+    assert (training.max_steps, training.num_train_epochs) == (steps, epochs)
+
+
 def test_early_stopping_is_one_flag():
     recipe, training = settings("--early_stopping_patience", "3", "--eval_steps", "7")
     (callback,) = configure_early_stopping(recipe, training)
@@ -124,7 +138,7 @@ def test_nested_and_unknown_keys_of_the_file_are_errors(tmp_path):
         with_config(tmp_path, {"grades": {"metric": "grad_norm"}})
     with pytest.raises(ValueError, match=r"run\.yaml: alpha is nested"):
         with_config(tmp_path, {"alpha": {"vision": 0.5}})
-    with pytest.raises(ValueError, match=r"Unknown arguments from config file.*metrik"):
+    with pytest.raises(ValueError, match=r"metrik is not known in the config file\. Is it metric\?"):
         with_config(tmp_path, {"metrik": "grad_norm"})
     config = {
         "metric": "grad_norm",

@@ -156,6 +156,37 @@ def test_conversations_of_one_reply_are_prompts_and_completions(tmp_path, tokeni
     assert training_rows(texts, tokenizer, args) is texts
 
 
+@pytest.mark.parametrize("grouped", [True, False], ids=["conversations", "prompts and completions"])
+def test_prompts_are_learned_too_where_that_is_asked_for(tmp_path, tokenizer, capsys, grouped):
+    """`completion_only_loss=False`, as TRL means it: all tokens, and a conversation stays one row."""
+    talks = rows_of(*TALKS)
+    train = talks if grouped else to_prompt_completion(talks)
+    args = training(tmp_path, completion_only_loss=False)
+    rows = training_rows(train, tokenizer, args)
+    assert len(rows) == len(train) and not args.assistant_only_loss and args.completion_only_loss is False
+    trainer = text_trainer(tokenizer, args, rows)
+    batch = batch_of(trainer)
+    assert torch.equal(batch["labels"] != -100, batch["attention_mask"] == 1)
+    capsys.readouterr()
+    show_example(trainer, rows_left(trainer, {"train": train}))
+    assert "  [[<|system|>be brief<|end|><|user|>one?" in capsys.readouterr().out
+
+
+def test_replies_left_out_and_prompts_to_be_learned_contradict_each_other(tmp_path, tokenizer):
+    args = training(tmp_path, completion_only_loss=False)
+    for talks, train_on in ((rows_of(*TALKS), "last"), (read(tmp_path, marked_talks()), "all")):
+        with pytest.raises(DataError, match="completion_only_loss is false, so that all of a conversation is learned"):
+            training_rows(talks, tokenizer, args, train_on=train_on)
+
+
+def test_assistant_only_loss_needs_a_template_that_can_tell_replies(tmp_path, tokenizer):
+    args = training(tmp_path, assistant_only_loss=True)
+    assert len(training_rows(rows_of(*TALKS), tokenizer, args)) == 3
+    tokenizer.chat_template = PLAIN
+    with pytest.raises(DataError, match="assistant_only_loss is true, and this model's chat template does not mark"):
+        training_rows(rows_of(*TALKS), tokenizer, args)
+
+
 def test_chat_templates(tmp_path, tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="this model has no chat template: take its instruct version"):

@@ -71,7 +71,7 @@ def test_a_token_of_a_run_is_in_no_file_and_on_no_line(tmp_path, way, clean_envi
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "grades_trl.cli", "text", "--config", str(tmp_path / "config.yaml"), *flags]
-    command += ["--output_dir", str(out), "--max_steps", "1", "--max_train_samples", "64", "--test_size", "8"]
+    command += ["--output_dir", str(out), "--max_steps", "1", "--max_train_samples", "64", "--max_eval_samples", "4"]
     command += ["--num_eval_generations", "0", "--num_samples", "1", "--max_new_tokens", "1"]
     command += ["--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "1"]
     command += ["--report_to", "wandb"] if way == "flag and value" else ["--report_to", "none"]

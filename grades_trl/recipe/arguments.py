@@ -26,6 +26,7 @@ from grades_trl.criteria import CRITERIA
 from grades_trl.model import TOWERS
 from grades_trl.recipe.bad_input import blamed_on
 from grades_trl.recipe.bema import BEMA
+from grades_trl.recipe.other_names import refuse_unknown
 from grades_trl.recipe.places import find_config, this_command
 from grades_trl.recipe.secret import hide_secrets
 from grades_trl.report import tracking
@@ -288,10 +289,16 @@ def parse(
         _check_config(Path(argv[place]), argv)
     if argv and argv[-1] == "--config":
         raise ValueError("--config has no value; expected a YAML file or the name of a config.")
-    recipe, grades, model, training = parser.parse_args_and_config(argv)
+    if "--num_train_epochs" in flags and "--max_steps" not in flags:
+        argv += ["--max_steps", "-1"]  # that of the file would go before a flag
+    recipe, grades, model, training, of_file, of_flags = parser.parse_args_and_config(
+        argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    refuse_unknown(of_file, of_flags, [action.dest for action in parser._actions])
     hide_secrets(training)
     _set_defaults_by_method(training, model)
     _check_ranges(training, model)
+    _check_best_metric(training)
     _check_lora(model, flags)
     training.report_to = tracking.drop_if_missing(training.report_to)
     if isinstance(grades.schedule, str) and _is_within(Path(grades.schedule), Path(training.output_dir) / "grades"):
@@ -355,14 +362,35 @@ def _check_ranges(training: SFTConfig, model: ModelConfig) -> None:
     expect_number(model, "lora_r", "a whole number, 1 or more", 1, whole=True)
     expect_number(model, "lora_alpha", "a number above 0", 0, above=True)
     expect_number(model, "lora_dropout", "a fraction from 0 to below 1", 0, math.nextafter(1, 0))
+    if training.activation_offloading and not torch.accelerator.is_available():
+        raise ValueError(
+            "activation_offloading moves activations from a GPU to the host, and there is none: remove it."
+        )
     if Path(training.output_dir).exists() and not Path(training.output_dir).is_dir():
         raise ValueError(f"output_dir is {training.output_dir}, which is a file; expected a folder, or a new name.")
+
+
+def _check_best_metric(training: SFTConfig) -> None:
+    """The Trainer would look for it after the first evaluation, and fail."""
+    if training.metric_for_best_model is None:
+        return
+    of_evaluation = ("loss", "mean_token_accuracy", "entropy")  # that of TRL's SFTTrainer
+    if training.metric_for_best_model.removeprefix("eval_") not in of_evaluation:
+        raise ValueError(
+            f"metric_for_best_model is {training.metric_for_best_model}; expected one of {', '.join(of_evaluation)}, "
+            "which an evaluation gives. To end by answers and keep the best average, add --heldout_metric exact_match."
+        )
 
 
 def _check_lora(model: ModelConfig, flags: Collection[str]) -> None:
     """Settings of LoRA without `use_peft` would be ignored, and all weights train."""
     of_lora = [f for f in fields(ModelConfig) if f.name.startswith("lora_") or f.name in ("use_rslora", "use_dora")]
     given = [f.name for f in of_lora if getattr(model, f.name) != f.default]
+    for name in ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save"):
+        value = getattr(model, name) or []
+        for word in [value] if isinstance(value, str) else value:
+            if "," in word and all(part.strip().isidentifier() for part in word.split(",")):
+                raise ValueError(f"{name} is {word!r}; expected names with spaces between them, or a list in YAML.")
     if model.use_peft or not given:
         return
     if "--use_peft" in flags:  # it was turned off on purpose, over a config file

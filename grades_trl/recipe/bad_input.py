@@ -1,7 +1,8 @@
 """Wrong arguments, files, data and models: one or two lines on stderr and exit code 2. `--debug` shows the traceback.
 
-All other errors keep theirs: they are not the user's. It imports the standard library and `terminal.py` alone, since
-Unsloth must be imported before all else.
+What TRL, Transformers or the hub refuse before training ends in the same way. All other errors keep their traceback:
+they are not the user's. It imports the standard library and `terminal.py` alone, since Unsloth must be imported before
+all else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ from types import TracebackType
 from grades_trl.recipe.terminal import wrapped
 
 OURS = ("grades_trl", "vlm", "recipes", "__main__")
+# Modules beneath that check arguments, and the login: what they raise before training is about these
+CHECKS = (
+    *("trl.trainer", "trl.chat_template_utils", "transformers.trainer", "transformers.training_args"),
+    *("transformers.optimization", "transformers.integrations", "accelerate.accelerator", "accelerate.utils"),
+    "huggingface_hub",
+)
 EXIT_CODE = 2  # that of argparse
 LONGEST = 600  # characters of a message
 FLAG = "--debug"
@@ -83,7 +90,8 @@ def bad_input_ends_here() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _training_has_begun or not (isinstance(error, BadInput) or _raised_by_us(error)):
+        refused = isinstance(error, BadInput) or _raised_by_us(error) or _refused_by_trainer(error)
+        if _training_has_begun or not refused:
             raise
         if debug:
             print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
@@ -97,13 +105,24 @@ def bad_input_ends_here() -> Iterator[None]:
 def _raised_by_us(error: BaseException) -> bool:
     """Whether the error comes from a `raise` in our own code: a check that has found something. What `int("x")` or
     another library raises is not."""
+    return _raised_in(OURS, error)
+
+
+def _refused_by_trainer(error: BaseException) -> bool:
+    """Whether TRL or Transformers have raised it in a check of arguments."""
+    return _raised_in(CHECKS, error, RuntimeError, NotImplementedError)
+
+
+def _raised_in(modules: tuple[str, ...], error: BaseException, *more_kinds: type[Exception]) -> bool:
+    """Whether the error comes from a `raise` in one of these modules, or in one below or beside it that begins with
+    its name (`transformers.trainer_utils`)."""
     last: TracebackType | None = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
-    if last is None or not isinstance(error, ValueError | TypeError | OSError | ImportError):
+    if last is None or not isinstance(error, (ValueError, TypeError, OSError, ImportError, *more_kinds)):
         return False
-    is_ours = last.tb_frame.f_globals.get("__name__", "").partition(".")[0] in OURS
-    return is_ours and last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    is_there = last.tb_frame.f_globals.get("__name__", "").startswith(modules)
+    return is_there and last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _in_short(error: BaseException) -> str:

@@ -101,6 +101,22 @@ def refuse_dropout_on_parameters(model: nn.Module, config: LoraConfig) -> None:
         )
 
 
+def refuse_absent_modules(model: nn.Module, names: Collection[str] | None) -> None:
+    """PEFT leaves names of `modules_to_save` that the model does not have without a word.
+
+    Raises:
+        ValueError: no module has one of these names.
+    """
+    there = [path for path, _ in model.named_modules()]
+    absent = [name for name in names or () if not any(f".{path}".endswith(f".{name}") for path in there)]
+    if absent:
+        outside = [path for path in there if path and not any(part.isdigit() for part in path.split("."))]
+        raise ValueError(
+            f"lora_modules_to_save names {', '.join(absent)}, and {_name(model)} has no such module. Those outside of "
+            f"its layers are {', '.join(outside)}."
+        )
+
+
 def compare_with_adapted(
     model: nn.Module, asked: Collection[str] | str | None, parameters: Collection[str] | None = None
 ) -> None:

@@ -26,7 +26,12 @@ from grades_trl.model import TOWERS, linear_layers
 from grades_trl.recipe.bad_input import blamed_on
 from grades_trl.recipe.choice import chosen_modules, whole_language_layers
 from grades_trl.recipe.gguf_tokenizer import mend_tokenizer
-from grades_trl.recipe.lora import compare_with_adapted, default_targets, refuse_dropout_on_parameters
+from grades_trl.recipe.lora import (
+    compare_with_adapted,
+    default_targets,
+    refuse_absent_modules,
+    refuse_dropout_on_parameters,
+)
 
 # What Transformers raises of a name or folder that is no model, or a damaged one
 NO_MODEL = (OSError, ValueError, KeyError, TypeError, SafetensorError)
@@ -191,8 +196,11 @@ def make_trainable(
     if by_default:
         default_targets(model, config, targets or ())
     refuse_dropout_on_parameters(model, config)
+    refuse_absent_modules(model, args.lora_modules_to_save)
     set_seed(seed)
-    adapted = get_peft_model(model, config)
+    there = ", ".join(sorted({path.rpartition(".")[2] for path in linear_layers(model)}))
+    with blamed_on(f"lora_target_modules, lora_modules_to_save (linear layers here: {there})", ValueError):
+        adapted = get_peft_model(model, config)
     compare_with_adapted(adapted, None if by_default else _targets(args), args.lora_target_parameters)
     return adapted
 

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import TrainerCallback
+from trl import SFTConfig
 
 from grades_trl.distributed import is_main
 from grades_trl.recipe.bad_input import printable
@@ -22,7 +23,7 @@ from grades_trl.wording import counted
 
 from .errors import DataError
 from .formats import text_of_content
-from .replies import squeezed
+from .replies import learns_prompts, squeezed
 
 CHECKED = 8  # rows whose learned tokens are compared with their replies
 MEASURED = 64  # rows with images whose tokens `--preview` counts: each has to be processed for that
@@ -55,7 +56,7 @@ def show_example(trainer: Any, rows: dict[str, RowsLeft], whole: bool = False) -
     text = printable(marked(first_ids, first_labels, tokenizer))
     print(f"\n{text}\n" if whole else f"  {_shortened(text)}")
     for row, ids, labels in batches:
-        _check(prepared, row, ids, labels, tokenizer, trainer.args.max_length)
+        _check(prepared, row, ids, labels, tokenizer, trainer.args)
     if whole:
         print("\n".join(_lengths(trainer, rows)))
 
@@ -121,8 +122,9 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 2 * LINE else f"{text[:LINE]} ... {text[-LINE:]}"
 
 
-def _check(rows: Dataset, row: int, ids: list[int], labels: list[int], tokenizer: Any, max_length: int | None) -> None:
+def _check(rows: Dataset, row: int, ids: list[int], labels: list[int], tokenizer: Any, args: SFTConfig) -> None:
     """Compares the learned tokens with the replies of the row; packed rows have no replies of their own."""
+    max_length = args.max_length
     here = f"train: row {row} as it is prepared (the first is 0)"
     learned = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
     cut_off = max_length is not None and len(ids) >= max_length
@@ -140,7 +142,7 @@ def _check(rows: Dataset, row: int, ids: list[int], labels: list[int], tokenizer
     rest = [token for token, label in zip(ids, labels, strict=True) if label == IGNORED]
     unlearned_text = squeezed(tokenizer.decode(rest))
     replies = [_as_decoded(reply, tokenizer) for reply in _texts(example, "reply")]
-    for prompt in _texts(example, "prompt"):
+    for prompt in () if learns_prompts(args) else _texts(example, "prompt"):
         text = _as_decoded(prompt, tokenizer)
         said_again = any(text in reply for reply in replies)
         if text and text in learned_text and text not in unlearned_text and not said_again:

@@ -43,6 +43,8 @@ def training_rows(
     """
     The rows to train on, of which only replies are learned: one row per conversation where that is possible.
 
+    `completion_only_loss=False` asks for more: conversations stay as they are, and all of their tokens are learned.
+
     A conversation of several replies is one row under TRL's training version of its chat template
     (`assistant_only_loss`, which is switched on in `training`). Where there is no such version, each reply becomes a
     row of its own, with all that goes before it, and a warning says what that costs. A reply that is marked not to be
@@ -62,17 +64,25 @@ def training_rows(
 
     Raises:
         [`DataError`]: the rows are conversations, and there is no chat template, or it refuses one of them, or leaves
-            its reply out.
+            its reply out; or settings that contradict each other, or need a template that marks replies.
     """
     _take_chat_template(processor, training)
     texts = dataset.select_columns([c for c in ("messages", "prompt", "completion") if c in dataset.column_names])
     if texts.column_names and not isinstance(texts[0].get("prompt"), str):
         _try_chat_template(texts, processor)
+        _refuse_without_marks_of_replies(processor, training)
     if "messages" not in dataset.column_names:
         return dataset
     conversations = dataset.select_columns(["messages"])
     turns = [learned_replies(row["messages"]) for row in conversations]
     replies = sum(map(len, turns))
+    if learns_prompts(training):
+        if train_on == "last" or replies < sum(len(_replies(row["messages"])) for row in conversations):
+            raise DataError(
+                "completion_only_loss is false, so that all of a conversation is learned, and some replies are not to "
+                "be (--train_on last, or marks in the rows): remove one of the two"
+            )
+        return images_in_lists(dataset)
     if train_on == "last" or replies == len(dataset):
         return to_prompt_completion(dataset, train_on)
 
@@ -97,6 +107,27 @@ def training_rows(
         f"times the text: {problem}. --train_on last learns the last reply of each alone."
     )
     return rows
+
+
+def learns_prompts(training: SFTConfig) -> bool:
+    """Whether the user asks for a loss of all tokens (`--completion_only_loss false`), and not of replies alone."""
+    return training.completion_only_loss is False and not training.assistant_only_loss
+
+
+def _refuse_without_marks_of_replies(processor: PreTrainedTokenizerBase | ProcessorMixin, training: SFTConfig) -> None:
+    """
+    Raises:
+        [`DataError`]: `assistant_only_loss`, and a chat template that cannot tell replies.
+    """
+    if training.assistant_only_loss and not has_generation_markers(processor.chat_template):
+        try:
+            get_training_chat_template(processor)
+        except ValueError as error:
+            raise DataError(
+                "assistant_only_loss is true, and this model's chat template does not mark replies "
+                "({% generation %}), nor has TRL a version of it that does: remove assistant_only_loss, replies alone "
+                "are learned without it too; or give --chat_template_path"
+            ) from error
 
 
 def whole_conversations_problem(

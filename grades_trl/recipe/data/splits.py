@@ -61,7 +61,8 @@ def load_data(
             f"{' or '.join(builtin)}, or data of your own."
         )
     if name in BUILTIN_DATASETS:
-        ignored = [flag for flag in ("dataset_config", "dataset_test_split", "columns") if getattr(recipe, flag)]
+        of_files = ("dataset_config", "dataset_train_split", "dataset_test_split", "columns", "test_size")
+        ignored = [flag for flag in of_files if getattr(recipe, flag) != getattr(type(recipe), flag)]
         if ignored:
             raise DataError(f"The built-in dataset {name} has no {' and no '.join(ignored)}: leave it out.")
     if name in builtin:
