@@ -133,7 +133,7 @@ def soak(setup: str, kills: int, folder: Path, moments: random.Random) -> int:
 
 
 def run(setup: str, folder: Path, name: str, kill_after: float | None = None) -> tuple[int, float]:
-    """Exit code (negative for a signal), and seconds since it wrote down its arguments."""
+    """Exit code (negative for a signal), and seconds since it wrote down its arguments, after its first step."""
     script, *flags = SETUPS[setup].split()
     model = str(folder / "model")
     argv = [str(ROOT / "recipes" / script), *(model if flag == "MODEL" else flag for flag in flags)]

@@ -62,9 +62,10 @@ def main() -> None:
     train, validation, test = dataset["train"], dataset["validation"], dataset["test"]
 
     # From here on, something is written.
-    if not set_up_resume(recipe, training, model_args, grades):
+    record = set_up_resume(recipe, training, model_args, grades)
+    if record is None:
         return  # the run had finished before
-    callbacks = [*early_stopping, *configure_bema(recipe, training)]
+    callbacks = [record, *early_stopping, *configure_bema(recipe, training)]
     if recipe.preview:
         callbacks.append(LeaveNoFolder(training.output_dir))
     if "wandb" in training.report_to and is_main():

@@ -227,10 +227,10 @@ def test_checkpoints_are_ordered_by_their_steps(run):
 
 
 def resumed(run, *flags):
-    """The checkpoint that a run with these flags goes on from."""
+    """The checkpoint that a run with these flags goes on from. Its first step is done."""
     words = ["--model_name_or_path", "model", "--report_to", "none", "--output_dir", str(run), *flags]
     recipe, training, model_args, grades = parse("", run, words)
-    set_up_resume(recipe, training, model_args, grades)
+    set_up_resume(recipe, training, model_args, grades).write()
     return training.resume_from_checkpoint
 
 
@@ -315,15 +315,18 @@ def test_a_finished_run_is_not_run_again_and_a_new_one_in_its_folder_is(tmp_path
         recipe, training, model_args, grades = parse("", tmp_path, words)
         return set_up_resume(recipe, training, model_args, grades), training
 
-    goes_on, training = start("--resume", "auto")
+    record, training = start("--resume", "auto")
+    record.write()
     (tmp_path / "run" / "result.json").touch()
     mark_finished(training)
-    assert goes_on and not start("--resume", "auto")[0]
+    assert start("--resume", "auto")[0] is None
     assert "This run has finished" in capsys.readouterr().out
     assert not start("--resume", "auto", "--export", "merged")[0]
     assert f"{tmp_path / 'run'} --export merged" in capsys.readouterr().out
     assert (tmp_path / "run" / "result.json").exists()
-    assert start()[0]  # without --resume
+    again = start()[0]  # without --resume. It may be refused before its first step
+    assert (tmp_path / "run" / "result.json").exists() and start("--resume", "auto")[0] is None
+    again.write()
     assert not (tmp_path / "run" / "result.json").exists()
     assert start("--resume", "auto")[0]
 

@@ -161,7 +161,7 @@ def test_a_schedule_is_compared_by_what_it_says(tmp_path, other):
 def checkpoint(text, tmp_path):
     """Of a run of a recipe with tau 1.0, killed after its second step."""
     words = ["--tau", "1.0", "--max_steps", "4"]
-    set_up_resume(*_parsed(tmp_path, *words))
+    set_up_resume(*_parsed(tmp_path, *words)).write()
     trainer = build(text, tmp_path, GradESConfig(metric="grad_norm", tau=1.0), max_steps=2, save_steps=2)
     trainer.train()
     return tmp_path / "checkpoint-2"
@@ -174,7 +174,7 @@ def _parsed(folder, *words):
 
 def resumed(folder, *words):
     recipe, training, model_args, grades = _parsed(folder, *words)
-    set_up_resume(recipe, training, model_args, grades)
+    set_up_resume(recipe, training, model_args, grades).write()
     return training.resume_from_checkpoint, grades
 
 

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 from trl import ModelConfig, SFTConfig
 
@@ -37,35 +38,71 @@ NOT_OF_THE_RUN = (
 )
 
 
-def set_up_resume(recipe: RecipeArguments, training: SFTConfig, model_args: ModelConfig, grades: GradESConfig) -> bool:
-    """Puts the checkpoint to go on from into `training.resume_from_checkpoint` (`None`: the run starts), locks the
-    output folder, and writes down which run it holds. Arguments as [`arguments.parse`] gives them. Of several
-    processes, the main one reads and writes the folder, and all go on from what it has found.
+class RecordRun(TrainerCallback):
+    """
+    Writes down which run the output folder holds, and removes what another has left: after the first step, so that a
+    run that is refused leaves the folder as it was.
+
+    Args:
+        output_dir (`str`): of the run.
+        arguments (`dict`): as [`record.arguments_of`] gives them.
+        starts (`bool`): the run goes on from no checkpoint.
+    """
+
+    def __init__(self, output_dir: str, arguments: dict[str, Any], starts: bool):
+        self._output_dir, self._arguments, self._starts = Path(output_dir), arguments, starts
+        self._written = False
+
+    def write(self) -> None:
+        """Writes it, once."""
+        if self._written:
+            return
+        self._written = True
+        shutil.rmtree(self._output_dir / SAVING, ignore_errors=True)  # of a process that was killed
+        if self._starts:
+            (self._output_dir / "result.json").unlink(missing_ok=True)  # of another run
+        write_json(self._output_dir / ARGUMENTS, {"command": command_line(), **self._arguments})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.write()
+
+    def on_train_end(self, args, state, control, **kwargs):  # nothing was left to train
+        self.on_step_end(args, state, control)
+
+
+def set_up_resume(
+    recipe: RecipeArguments, training: SFTConfig, model_args: ModelConfig, grades: GradESConfig
+) -> RecordRun | None:
+    """Puts the checkpoint to go on from into `training.resume_from_checkpoint` (`None`: the run starts), and locks the
+    output folder. Arguments as [`arguments.parse`] gives them. Of several processes, the main one reads the folder,
+    and all go on from what it has found.
 
     `auto` and `true` take the newest whole checkpoint of the output folder, and go on with the settings that the run
     had: a job that is submitted again is the same run. Everything else is the folder of a checkpoint, and settings
     that may change take effect (see `other_settings.py` and `GradESConfig`).
 
     Returns:
-        `bool`: `False` if nothing is to be done: with `auto` or `true`, the run has finished already, as when a job
-            is requeued. That is said.
+        [`RecordRun`]: a callback for the trainer. `None` if nothing is to be done: with `auto` or `true`, the run has
+            finished already, as when a job is requeued. That is said.
 
     Raises:
         ValueError: both flags are given; the checkpoint is not whole, or there is none; the output folder holds a run
             with another model, other data or settings, or one that is not known; a setting has changed that may not;
             another process trains into it.
     """
+    arguments = arguments_of(recipe, model_args, training, grades if recipe.grades else None)
 
     def find() -> tuple[bool, str | None]:
-        goes_on = _set_up(recipe, training, model_args, grades)
+        goes_on = _set_up(recipe, training, grades, arguments)
         return goes_on, training.resume_from_checkpoint
 
     goes_on, checkpoint = decided_by_main(find)
     recipe.resume, training.resume_from_checkpoint = None, checkpoint
-    return goes_on
+    return RecordRun(training.output_dir, arguments, starts=checkpoint is None) if goes_on else None
 
 
-def _set_up(recipe: RecipeArguments, training: SFTConfig, model_args: ModelConfig, grades: GradESConfig) -> bool:
+def _set_up(recipe: RecipeArguments, training: SFTConfig, grades: GradESConfig, arguments: dict[str, Any]) -> bool:
     given = [str(value) for value in (recipe.resume, training.resume_from_checkpoint) if value is not None]
     if len(given) > 1:
         raise ValueError("--resume and --resume_from_checkpoint mean the same: give one of them.")
@@ -74,7 +111,6 @@ def _set_up(recipe: RecipeArguments, training: SFTConfig, model_args: ModelConfi
     if writes and output_dir.is_dir():
         lock(output_dir)
     wanted = given[0] if given else "false"
-    arguments = arguments_of(recipe, model_args, training, grades if recipe.grades else None)
     checkpoint: Path | None = None
     if wanted.lower() in ("auto", "true"):
         _refuse_another_run(output_dir, arguments)
@@ -97,10 +133,6 @@ def _set_up(recipe: RecipeArguments, training: SFTConfig, model_args: ModelConfi
     training.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
     if writes:
         lock(output_dir)
-        shutil.rmtree(output_dir / SAVING, ignore_errors=True)  # of a process that was killed
-        if checkpoint is None:
-            (output_dir / "result.json").unlink(missing_ok=True)  # of another run
-        write_json(output_dir / ARGUMENTS, {"command": command_line(), **arguments})
     return True
 
 
