@@ -39,9 +39,21 @@ TITLES = {
         "The same, with LoRA",
         "Adapters of rank 16 on all linear layers, learning rate 4e-3, TRL's dropout of 0.05.",
     ),
+    "vlm_new_task_700": (
+        "The same task with 700 images",
+        "In seed 2 the whole baseline also has few right answers. GradES ran to its end there, and is 1 to 3 points below.",
+    ),
+    "vlm_new_task_4000": (
+        "The same task with 4,000 images",
+        "The baseline is still learning when its 600 steps end: it has seen each image five times.",
+    ),
     "vlm_new_images": (
         "New images: the vision tower has to move",
         "The same model learns to read inverted images. Here it must *not* be frozen, and by default it is not.",
+    ),
+    "vlm_new_images_lora": (
+        "The same with LoRA",
+        "Adapters of rank 16 on all linear layers, learning rate 4e-3. Nothing froze.",
     ),
     "digits_700": (
         "From scratch: nothing to freeze, and still learning at the end",
