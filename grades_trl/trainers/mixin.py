@@ -213,6 +213,8 @@ class GradESMixin(WholeCheckpoints):
             logger.warning("With FSDP, no outputs of frozen layers are cached.")
         self._skipped_updates, self._loss_scale = 0, 1.0
         self._divergence = Divergence.of(self.model)
+        # Of the micro-batches so far: each has its share of the loss of the optimizer step.
+        self._step_loss: torch.Tensor | None = None
         if self.grades.average is not None and self.grades.average.host_bytes > 2**30:
             logger.info(
                 "The averages of the weights take up to %.1f GB of CPU memory (8 bytes per trained parameter); "
@@ -381,9 +383,11 @@ class GradESMixin(WholeCheckpoints):
         self.report.count_read(self.grades.prefix.read_layers)
         if self._accuracies is not None:
             self._accuracies += self._logged_accuracies()[before:]
+        self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
         # The last micro-batch of an optimizer step: gradients are complete and not clipped yet.
         if self.accelerator.sync_gradients:
-            self._grades_step(loss)
+            self._grades_step(self._step_loss)
+            self._step_loss = None
         return loss
 
     def _logged_accuracies(self) -> list[float]:
