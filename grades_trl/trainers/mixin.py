@@ -342,8 +342,9 @@ class GradESMixin(WholeCheckpoints):
             logger.error(HAS_DIVERGED, self.diverged_at)
         if self.grades.done:
             self._end_like_the_schedule(control)
-        if control.should_training_stop:
-            self._restore_best_average()
+        schedule_ends = self.state.global_step >= self.state.max_steps
+        if self.grades.done or self.diverged_at is not None or schedule_ends:
+            self._restore_best_average()  # into the last checkpoint; of a run that a callback stops, that is resumed
 
     def _end_like_the_schedule(self, control: Any) -> None:
         """What the Trainer does at `max_steps` (`DefaultFlowCallback`): log, evaluate and save in the last step. The
@@ -359,6 +360,10 @@ class GradESMixin(WholeCheckpoints):
         if self.args.load_best_model_at_end:  # the user has chosen what is kept
             return
         with self._clock.overhead():
+            if self.grades.average is not None:
+                # One that needs no schedule evaluates other weights than it trains. It would turn the one into the
+                # other in the next evaluation, and the average into neither.
+                self.optimizer.eval()
             self.grades.restore_best_average()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -410,10 +415,12 @@ class GradESMixin(WholeCheckpoints):
 
     def _grades_step(self, loss: torch.Tensor) -> None:
         step, scaler = self.state.global_step + 1, self.accelerator.scaler
+        heldout = self.grades.heldout
+        measured = 0 if heldout is None else heldout.measurements
         with self._clock.overhead():
             self._loss_scale = scaler.get_scale() if scaler is not None else 1.0
             events = self.grades.step(step, grad_scale=self._loss_scale, train_accuracy=self._train_accuracy())
-        self._divergence.update(step, gathered(loss.detach().float()).mean().item())  # the Trainer waits for it next
+        self._divergence.update(step, gathered(loss.float()).mean().item())  # the Trainer waits for it next
         if scaler is not None and self.grades.done and all(p.grad is None for p in self.model.parameters()):
             # A scaler refuses to step an optimizer when no tensor has a gradient: the run ends without that step.
             self.accelerator.gradient_state._set_sync_gradients(False)
@@ -422,9 +429,12 @@ class GradESMixin(WholeCheckpoints):
         values, gains = self.grades.criterion.values, self.grades.gain.steps.get(step)
         skipped = dict(prefix.skipped_layers)
         self.report.record(step, events, values, skipped, gains, reads_caches, probing=prefix.paused)
-        heldout = self.grades.heldout
-        if heldout is not None and heldout.score is not None and step % heldout.every == 0:
+        if heldout is not None and heldout.measurements > measured:
             self.report.record_heldout(heldout.metric, heldout.score, self._heldout_passes)
+        elif heldout is not None and heldout.is_due(step):
+            logger.warning(
+                "The held-out %s in step %d is no finite number, and decides nothing.", name_of(heldout.metric), step
+            )
         if events:
             logger.info(self.report.console_line(step, events))
 
@@ -512,7 +522,7 @@ class GradESMixin(WholeCheckpoints):
 
     def _outcome(self) -> Outcome:
         grades, state = self.grades, self.state
-        if self.args.load_best_model_at_end:
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             weights = "best checkpoint"
         else:
             weights = "best average" if grades.restored_best else "last"
