@@ -401,6 +401,13 @@ def test_a_heldout_loss_that_is_no_number_is_said_and_not_reported(tmp_path, tex
     assert "The held-out loss in step 6 is no finite number, and decides nothing." in caplog.messages
 
 
+@pytest.mark.parametrize(("rows", "samples", "expected"), [(15, None, True), (16, None, False), (16, 4, False)])
+def test_a_handful_of_heldout_rows_that_nobody_asked_for_is_said(tmp_path, text, caplog, rows, samples, expected):
+    grades = never(heldout_every=2, heldout_cost=1.0, heldout_samples=samples)
+    build(text, tmp_path, grades, rows=text[0]["test"].select(range(rows)), max_steps=2).train()
+    assert any("is of 15 rows only" in message for message in caplog.messages) == expected
+
+
 # ---- by which score, and what is said about it ----
 
 

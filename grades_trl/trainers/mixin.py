@@ -38,7 +38,8 @@ from grades_trl.report.run_report import RunReport
 from grades_trl.report.summary import INTERRUPTED, CacheSummary, Outcome, RunSummary, format_ending, stop_reason
 from grades_trl.report.timing import RunClock
 from grades_trl.report.tracking import GroupedWandbCallback, Tracker
-from grades_trl.stopping.heldout import name_of, plan
+from grades_trl.stopping.heldout import MIN_SAMPLES, name_of, plan
+from grades_trl.wording import counted
 
 from .binding import is_sft_trainer, on_sft_trainer, refuse_stale_base
 from .checkpoint import load_renamed_weights, load_state, save_state
@@ -275,6 +276,13 @@ class GradESMixin(WholeCheckpoints):
         else:
             drawn = HeldoutRows(self, rows, metric)
             self._heldout_rows = len(drawn.rows)
+        if self._heldout_rows < MIN_SAMPLES <= settings["samples"]:
+            logger.warning(
+                "The held-out %s is of %s only, too few to end a run by: give eval_dataset 64 or more (or measure "
+                'less often, where heldout_every is set), or set stopping="end_of_schedule" and keep="last".',
+                name_of(metric),
+                counted(self._heldout_rows, "row"),
+            )
         self._heldout_passes, self._heldout_cost = self._heldout_rows * passes, cost
         return config, self._exact_match if metric == "exact_match" else drawn
 
