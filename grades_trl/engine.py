@@ -245,7 +245,7 @@ class GradES:
             return
         if heldout.updates_average(step):
             average.update()
-        if step < heldout.first_step or step % heldout.every:
+        if not heldout.is_due(step):
             return
         with average.in_model():
             score, loss = self._heldout_score_and_loss()

@@ -21,6 +21,7 @@ from trl import (
 
 from grades_trl import GradESConfig, GradESMixin, GradESTrainer
 from grades_trl.recipe import builtin
+from grades_trl.trainers.heldout import HeldoutRows
 from helpers import LORA, QUIETLY_ON_CPU, arguments, llava, model_for, qwen3, same, weights
 
 COMMON = {"max_steps": 6, "per_device_train_batch_size": 4} | QUIETLY_ON_CPU
@@ -100,6 +101,25 @@ def test_a_trainer_freezes_in_the_middle_and_measures_its_heldout_loss(tmp_path,
     assert any(not torch.equal(a, b) for a, b in zip(frozen_at[1][first], frozen_at[3][first], strict=True))
     assert trainer.grades.heldout.measurements == 3
     assert trainer.grades.heldout.score > 0
+
+
+def test_labels_of_several_classes_at_once_are_no_tokens(tmp_path, tokenizer):
+    config = qwen3().config
+    config.num_labels, config.problem_type, config.pad_token_id = 3, "multi_label_classification", 0
+    torch.manual_seed(0)
+    labels = (torch.rand(16, 3) < 0.5).float()
+    rows = Dataset.from_dict({"input_ids": torch.randint(3, 60, (16, 8)).tolist(), "labels": labels.tolist()})
+    trainer = type("Mixed", (GradESMixin, Trainer), {})(
+        model=Qwen3ForSequenceClassification(config),
+        args=TrainingArguments(str(tmp_path), **COMMON),
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+    scored = HeldoutRows(trainer, 16)
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=torch.tensor(rows["input_ids"])[scored.rows]).logits
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels[scored.rows]).item()
+    assert scored() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_trainer_that_is_no_sft_trainer_has_no_training_accuracy(tmp_path, tokenizer):

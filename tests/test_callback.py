@@ -79,6 +79,30 @@ def test_an_sft_trainer_with_the_callback_freezes_as_grades_trainer(tmp_path):
     assert same(weights(theirs.model), weights(ours.model))
 
 
+class CtrlC(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("how", ["close", "new trainer"])
+def test_after_ctrl_c_the_model_and_the_arguments_are_as_they_were(tmp_path, how):
+    """As in a notebook: the cell that trains is interrupted and run again, that of the model is not."""
+    callback = GradESCallback(CONFIGS["lower"])
+    trainer = plain(tmp_path, callbacks=[callback, CtrlC()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.args.max_grad_norm == 0
+    assert not all(p.requires_grad for p in trainer.model.parameters())
+    if how == "close":
+        callback.close()
+    else:
+        Trainer(trainer.model, trainer.args, collate, callbacks=[GradESCallback(CONFIGS["lower"])])
+    assert trainer.args.max_grad_norm == 0.5
+    assert all(p.requires_grad for p in trainer.model.parameters())
+    assert not any("forward" in vars(module) for module in trainer.model.modules())
+
+
 def test_without_a_freeze_it_is_the_plain_trainer_bit_for_bit(tmp_path):
     stock = plain(tmp_path / "stock")
     trainer = plain(tmp_path / "ours", callbacks=[GradESCallback(GradESConfig(metric="none", keep="last"))])

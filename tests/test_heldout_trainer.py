@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
@@ -28,6 +29,7 @@ def text():
 def build(text, folder, grades=None, cls=GradESTrainer, rows=None, model=None, **changes):
     dataset, tokenizer = text
     peft, answering = changes.pop("peft_config", None), changes.pop("heldout_answers", None)
+    callbacks = changes.pop("callbacks", None)
     return cls(
         model=model or model_for(tokenizer),
         args=arguments(folder, **changes),
@@ -35,6 +37,7 @@ def build(text, folder, grades=None, cls=GradESTrainer, rows=None, model=None, *
         eval_dataset=dataset["test"] if rows is None else rows,
         processing_class=tokenizer,
         peft_config=peft,
+        callbacks=callbacks,
         **({} if cls is SFTTrainer else {"grades": grades, "heldout_answers": answering}),
     )
 
@@ -128,6 +131,42 @@ def test_rows_without_a_learned_token_are_left_out(tmp_path, text):
     trainer.eval_dataset = masked.select([1, 2, 3])
     with pytest.raises(ValueError, match="None of the 3 rows of eval_dataset has a token to learn"):
         HeldoutRows(trainer, 16)
+
+
+def test_a_row_whose_only_token_is_its_first_has_nothing_to_learn(tmp_path, text):
+    """No token is predicted there. (TRL makes such a row of an empty text.)"""
+    prepared = build(text, tmp_path).eval_dataset
+    first = prepared.map(
+        lambda row, i: {"input_ids": row["input_ids"][:1], "labels": row["input_ids"][:1]} if i % 4 else row,
+        with_indices=True,
+        remove_columns=[name for name in prepared.column_names if name != "input_ids"],
+    )
+    trainer = build(text, tmp_path, loss_type="nll")
+    trainer.eval_dataset = first
+    assert sorted(HeldoutRows(trainer, 16).rows) == [0, 4, 8, 12]
+
+
+def test_what_a_collator_draws_at_random_is_the_same_in_each_measurement(tmp_path, text):
+    trainer = build(text, tmp_path)
+    collate = trainer.data_collator
+
+    def masked(rows):
+        """As for masked language models: which tokens are learned is drawn anew in each epoch."""
+        batch = collate(rows)
+        shape = batch["labels"].shape
+        hidden = (torch.rand(shape) < 0.3) | torch.tensor(np.random.rand(*shape) < 0.3)
+        hidden[:, random.randrange(shape[1])] = True
+        batch["labels"] = batch["labels"].masked_fill(hidden, -100)
+        return batch
+
+    trainer.data_collator = masked
+    rows = HeldoutRows(trainer, 8)
+    losses = set()
+    for _ in range(4):
+        losses.add(rows())
+        torch.rand(7), np.random.rand(7), random.random()  # training goes on
+    assert len(losses) == 1
+    assert HeldoutRows(trainer, 8).rows == rows.rows
 
 
 class Poisoned(GradESTrainer):
@@ -270,6 +309,103 @@ def test_load_best_model_at_end_has_the_last_word(tmp_path, text):
     trainer.train()
     assert not trainer.grades.restored_best
     assert trainer.grades_summary.weights == "best checkpoint"
+
+
+def test_without_an_evaluation_there_is_no_best_checkpoint(tmp_path, text):
+    changes = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    trainer = build(text, tmp_path, never(), load_best_model_at_end=True, eval_delay=100, max_steps=4, **changes)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint is None
+    assert trainer.grades_summary.weights == "last"
+
+
+class TimeIsUp(TrainerCallback):
+    """As on a cluster: a checkpoint, and the end of the process."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+def test_a_run_that_a_callback_stops_and_saves_resumes_exactly(tmp_path, text):
+    """Its model has the best average, and its checkpoint the weights to go on with."""
+    heldout = {"heldout_every": 1, "heldout_cost": 1.0, "heldout_grace": 0.0, "heldout_patience": 100}
+    grades = GradESConfig(metric="none", **heldout)
+    changes = {"learning_rate": 0.3, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 100}
+    straight = build(text, tmp_path / "straight", grades, **changes)
+    straight.train()
+    stopped = build(text, tmp_path / "stopped", grades, callbacks=[TimeIsUp(7)], **changes)
+    stopped.train()
+    assert (stopped.state.global_step, stopped.grades_summary.weights) == (7, "best average")
+    resumed = build(text, tmp_path / "stopped", grades, **changes)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(straight)
+    assert same(weights(resumed.model), weights(straight.model))
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Trains other weights than it evaluates, as schedule-free optimizers do."""
+
+    trains = False
+
+    def _move(self, trains, by):
+        if self.trains != trains:
+            self.trains = trains
+            with torch.no_grad():
+                for parameter in self.param_groups[0]["params"]:
+                    parameter += by
+
+    def train(self):
+        self._move(True, 0.01)
+
+    def eval(self):
+        self._move(False, -0.01)
+
+
+def test_the_best_average_outlasts_an_evaluation_whatever_the_optimizer(tmp_path, text):
+    grades = GradESConfig(metric="none", heldout_every=1, heldout_cost=1.0, heldout_grace=0.0)
+    model = model_for(text[1])
+    optimizer = ScheduleFree(model.parameters(), lr=3.0)
+    trainer = GradESTrainer(
+        model=model,
+        args=arguments(tmp_path, max_grad_norm=0.0, save_strategy="steps", save_steps=100),
+        train_dataset=text[0]["train"],
+        eval_dataset=text[0]["test"],
+        processing_class=text[1],
+        grades=grades,
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    assert trainer.grades.restored_best
+    restored = weights(model)
+    saved = load_file(tmp_path / f"checkpoint-{trainer.state.global_step}" / "model.safetensors")
+    assert all(torch.equal(saved[name], restored[name]) for name in saved)
+    assert HeldoutRows(trainer, 16)() == pytest.approx(trainer.grades.heldout.best_score, rel=1e-5)
+    trainer.evaluate()
+    assert same(weights(model), restored)
+
+
+def test_a_heldout_loss_that_is_no_number_is_said_and_not_reported(tmp_path, text, caplog, monkeypatch):
+    own = HeldoutRows._scores
+    monkeypatch.setattr(
+        HeldoutRows, "_scores", lambda rows: (torch.nan, 0.0) if rows._trainer.state.global_step == 5 else own(rows)
+    )
+    heldout = {"heldout_every": 2, "heldout_cost": 1.0, "heldout_grace": 0.0, "keep": "last"}
+    trainer = build(text, tmp_path, never(**heldout), max_steps=8)
+    trainer.train()
+    key = "grades/heldout_loss"
+    assert [row["step"] for row in trainer.state.log_history if key in row] == [2, 4, 8]
+    assert "The held-out loss in step 6 is no finite number, and decides nothing." in caplog.messages
+
+
+@pytest.mark.parametrize(("rows", "samples", "expected"), [(15, None, True), (16, None, False), (16, 4, False)])
+def test_a_handful_of_heldout_rows_that_nobody_asked_for_is_said(tmp_path, text, caplog, rows, samples, expected):
+    grades = never(heldout_every=2, heldout_cost=1.0, heldout_samples=samples)
+    build(text, tmp_path, grades, rows=text[0]["test"].select(range(rows)), max_steps=2).train()
+    assert any("is of 15 rows only" in message for message in caplog.messages) == expected
 
 
 # ---- by which score, and what is said about it ----

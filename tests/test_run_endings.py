@@ -289,6 +289,21 @@ def test_a_run_that_diverges_is_not_called_converged(tmp_path, text, changes, ca
     assert f"since step {trainer.diverged_at}" in caplog.text
 
 
+class Threefold(GradESTrainer):
+    """The loss is three times that of guessing from step 3 on."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss if self.state.global_step < 2 else loss * 3
+
+
+def test_a_divergence_is_seen_in_the_loss_of_all_micro_batches(tmp_path, text):
+    changes = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 0.0}
+    trainer = build(text, tmp_path, never(), cls=Threefold, max_steps=15, **changes)
+    trainer.train()
+    assert (trainer.diverged_at, trainer.state.global_step) == (3, 2 + PATIENCE)
+
+
 def test_losses_are_those_of_the_stock_trainer_while_a_heldout_loss_is_measured(tmp_path, text):
     measured = build(text, tmp_path, BY_HELDOUT_LOSS, evaluated=True, gradient_accumulation_steps=2)
     measured.train()

@@ -98,6 +98,10 @@ class HeldoutScore(StoppingRule):
         self._update_reason()
         return is_best
 
+    def is_due(self, step: int) -> bool:
+        """Whether the score is measured in a step."""
+        return step >= self.first_step and step % self.every == 0
+
     def updates_average(self, step: int) -> bool:
         """Whether the average takes in the weights of a step: those of each measurement, and of others, evenly spread
         between measurements that are far apart, so that a schedule has about 20 of them."""

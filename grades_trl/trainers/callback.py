@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 # In trainer_state.json: which run, or resumed part of one, has written the checkpoint.
 OF_RUN = "GradESCallback"
 
+# Those whose run has begun and not ended: no callback hears of an exception or Ctrl-C.
+_running: weakref.WeakSet[GradESCallback] = weakref.WeakSet()
+
 
 class GradESCallback(TrainerCallback):
     """
@@ -41,6 +45,9 @@ class GradESCallback(TrainerCallback):
     `args.max_grad_norm` to 0, measures and freezes in `on_pre_optimizer_step`, and clips to the norm that was set.
     What freezes, and all weights, are those of `GradESMixin`. It costs one more pass over the gradients in each step,
     for the norm that the Trainer logs. `training_args.bin` has the 0.
+
+    After an exception or Ctrl-C, call `close()`. A new trainer with a `GradESCallback` does so for the model and the
+    arguments that it is given.
 
     The Trainer writes a checkpoint, and then calls the callback, which adds its state. A process that is killed in
     between leaves a checkpoint that the Trainer takes for whole; here it is an error to resume from it. It is looked
@@ -69,6 +76,11 @@ class GradESCallback(TrainerCallback):
         self._first_step = FirstStep()
         self._max_grad_norm: float | None = None  # what the user has set
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for earlier in list(_running):
+            if earlier._model is kwargs["model"] or earlier._args is args:
+                earlier.close()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         refuse_unsupported(AcceleratorState(), args)
         kind = AcceleratorState().distributed_type.value
@@ -83,14 +95,16 @@ class GradESCallback(TrainerCallback):
         if self.grades is not None:  # a second train()
             self.grades.close()
         self.grades = GradES(kwargs["model"], self.config, state.max_steps, kwargs["optimizer"])
+        self._model, self._args = kwargs["model"], args
+        if self._max_grad_norm is None:
+            self._max_grad_norm = args.max_grad_norm
+        _running.add(self)
         self._checkpointing = args.gradient_checkpointing
         self._first_step.on_train_begin(args, state, control, **kwargs)
         self.grades.criterion.costs = self._step_costs
         if state.global_step:
             self._resume(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", state)
         self._run = secrets.token_hex(8)
-        if self._max_grad_norm is None:
-            self._max_grad_norm = args.max_grad_norm
         args.max_grad_norm = 0.0
         logger.info("GradES tracks %d weight matrices", len(self.grades.matrices))
 
@@ -138,6 +152,14 @@ class GradESCallback(TrainerCallback):
             save_state(folder, self.grades.state_dict() | {"run": self._run})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the model and the arguments back as they were. What has frozen can be trained again; weights stay as
+        they are. The Trainer's end of training calls it; after an exception or Ctrl-C it is yours to call."""
+        if self not in _running:
+            return
+        _running.remove(self)
         self.grades.close()
         self._first_step.remove_hooks()
-        args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, None
+        self._args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, None

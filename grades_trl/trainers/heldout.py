@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import set_seed
 
 from grades_trl.distributed import gathered, rank, world_size
 
@@ -57,8 +58,8 @@ class HeldoutRows:
 
     For language models the loss is the mean negative log-likelihood per learned token (nats), whatever the training
     loss is; it does not depend on how rows are batched. For other models it is the trainer's own loss, averaged over
-    the rows. The model is in evaluation mode meanwhile, without dropout and noise, and random states, logged metrics
-    and gradients are afterwards what they were.
+    the rows. The model is in evaluation mode meanwhile, without dropout and noise. What a collator draws at random is
+    the same in each measurement. Random states, logged metrics and gradients are afterwards what they were.
 
     Args:
         trainer (`Trainer`): with `eval_dataset`; of several sets the first one is taken.
@@ -80,7 +81,7 @@ class HeldoutRows:
         self._dataset = dataset = _rows_for_the_collator(trainer)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
         self.rows: list[int] = []
-        with nothing_random_moves():
+        with nothing_random_moves(seed=0):
             for row in order:
                 if self._is_learned(row):
                     self.rows.append(row)
@@ -106,7 +107,11 @@ class HeldoutRows:
                 f'heldout_metric is "token_accuracy", and {type(self._trainer).__name__} has no labels of tokens: set '
                 'heldout_metric="loss".'
             )
-        return not _are_tokens(labels) or bool((labels != IGNORED).any())
+        return not _are_tokens(labels) or bool(self._learned(labels).any())
+
+    def _learned(self, labels: Tensor) -> Tensor:
+        """Which tokens are learned: where each is predicted from those before it, never the first of a row."""
+        return (labels if self._trainer.model.config.is_encoder_decoder else labels[:, 1:]) != IGNORED
 
     def __call__(self) -> float | tuple[float, float]:
         """The mean loss of the rows now; with `metric="token_accuracy"` the accuracy and the loss.
@@ -119,7 +124,7 @@ class HeldoutRows:
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            with torch.no_grad(), nothing_random_moves(), self._no_metrics_logged():
+            with torch.no_grad(), nothing_random_moves(seed=0), self._no_metrics_logged():
                 loss, accuracy = self._scores()
                 if not math.isfinite(loss) and not self._has_been_finite:
                     self._blame_a_row()
@@ -157,9 +162,7 @@ class HeldoutRows:
         labels: Any = inputs.get("labels")
         if not _are_tokens(labels):
             return trainer.compute_loss(trainer.model, inputs).detach().float() * rows, 0, rows
-        config = trainer.model.config
-        learned = labels != IGNORED
-        count = (learned if config.is_encoder_decoder else learned[:, 1:]).sum()
+        count = self._learned(labels).sum()
         inputs = {**inputs, "use_cache": False}
         if getattr(trainer, "aux_loss_enabled", False):  # TRL adds the routers' loss unless told not to
             inputs["output_router_logits"] = False
@@ -246,17 +249,25 @@ def _rows_for_the_collator(trainer: Any) -> Any:
 
 
 def _are_tokens(labels: Any) -> bool:
-    """Whether labels are those of a language model: one per token of each row."""
-    return isinstance(labels, Tensor) and labels.ndim == 2
+    """Whether labels are those of a language model: one per token of each row. (Those of several classes at once are
+    floating-point numbers.)"""
+    return isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
 
 
 @contextmanager
-def nothing_random_moves() -> Iterator[None]:
-    """Puts all random states back: Python's, NumPy's, and torch's of every device."""
+def nothing_random_moves(seed: int | None = None) -> Iterator[None]:
+    """Puts all random states back: Python's, NumPy's, and torch's of every device.
+
+    Args:
+        seed (`int`, *optional*): what is random inside (a collator that masks tokens or crops images, for example) is
+            the same each time.
+    """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
+        if seed is not None:
+            set_seed(seed)
         yield
     finally:
         random.setstate(python)

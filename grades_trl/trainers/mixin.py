@@ -38,7 +38,8 @@ from grades_trl.report.run_report import RunReport
 from grades_trl.report.summary import INTERRUPTED, CacheSummary, Outcome, RunSummary, format_ending, stop_reason
 from grades_trl.report.timing import RunClock
 from grades_trl.report.tracking import GroupedWandbCallback, Tracker
-from grades_trl.stopping.heldout import name_of, plan
+from grades_trl.stopping.heldout import MIN_SAMPLES, name_of, plan
+from grades_trl.wording import counted
 
 from .binding import is_sft_trainer, on_sft_trainer, refuse_stale_base
 from .checkpoint import load_renamed_weights, load_state, save_state
@@ -213,6 +214,8 @@ class GradESMixin(WholeCheckpoints):
             logger.warning("With FSDP, no outputs of frozen layers are cached.")
         self._skipped_updates, self._loss_scale = 0, 1.0
         self._divergence = Divergence.of(self.model)
+        # Of the micro-batches so far: each has its share of the loss of the optimizer step.
+        self._step_loss: torch.Tensor | None = None
         if self.grades.average is not None and self.grades.average.host_bytes > 2**30:
             logger.info(
                 "The averages of the weights take up to %.1f GB of CPU memory (8 bytes per trained parameter); "
@@ -273,6 +276,13 @@ class GradESMixin(WholeCheckpoints):
         else:
             drawn = HeldoutRows(self, rows, metric)
             self._heldout_rows = len(drawn.rows)
+        if self._heldout_rows < MIN_SAMPLES <= settings["samples"]:
+            logger.warning(
+                "The held-out %s is of %s only, too few to end a run by: give eval_dataset 64 or more (or measure "
+                'less often, where heldout_every is set), or set stopping="end_of_schedule" and keep="last".',
+                name_of(metric),
+                counted(self._heldout_rows, "row"),
+            )
         self._heldout_passes, self._heldout_cost = self._heldout_rows * passes, cost
         return config, self._exact_match if metric == "exact_match" else drawn
 
@@ -340,8 +350,9 @@ class GradESMixin(WholeCheckpoints):
             logger.error(HAS_DIVERGED, self.diverged_at)
         if self.grades.done:
             self._end_like_the_schedule(control)
-        if control.should_training_stop:
-            self._restore_best_average()
+        schedule_ends = self.state.global_step >= self.state.max_steps
+        if self.grades.done or self.diverged_at is not None or schedule_ends:
+            self._restore_best_average()  # into the last checkpoint; of a run that a callback stops, that is resumed
 
     def _end_like_the_schedule(self, control: Any) -> None:
         """What the Trainer does at `max_steps` (`DefaultFlowCallback`): log, evaluate and save in the last step. The
@@ -357,6 +368,10 @@ class GradESMixin(WholeCheckpoints):
         if self.args.load_best_model_at_end:  # the user has chosen what is kept
             return
         with self._clock.overhead():
+            if self.grades.average is not None:
+                # One that needs no schedule evaluates other weights than it trains. It would turn the one into the
+                # other in the next evaluation, and the average into neither.
+                self.optimizer.eval()
             self.grades.restore_best_average()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -381,9 +396,11 @@ class GradESMixin(WholeCheckpoints):
         self.report.count_read(self.grades.prefix.read_layers)
         if self._accuracies is not None:
             self._accuracies += self._logged_accuracies()[before:]
+        self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
         # The last micro-batch of an optimizer step: gradients are complete and not clipped yet.
         if self.accelerator.sync_gradients:
-            self._grades_step(loss)
+            self._grades_step(self._step_loss)
+            self._step_loss = None
         return loss
 
     def _logged_accuracies(self) -> list[float]:
@@ -406,10 +423,12 @@ class GradESMixin(WholeCheckpoints):
 
     def _grades_step(self, loss: torch.Tensor) -> None:
         step, scaler = self.state.global_step + 1, self.accelerator.scaler
+        heldout = self.grades.heldout
+        measured = 0 if heldout is None else heldout.measurements
         with self._clock.overhead():
             self._loss_scale = scaler.get_scale() if scaler is not None else 1.0
             events = self.grades.step(step, grad_scale=self._loss_scale, train_accuracy=self._train_accuracy())
-        self._divergence.update(step, gathered(loss.detach().float()).mean().item())  # the Trainer waits for it next
+        self._divergence.update(step, gathered(loss.float()).mean().item())  # the Trainer waits for it next
         if scaler is not None and self.grades.done and all(p.grad is None for p in self.model.parameters()):
             # A scaler refuses to step an optimizer when no tensor has a gradient: the run ends without that step.
             self.accelerator.gradient_state._set_sync_gradients(False)
@@ -418,9 +437,12 @@ class GradESMixin(WholeCheckpoints):
         values, gains = self.grades.criterion.values, self.grades.gain.steps.get(step)
         skipped = dict(prefix.skipped_layers)
         self.report.record(step, events, values, skipped, gains, reads_caches, probing=prefix.paused)
-        heldout = self.grades.heldout
-        if heldout is not None and heldout.score is not None and step % heldout.every == 0:
+        if heldout is not None and heldout.measurements > measured:
             self.report.record_heldout(heldout.metric, heldout.score, self._heldout_passes)
+        elif heldout is not None and heldout.is_due(step):
+            logger.warning(
+                "The held-out %s in step %d is no finite number, and decides nothing.", name_of(heldout.metric), step
+            )
         if events:
             logger.info(self.report.console_line(step, events))
 
@@ -508,7 +530,7 @@ class GradESMixin(WholeCheckpoints):
 
     def _outcome(self) -> Outcome:
         grades, state = self.grades, self.state
-        if self.args.load_best_model_at_end:
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             weights = "best checkpoint"
         else:
             weights = "best average" if grades.restored_best else "last"
