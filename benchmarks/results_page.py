@@ -41,7 +41,8 @@ TITLES = {
     ),
     "vlm_new_task_700": (
         "The same task with 700 images",
-        "In seed 2 the whole baseline also has few right answers. GradES ran to its end there, and is 1 to 3 points below.",
+        "In seed 2 the whole baseline also has few right answers. GradES ran to its end there, and is 1 to 3 points "
+        "below.",
     ),
     "vlm_new_task_4000": (
         "The same task with 4,000 images",

@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from grades_trl.recipe import data
+from grades_trl.recipe.arguments import RecipeArguments
 from grades_trl.recipe.data import DataError, check, load, to_prompt_completion
 from helpers import PLAIN, chat_tokenizer, llava_processor
 
@@ -748,3 +749,46 @@ def test_a_test_split_that_is_sorted_is_shuffled_before_it_is_halved(tmp_path):
     splits = data.with_validation(load(str(tmp_path)))
     assert len(splits["test"]) == 20
     assert set(splits["validation"]["text"]) == set(splits["test"]["text"]) == {"topic 0", "topic 1"}
+
+
+# ---- rows that are trained on and held out as well ----
+
+
+def said_of_both(train, held_out, caplog):
+    caplog.clear()
+    data.overlap.warn_of_rows_in_both(train, {"test": held_out})
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_held_out_rows_that_are_trained_on_are_counted(tmp_path, caplog):
+    rows = [{"prompt": f"{n % 30}?", "completion": f"{n % 30}!"} for n in range(60)]  # each row twice
+
+    def loaded_from(name, rows):
+        recipe = RecipeArguments(dataset_name=str(write(tmp_path / name, rows)))
+        return data.load_data(recipe, SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), {})
+
+    loaded = loaded_from("rows.jsonl", rows)
+    train = {row["prompt"] for row in loaded["train"]}
+    again = {split: sum(row["prompt"] in train for row in loaded[split]) for split in ("validation", "test")}
+    assert again["validation"] and again["test"]
+    for split, count in again.items():
+        assert f"{count} of 3 rows of {split}" in caplog.text
+    caplog.clear()
+    loaded_from("other.jsonl", rows[:30])
+    assert "among the rows to train on" not in caplog.text
+
+
+def test_the_same_text_with_another_image_is_another_row(tmp_path, caplog):
+    row = {"prompt": [USER], "completion": [ASSISTANT]}
+    paths = [str(write_image(tmp_path / f"{name}.png", name)) for name in ("red", "green")]
+
+    def with_image(path):
+        return Dataset.from_list([{**row, "images": [path]}]).cast_column("images", List(Image()))
+
+    red, green = map(with_image, paths)
+    assert said_of_both(red, green, caplog) == []
+    (said,) = said_of_both(red, red, caplog)
+    assert "1 of 1 row of test" in said
+    in_memory = [PILImage.open(path) for path in paths]
+    red, green = map(with_image, in_memory)  # their bytes are in the rows
+    assert said_of_both(red, green, caplog) == [] and len(said_of_both(green, green, caplog)) == 1

@@ -14,6 +14,7 @@ from .checks import check
 from .errors import DataError
 from .formats import clean, parse_columns
 from .marks import leave_rows_out
+from .overlap import warn_of_rows_in_both
 from .replies import to_prompt_completion
 from .sources import read
 
@@ -88,6 +89,8 @@ def load_data(
     train = splits["train"]
     if recipe.max_train_samples is not None:
         train = sample(train, recipe.max_train_samples, training.seed)
+    if name not in builtin:
+        warn_of_rows_in_both(train, {split: splits[split] for split in held_out})
     return {"train": train, **rows}
 
 
