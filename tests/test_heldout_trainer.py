@@ -435,6 +435,19 @@ def test_a_run_is_measured_by_its_token_accuracy(tmp_path, text, said):
     assert ended in said.messages
 
 
+@pytest.mark.parametrize(("rate", "shown"), [(10.0, True), (1e-6, False)], ids=["ends early", "as SFTTrainer"])
+def test_a_script_that_shows_warnings_alone_sees_another_end_than_that_of_sft_trainer(
+    tmp_path, text, caplog, rate, shown
+):
+    caplog.set_level(logging.WARNING, logger="grades_trl")
+    keep = "best_average" if shown else "last"
+    grades = never(heldout_every=1, heldout_cost=1.0, heldout_patience=2, keep=keep)
+    trainer = build(text, tmp_path, grades, learning_rate=rate)
+    trainer.train()
+    assert any("The run ended after step" in message for message in caplog.messages) == shown
+    assert (trainer.state.global_step < 12) == shown
+
+
 def said_weights(trainer):
     heldout = trainer.grades_summary.heldout
     if not trainer.grades.restored_best:

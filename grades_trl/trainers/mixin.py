@@ -524,9 +524,15 @@ class GradESMixin(WholeCheckpoints):
         try:
             self.grades_summary = self.report.summarize(self._outcome())
             self.report.write(self.grades_summary)
-            logger.info(format_ending(self.grades_summary))
+            self._say_how_it_ended(self.grades_summary)
         except Exception:
             logger.exception("The report in %s is not complete; the model is not affected.", self.report.directory)
+
+    def _say_how_it_ended(self, summary: RunSummary) -> None:
+        """A script that shows only warnings sees it too, where it is another end than that of SFTTrainer."""
+        differs = summary.steps < summary.total_steps or summary.weights != "last"
+        hidden = not logger.isEnabledFor(logging.INFO)
+        logger.log(logging.WARNING if differs and hidden else logging.INFO, format_ending(summary))
 
     def _outcome(self) -> Outcome:
         grades, state = self.grades, self.state
