@@ -44,6 +44,11 @@ TITLES = {
         "In seed 2 the whole baseline also has few right answers. GradES ran to its end there, and is 1 to 3 points "
         "below.",
     ),
+    "vlm_new_task_700_lora": (
+        "700 images with LoRA",
+        "Adapters of rank 16, learning rate 2e-3. At 4e-3 the loss has spikes, and the shortest runs end best: GradES "
+        "was 3 to 18 points below the shortened baseline there (`dev/LOG.md`).",
+    ),
     "vlm_new_task_4000": (
         "The same task with 4,000 images",
         "The baseline is still learning when its 600 steps end: it has seen each image five times.",
@@ -66,6 +71,11 @@ TITLES = {
         "A quick start with a real model: 60 steps of 8 examples",
         "SmolLM2-135M-Instruct, LoRA, one-line descriptions of functions. There is nothing to freeze, nothing to end: "
         "GradES costs its three held-out measurements, and gives the same weights.",
+    ),
+    "smollm2_1000x3": (
+        "The same model, 1,000 examples three times",
+        "SmolLM2 learns to write dates as ISO 8601. The held-out loss falls to the end, nothing freezes, and the "
+        "weights are the same. GradES costs its ten held-out measurements.",
     ),
     "smollm2_9_epochs": (
         "The same model, 9 epochs of 94 to 97 examples: a run that overfits",
