@@ -290,7 +290,7 @@ def parse(
     if argv and argv[-1] == "--config":
         raise ValueError("--config has no value; expected a YAML file or the name of a config.")
     if "--num_train_epochs" in flags and "--max_steps" not in flags:
-        argv += ["--max_steps", "-1"]  # that of the file would go before a flag
+        argv += ["--max_steps", "-1"]  # max_steps of the file would win over the flag
     recipe, grades, model, training, of_file, of_flags = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )

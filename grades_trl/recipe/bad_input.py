@@ -20,7 +20,7 @@ from types import TracebackType
 from grades_trl.recipe.terminal import wrapped
 
 OURS = ("grades_trl", "vlm", "recipes", "__main__")
-# Modules beneath that check arguments, and the login: what they raise before training is about these
+# Modules of other libraries that check arguments and the login. Before training, their errors are the user's.
 CHECKS = (
     *("trl.trainer", "trl.chat_template_utils", "transformers.trainer", "transformers.training_args"),
     *("transformers.optimization", "transformers.integrations", "accelerate.accelerator", "accelerate.utils"),
@@ -109,7 +109,7 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def _refused_by_trainer(error: BaseException) -> bool:
-    """Whether TRL or Transformers have raised it in a check of arguments."""
+    """Whether TRL, Transformers or the hub have raised it in a check."""
     return _raised_in(CHECKS, error, RuntimeError, NotImplementedError)
 
 

@@ -369,8 +369,8 @@ class GradESMixin(WholeCheckpoints):
             return
         with self._clock.overhead():
             if self.grades.average is not None:
-                # One that needs no schedule evaluates other weights than it trains. It would turn the one into the
-                # other in the next evaluation, and the average into neither.
+                # A schedule-free optimizer trains other weights than it evaluates. In its training mode it would
+                # shift the restored average in the next evaluation.
                 self.optimizer.eval()
             self.grades.restore_best_average()
 

@@ -61,12 +61,11 @@ def load_data(
             f"The built-in dataset {name} is for {'language' if vision else 'vision-language'} models; expected "
             f"{' or '.join(builtin)}, or data of your own."
         )
-    if name in BUILTIN_DATASETS:
+    if name in builtin:
         of_files = ("dataset_config", "dataset_train_split", "dataset_test_split", "columns", "test_size")
         ignored = [flag for flag in of_files if getattr(recipe, flag) != getattr(type(recipe), flag)]
         if ignored:
             raise DataError(f"The built-in dataset {name} has no {' and no '.join(ignored)}: leave it out.")
-    if name in builtin:
         splits = builtin[name](seed=0, test=2000 if vision else 600)  # images can be drawn as many as wanted
     else:
         splits = load(
