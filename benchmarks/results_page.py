@@ -1,9 +1,9 @@
-"""Write the tables of docs/results.md from the committed comparisons in benchmarks/results.
+"""Write the tables of docs/results.md from the records in benchmarks/results.
 
   python benchmarks/results_page.py
 
-Each record is the compare.json of `recipes/compare.py`, committed as `compare_<name>.json`. The images are made by
-`benchmarks/pictures.py`.
+The record of a comparison is the compare.json of `recipes/compare.py`, committed as `compare_<name>.json`. That of the
+step times is written by `benchmarks/step_time.py`. The images are made by `benchmarks/pictures.py`.
 """
 
 import json
@@ -17,7 +17,7 @@ from grades_trl.recipe.comparison import VARIANTS, by_seed, numbers_of, numbers_
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
-BEGIN, END = "<!-- written by benchmarks/results_page.py -->\n", "<!-- end -->"
+BEGIN, END = "<!-- {}: written by benchmarks/results_page.py -->\n", "<!-- end -->"
 # Record -> heading, and what it shows.
 TITLES = {
     "demo_vlm": (
@@ -88,6 +88,7 @@ TITLES = {
         "A tiny Qwen3 learns to write dates as ISO 8601 from 150 examples, from scratch; 600 steps are 128 epochs.",
     ),
 }
+METHODS = {"full": "full", "lora": "LoRA r 16", "qlora": "QLoRA r 16"}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -192,11 +193,55 @@ def heldout_metrics() -> str:
     return "\n\n".join(("## Which held-out score", text, "\n".join(lines), f"```bash\n{command}\n```")) + "\n"
 
 
+def step_times() -> str:
+    """Speed-up of a whole step by method and share of frozen layers, and what measuring costs."""
+    record = json.loads((RESULTS / "step_time_cpu.json").read_text("utf-8"))
+    rows = {(row["method"], row["checkpointing"], row["state"]): row for row in record["frozen"]}
+    states = {
+        "25% of layers": "25 % frozen",
+        "50% of layers": "50 %",
+        "75% of layers": "75 %",
+        "50% of matrices, random": "half of the matrices, at random",
+    }
+    lines = [f"| method | checkpointing | {' | '.join(states.values())} |", "|---|" + "---|" * (1 + len(states))]
+    for method, checkpointing in dict.fromkeys((method, checkpointing) for method, checkpointing, _ in rows):
+        found = [rows[method, checkpointing, state] for state in states]
+        speedups = " | ".join(f"{row['speedup']:.2f}x of {row['limit']:.2f}x" for row in found)
+        lines.append(f"| {METHODS[method]} | {checkpointing} | {speedups} |")
+    settings, measuring, cached = record["settings"], record["measuring"], record["cached"]
+    text = (
+        f"`python benchmarks/step_time.py`, alone on the machine ({record['device']}): how much faster a whole step "
+        "is when that share of the layers is frozen from below, *of* the limit that the FLOPs set. The limit counts "
+        "matrix products alone. What lies between them is skipped too, so that a speed-up can be above it. Medians of "
+        f"{settings['rounds']} turns. Qwen3 with {settings['layers']} layers of width {settings['hidden']}, "
+        f"{settings['batch'] * settings['length']} tokens a step, float32."
+    )
+    gain = measuring["gain"]
+    more = (
+        f"Measuring the gain in every step: {gain['over_baseline']:.3f} of the baseline's step time. GradES itself "
+        f"took {gain['own_ms']:.1f} of {gain['ms']:.0f} ms. The paper's metric on all elements: "
+        f"{measuring['grad_change_exact']['over_baseline']:.3f}. The authors' package: "
+        f"{measuring['grades_1.0.6']['over_baseline']:.3f}."
+    )
+    ratios = ", ".join(f"{row['speedup']:.2f}x ({row['checkpointing']})" for row in cached)
+    last = (
+        "With half of the layers frozen, their outputs come from the activation cache from the second epoch on. "
+        f"Beyond the skipped backward pass that gave, with LoRA and by checkpointing, {ratios}."
+    )
+    return "\n\n".join((text, "\n".join(lines), more, last)) + "\n"
+
+
 def page() -> str:
     """The whole page with its tables as the records have them."""
     text = PAGE.read_text("utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return before + BEGIN + "\n" + "\n".join([*map(section, TITLES), heldout_metrics()]) + "\n" + END + after
+    for name, written in (
+        ("comparisons", "\n".join([*map(section, TITLES), heldout_metrics()])),
+        ("step times", step_times()),
+    ):
+        begin = BEGIN.format(name)
+        before, rest = text.split(begin)
+        text = before + begin + "\n" + written + "\n" + END + rest.split(END, 1)[1]
+    return text
 
 
 def main() -> None:
