@@ -29,14 +29,18 @@ def warn_of_rows_in_both(train: Dataset, held_out: Mapping[str, Dataset]) -> Non
     if train.data.nbytes > MOST_BYTES:
         return
     columns = sorted(train.column_names)
-    trained = set(_fingerprints(train, columns))
-    found = {
-        name: (sum(row in trained for row in _fingerprints(rows, columns)), len(rows))
+    held = {
+        name: list(_fingerprints(rows, columns))
         for name, rows in held_out.items()
         if sorted(rows.column_names) == columns
     }
-    if any(count for count, _ in found.values()):
-        parts = (f"{count:,} of {counted(rows, 'row')} of {name}" for name, (count, rows) in found.items())
+    wanted = set().union(*held.values())
+    trained = {row for row in _fingerprints(train, columns) if row in wanted}  # not of all: there may be millions
+    if trained:
+        parts = (
+            f"{sum(row in trained for row in rows):,} of {counted(len(rows), 'row')} of {name}"
+            for name, rows in held.items()
+        )
         logger.warning(
             f"Held-out rows are among the rows to train on: {', '.join(parts)}. Their scores say little about other "
             "rows, and the run may end too late. Remove the duplicates, or hold out others with --dataset_test_split."
