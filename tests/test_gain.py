@@ -146,6 +146,32 @@ def test_too_few_measurements_decide_nothing():
     assert frozen_layers(made) == []
 
 
+@pytest.mark.parametrize("which", ["_last_window", "_window"])
+def test_a_tower_that_hardly_any_row_has_reached_does_not_freeze(which):
+    """Nothing says that it gains nothing: no image has come, or few."""
+    made = criterion()
+    feed(made, [0.03, 0.03, 0.47, 0.47], steps=2 * MIN_STEPS)
+
+    def without_images(steps):
+        window = getattr(made, which)
+        setattr(made, which, [{k: g for k, g in gains.items() if "language" in k} for gains in window[:steps]])
+        getattr(made, which).extend(window[steps:])
+
+    without_images(MIN_STEPS)
+    assert frozen_layers(made) == ["vision/vision.layers/0", "vision/vision.layers/1"]
+    without_images(MIN_STEPS + 1)
+    assert frozen_layers(made) == []
+
+
+def test_a_layer_that_no_gradient_reaches_freezes_with_its_tower():
+    """The last one of a tower whose output before it is used."""
+    made = criterion(encoder_is_cached=True)
+    feed(made, [0.03, 0.0, 0.47, 0.47])
+    for gains in (*made._last_window, *made._window):
+        del gains["vision/vision.layers/1"]
+    assert frozen_layers(made) == ["vision/vision.layers/0", "vision/vision.layers/1"]
+
+
 def test_it_goes_by_what_the_meter_has_measured():
     made = criterion()
     weights = [m.parameters[0] for m in made.matrices.values()]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -34,7 +35,9 @@ class Gain(Criterion):
     where later epochs read its outputs from memory. One window is not enough: at the beginning of a run the output
     layers have most of the gain, whatever the task. Whether the layers before them have to move shows only later. The
     windows end at the end of the grace period, and after twice, four times, ... as many steps. So the earliest freeze
-    comes after twice the grace period. Late in a run the gain is noise, and nothing freezes any more.
+    comes after twice the grace period. Late in a run the gain is noise, and nothing freezes any more. A tower that is
+    measured in fewer than 5 steps of a window, because few rows have an image, does not freeze, nor what comes after
+    it.
 
     What is frozen is probed: its gradients are computed in 6 steps, first after half as many steps again, and then
     always after half as many more. All of it trains again if its share of the gain has risen above a `margin`-th of
@@ -103,7 +106,10 @@ class Gain(Criterion):
         frozen, costs = self.matrices.keys() - live, self.costs()
         cost_now = self._cost(frozen, costs)
         best, reason, leading = 0.0, "", set[str]()
-        for count in range(1, len(self.layers)):
+        measured_towers = self._measured_towers()
+        for count, layer in enumerate(self.layers[:-1], 1):
+            if layer in trained and self._members[layer][0].tower not in measured_towers:
+                break
             layers = trained & set(self.layers[:count])
             members = {name for name in live if self._layer_of[name] in layers}
             cost = 1 - self._cost(frozen | members, costs) / cost_now
@@ -114,6 +120,16 @@ class Gain(Criterion):
                 gain = 100 * max(0.0, shares[-1][0])
                 reason = f"{gain:.1f} % of the gain for {100 * cost:.0f} % of the FLOPs of a step"
         return [Converged(name, reason) for name in self.matrices if name in leading]
+
+    def _measured_towers(self) -> set[str]:
+        """Those that enough rows have reached in both windows. (A layer of them without a gradient, whose output
+        nothing uses, has no gain.)"""
+        tower_of = {layer: members[0].tower for layer, members in self._members.items()}
+        counts = [
+            Counter(tower for gains in window for tower in {tower_of[layer] for layer in gains})
+            for window in (self._last_window, self._window)
+        ]
+        return {tower for tower in tower_of.values() if min(count[tower] for count in counts) >= MIN_STEPS}
 
     def _skipped_layers(self, frozen: set[str], costs: StepCosts) -> dict[str, int]:
         """Path of a layer list -> leading layers that backward skips when these matrices are frozen."""
