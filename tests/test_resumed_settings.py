@@ -15,7 +15,7 @@ from grades_trl.recipe.resume import set_up_resume
 from grades_trl.report.summary import format_summary
 from grades_trl.report.timing import RunClock
 from grades_trl.trainers.checkpoint import read_values
-from helpers import arguments, model_for, qwen3
+from helpers import arguments, model_for, qwen3, warnings_in
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -88,15 +88,19 @@ def test_a_second_resume_keeps_what_the_first_one_changed(tmp_path, text):
     assert changes == [(5, 0.0, 0.5), (9, 0.5, 0.25)]
 
 
-def test_a_longer_patience_lets_a_run_that_has_ended_go_on(tmp_path, text):
+def test_a_longer_patience_lets_a_run_that_has_ended_go_on(tmp_path, text, caplog):
     heldout = {"metric": "none", "stopping": "heldout", "heldout_every": 1, "heldout_cost": 1.0, "heldout_grace": 0.0}
     changes = {"learning_rate": 0.1, "lr_scheduler_type": "constant"}
     first = build(text, tmp_path, GradESConfig(**heldout), True, **changes)
     first.train()
     ended = first.state.global_step
     assert ended < 12
+    assert first.grades.restored_best
     again = build(text, tmp_path, GradESConfig(**heldout, heldout_patience=99), True, **changes)
+    caplog.clear()
     again.train(resume_from_checkpoint=True)
+    said = f"The checkpoint of step {ended} is the end of a run: it has the best average of its weights"
+    assert sum(said in warning for warning in warnings_in(caplog)) == 1
     assert again.state.global_step == 12
     assert [c["step"] for c in summary_of(tmp_path)["setting_changes"]] == [ended + 1]
 

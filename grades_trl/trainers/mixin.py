@@ -331,6 +331,12 @@ class GradESMixin(WholeCheckpoints):
             self.report.load_state_dict(self._resumed["report"])
             self._resumed = None
         self.nothing_left |= self.grades.done or self.state.global_step >= self.state.max_steps
+        if self.grades.restored_best and not self.nothing_left:
+            logger.warning(
+                "The checkpoint of step %d is the end of a run: it has the best average of its weights, not those of "
+                "its last step. Training goes on from the average, with the optimizer of the last step.",
+                self.state.global_step,
+            )
 
     def _step_costs(self) -> StepCosts:
         return dataclasses.replace(
