@@ -139,7 +139,8 @@ class GradES:
         self._reducer.follow()  # it may be that of an earlier run, in which other matrices froze
         self._without_gradient = {name: p for name, p in model.named_parameters() if p.requires_grad}
         skip_frozen_pairs(model)  # where Unsloth's fused LoRA kernels compute the gradients
-        self.prefix = FrozenPrefix(model, *self._caches(encoder_cache_bytes, None if epoch is None else epoch[0]))
+        caches = self._caches(encoder_cache_bytes, None if epoch is None else epoch[0])
+        self.prefix = FrozenPrefix(model, *caches, before_pass=self._freezer.hold)
         # Rows that are seen from this step on will not be seen again.
         self._last_epoch = math.inf if epoch is None else total_steps - epoch[1]
         self._prefix_is_stale = False
@@ -206,6 +207,7 @@ class GradES:
             raise ValueError(f"GradES.step({step}) after step {self._last_step}: steps count up from 1.")
         self._last_step = step
         self.restored_best = False  # of a checkpoint that is trained on
+        self._freezer.hold()
         called = self.prefix.called  # in the training pass, before those of a held-out measurement
         self._without_gradient = {name: p for name, p in self._without_gradient.items() if p.grad is None}
         live = [name for name in self.matrices if name not in self.frozen]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from grades_trl import GradES, GradESConfig
 from grades_trl.freezing.freeze import Freezer
 from helpers import IDS, Toy, layers, lora, qwen3
 
@@ -73,6 +74,30 @@ def test_peft_does_not_give_frozen_adapters_back_when_it_enables_them_again(use_
     with model.disable_adapter():
         pass
     assert all(p.requires_grad for p in pair)
+
+
+def test_a_frozen_copy_of_a_whole_module_stays_frozen_when_peft_enables_it_again():
+    """`modules_to_save`, after each reference pass of DPO: PEFT lets it train, and the next pass takes it out."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    model = get_peft_model(qwen3(), config).train()
+    copied = "layers.1.mlp.down_proj.modules_to_save"
+    frozen = [p for name, p in model.named_parameters() if copied in name]
+    live = [p for name, p in model.named_parameters() if "layers.0.mlp.down_proj.modules_to_save" in name]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    schedule = {"metric": "schedule", "schedule": {"*layers.1.mlp.down_proj": 1}, "stopping": "end_of_schedule"}
+    grades = GradES(model, GradESConfig(**schedule, keep="last"), 3, optimizer)
+    before = values([*frozen, *live])
+    for step in (1, 2, 3):
+        with torch.no_grad(), model.disable_adapter():
+            model(input_ids=IDS)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        grades.step(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert unchanged(frozen, before[:1])
+    assert not unchanged(live, before[1:])
+    grades.finish()
+    assert all(p.requires_grad for p in frozen)
 
 
 def test_adapters_that_train_on_are_enabled_again():

@@ -279,6 +279,40 @@ def test_a_tower_that_no_gradient_has_reached_is_no_obstacle_until_it_is_called(
     assert prefix.skipped_layers == {}
 
 
+def test_layers_that_are_given_back_are_not_skipped_any_more():
+    """As by a callback that unfreezes a model from above."""
+    model = lora(4)
+    layers(model)[:2].requires_grad_(False)
+    prefix = FrozenPrefix(model)
+    gradients(model, input_ids=IDS, labels=IDS)
+    assert prefix.update()
+    assert not any("layers.1." in name for name in gradients(model, input_ids=IDS, labels=IDS))
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name and "layers.0." not in name)
+    found = gradients(model, input_ids=IDS, labels=IDS)
+    assert any("layers.1." in name for name in found)
+    assert prefix.skipped_layers == {"model.layers": 1}
+    prefix.close()
+    assert same(found, gradients(model, input_ids=IDS, labels=IDS))
+
+
+def test_an_input_that_wants_a_gradient_gets_it():
+    """A soft prompt, which is in front of all layers."""
+    model = lora(4)
+    layers(model)[:2].requires_grad_(False)
+    prefix = FrozenPrefix(model)
+    gradients(model, input_ids=IDS, labels=IDS)
+    assert prefix.update()
+    embeds = model.get_input_embeddings()(IDS).detach()
+    found = []
+    for close in (lambda: None, prefix.close):
+        close()
+        prompt = embeds.clone().requires_grad_(True)
+        model(inputs_embeds=prompt, labels=IDS).loss.backward()
+        found.append(prompt.grad)
+    assert found[0].abs().sum() > 0 and torch.equal(*found)
+
+
 class Looped(nn.Module):
     """Runs its layers several times: all of them in each loop (Universal Transformer), or in a given order."""
 

@@ -22,6 +22,7 @@ class Freezer:
     PEFT sets `requires_grad` of all adapters again whenever it enables them, as after the reference pass of DPO. So it
     is told which weights of an adapter stay frozen, by its own `frozen_peft_weight_names`. The dropout of a frozen
     adapter is off: it learns nothing any more, and a frozen tower whose outputs are the same each time can be cached.
+    PEFT has no such names for copies of whole modules (`modules_to_save`): `hold` takes those out again.
 
     Args:
         model (`nn.Module`): the model that trains, wrapped by PEFT or not.
@@ -62,6 +63,15 @@ class Freezer:
                 module, adapter, name = self._places[id(parameter)]
                 self._declare(module, adapter, name)
                 self._turn_dropout_off(module, adapter)
+
+    def hold(self) -> None:
+        """Takes out of training again what others have put back since `freeze`. Called before each pass, and before
+        the gradients of a step are used."""
+        probed = {id(parameter) for parameter in self._probed}
+        for parameter in self.frozen:
+            if parameter.requires_grad and id(parameter) not in probed:
+                parameter.requires_grad_(False)
+                parameter.grad = None
 
     def probe(self, parameters: Iterable[nn.Parameter]) -> None:
         """Lets tensors that are frozen here have a gradient, until `end_probe`."""

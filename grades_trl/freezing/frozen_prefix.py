@@ -48,6 +48,9 @@ class FrozenPrefix:
             example comes back.
         encoder_cache (`EncoderCache`, *optional*): keeps the outputs of an encoder that is skipped as a whole, to be
             reused when an image comes back.
+        before_pass (`Callable[[], None]`, *optional*): called before each training pass.
+
+    What trains may change between two passes, as when a callback unfreezes layers: the next pass skips none of them.
 
     Attributes:
         compiled (`bool`): passes are compiled; to be set by whoever does that.
@@ -60,7 +63,11 @@ class FrozenPrefix:
     """
 
     def __init__(
-        self, model: nn.Module, cache: ActivationCache | None = None, encoder_cache: EncoderCache | None = None
+        self,
+        model: nn.Module,
+        cache: ActivationCache | None = None,
+        encoder_cache: EncoderCache | None = None,
+        before_pass: Callable[[], None] = lambda: None,
     ):
         self.cache, self.encoder_cache = cache, encoder_cache
         self.compiled = self.paused = False
@@ -80,7 +87,9 @@ class FrozenPrefix:
             for path in [path for path in self._units if f"{path}.".startswith(f"{head}.")]:  # and PEFT's copy of it
                 del self._units[path]
 
+        self._before_pass = before_pass
         self._trains: set[str] = set()  # units in which something trained at the last update
+        self._resting: list[nn.Parameter] = []  # all parameters of the other units
         self._skipped: set[str] = set()  # layers with our forward
         self._forwards: dict[str, Any] = {}  # the forward that such a layer had of its own, or None
         self._last_cached = ""  # the layer whose output the cache keeps; empty while the cache is unused
@@ -88,6 +97,7 @@ class FrozenPrefix:
         self._called: set[str] = set()
 
         self._in_pass = False
+        self._skips_nothing = False  # in this pass
         self._order: list[str] = []  # calls in this pass, or the last
         self._trained_towers: set[str] = set()  # towers with a call, in this pass, of something that trains
         self._checkpointed: list[str] = []  # skipped layers whose checkpointing is off during this pass
@@ -118,6 +128,7 @@ class FrozenPrefix:
         """
         self.has_new_calls = False
         self._trains = {path for path in self._units if any(p.requires_grad for p in self._parameters(path))}
+        self._resting = [p for path in self._units.keys() - self._trains for p in self._parameters(path)]
         skipped: set[str] = set()
         skipped_layers: dict[str, int] = {}
         free = self._layers_without_anything_trained_before(set() if self.compiled else {id(p) for p in unreached})
@@ -292,8 +303,15 @@ class FrozenPrefix:
         if not (self._model.training and torch.is_grad_enabled()):
             return
         self._in_pass, self._order, self._trained_towers, self.read_layers = True, [], set(), {}
-        if self.paused:
+        # A soft prompt, or the output of a projector of the user's own, comes as an input and wants a gradient.
+        given = (value for value in inputs.values() if isinstance(value, torch.Tensor))
+        self._skips_nothing = self.paused or any(value.requires_grad for value in given)
+        if self._skips_nothing:
             return
+        self._before_pass()
+        if self._skipped and any(p.requires_grad for p in self._resting):  # given back by the user, as in a callback
+            self.update()
+            self.has_new_calls = True  # once more after the pass, when it is known what no gradient reaches
         # Set anew in each pass: `for_training()` of Unsloth turns checkpointing on in all layers.
         self._look_up(inputs)
         learns = self._learns
@@ -357,7 +375,7 @@ class FrozenPrefix:
         if cache is not None and cache.hit:
             return cache.read(path, args, kwargs, last=path == self._last_cached), True
         trained = self._trained_towers.intersection(_upstream_of(self._towers[path]))
-        if trained or self.paused or not self._in_pass:
+        if trained or self._skips_nothing or not self._in_pass:
             return forward(*args, **kwargs), False
         if self.encoder_cache is not None and self.encoder_cache.handles(path):
             run = functools.partial(self.encoder_cache.run, path, forward)
