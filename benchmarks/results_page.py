@@ -35,6 +35,11 @@ TITLES = {
         "It goes back to its best checkpoint. Its validation, 1,000 rows every 30 steps, is not in its FLOPs: it "
         "would add about 0.2.",
     ),
+    "demo_vlm_bema": (
+        "The same, with BEMA",
+        "The whole baseline, scored with TRL's average of the weights (`BEMACallback`, moved in each step). It is below "
+        "the last weights of the baseline in each seed.",
+    ),
     "demo_vlm_lora": (
         "The same, with LoRA",
         "Adapters of rank 16 on all linear layers, learning rate 4e-3, TRL's dropout of 0.05.",
@@ -75,7 +80,7 @@ TITLES = {
     "smollm2_1000x3": (
         "The same model, 1,000 examples three times",
         "SmolLM2 learns to write dates as ISO 8601. The held-out loss falls to the end, nothing freezes, and the "
-        "weights are the same. GradES costs its ten held-out measurements.",
+        "weights are the same. GradES costs its ten held-out measurements. Seed 2 ran on another CPU.",
     ),
     "smollm2_9_epochs": (
         "The same model, 9 epochs of 94 to 97 examples: a run that overfits",
