@@ -268,3 +268,19 @@ def test_weights_saved_under_other_names_are_loaded_without_a_list_of_missing_ke
     missing, unexpected = said
     assert "missing keys" in missing and "'model.multi_modal_projector.linear_1.weight'" in missing
     assert "unexpected keys" in unexpected
+
+
+def test_weights_saved_under_other_names_keep_their_precision_beside_a_tower_of_16_bits(tmp_path):
+    """`dtype` of a model is that of its first parameter, here of the frozen tower."""
+    model = llava()
+    model.model.vision_tower.to(torch.bfloat16).requires_grad_(False)
+    assert model.dtype == torch.bfloat16
+    trainer = type("T", (GradESMixin, Trainer), {})(model, TrainingArguments(str(tmp_path), **COMMON), grades=None)
+    model.save_pretrained(tmp_path)
+    right = weights(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    trainer._load_from_checkpoint(str(tmp_path))
+    assert same(weights(model), right)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
