@@ -19,8 +19,8 @@ from grades_trl.distributed import local, reshard
 
 class WeightAverage:
     """
-    Averages all parameters that train when it is made, also those that freeze later. Of a sharded model each process
-    averages its pieces.
+    Averages all parameters that train, also those that freeze later. Of a sharded model each process averages its
+    pieces.
 
     The average is float32 in CPU memory. The best one has the dtype of the weights, which is what it becomes; it is
     the average itself until the average moves on. So there are at most 8 bytes per trained parameter on the host: two
@@ -31,7 +31,7 @@ class WeightAverage:
     of them: it was measured with these.
 
     Args:
-        model (`nn.Module`): what trains.
+        model (`nn.Module`): what trains. `follow` takes in what begins to train later.
 
     Attributes:
         updates (`int`): how often the average was updated.
@@ -59,6 +59,24 @@ class WeightAverage:
             for name, buffer in module.named_buffers(recurse=False)
             if buffer.is_floating_point() and name not in module._non_persistent_buffers_set
         }
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Takes in the parameters that have begun to train since the last call (gradual unfreezing).
+
+        To be called before each update of the optimizer: they have not moved yet, so that their average at any earlier
+        moment is their present value.
+        """
+        shared = self._best_is_average
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad or name in self._parameters:
+                continue
+            self._parameters[name] = parameter
+            weight = local(parameter.detach()).to("cpu", copy=True)
+            if self.updates:
+                self._average[name] = weight.float()
+            if self._best:
+                self._best[name] = self._average[name] if shared else weight.clone()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -160,3 +178,5 @@ class WeightAverage:
         )
         if state["best_is_average"]:
             self._best = dict(self._average)
+        # With those that a callback has unfrozen, and will unfreeze again later on
+        self._parameters |= {name: p for name, p in self._model.named_parameters() if name in self._average}

@@ -373,3 +373,41 @@ def test_the_best_average_comes_back_with_the_buffers_it_was_measured_with(moves
     assert torch.equal(model.mask, torch.zeros(3))
     average.release()
     assert average.state_dict()[1] == {}
+
+
+@DTYPES
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("best", [1, 2, 4])
+def test_a_parameter_that_a_callback_unfreezes_later_was_what_it_is_until_then(dtype, best, resumed):
+    """Its average is exact, and the best average has it, also where that is an earlier one (1) or the present (2)."""
+    model = toy(dtype)
+    late = model.layers[1].proj.weight.requires_grad_(False)
+    average, path = WeightAverage(model), []
+    for step in range(1, 5):
+        if step == 3:
+            late.requires_grad_(True)
+        if step == 4 and resumed:
+            state, tensors = average.state_dict()
+            late.requires_grad_(False)  # until the callback is called again
+            average = WeightAverage(model)
+            average.load_state_dict(json.loads(json.dumps(state)), {name: t.clone() for name, t in tensors.items()})
+        average.follow()
+        before = weights(model)
+        move(model, step)
+        for name, p in model.named_parameters():
+            if name == "head.bias" or (p is late and step < 3):
+                p.data.copy_(before[name])
+        average.update()
+        path.append(weights(model))
+        if step == best:
+            average.mark_best()
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+
+    def check(found, steps):
+        for name, weight in found.items():
+            exact = sum((k + 1) * w[name].double() for k, w in enumerate(path[:steps])) / (steps * (steps + 1) / 2)
+            torch.testing.assert_close(weight.double(), exact, **tolerance)
+
+    check(in_model(average, model), 4)
+    average.restore_best()
+    check(weights(model), best)
