@@ -245,6 +245,7 @@ class GradES:
         heldout, average = self.heldout, self.average
         if heldout is None or average is None:
             return
+        average.follow()
         if heldout.updates_average(step):
             average.update()
         if not heldout.is_due(step):

@@ -19,16 +19,19 @@ from grades_trl.distributed import local, reshard
 
 class WeightAverage:
     """
-    Averages all parameters that train when it is made, also those that freeze later. Of a sharded model each process
-    averages its pieces.
+    Averages all parameters that train, also those that freeze later. Of a sharded model each process averages its
+    pieces.
 
     The average is float32 in CPU memory. The best one has the dtype of the weights, which is what it becomes; it is
     the average itself until the average moves on. So there are at most 8 bytes per trained parameter on the host: two
     float32 buffers for float32 weights; for 16-bit ones the average, the best one, and the weights while the average
     takes their place in the model.
 
+    Buffers that are saved with the model (the statistics of BatchNorm) are not averaged. The best average keeps copies
+    of them: it was measured with these.
+
     Args:
-        model (`nn.Module`): what trains.
+        model (`nn.Module`): what trains. `follow` takes in what begins to train later.
 
     Attributes:
         updates (`int`): how often the average was updated.
@@ -39,12 +42,41 @@ class WeightAverage:
         self._model = model
         self._average: dict[str, Tensor] = {}
         self._best: dict[str, Tensor] = {}
+        self._best_buffers: dict[str, Tensor] = {}
         self.updates = 0
 
     @property
     def host_bytes(self) -> int:
         """CPU memory that this takes at most, in bytes."""
-        return 8 * sum(local(p.detach()).numel() for p in self._parameters.values())
+        of_weights = 8 * sum(local(p.detach()).numel() for p in self._parameters.values())
+        return of_weights + sum(b.numel() * b.element_size() for b in self._buffers().values())
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Floating-point buffers that a checkpoint has, as they are now: a model may put others in their place."""
+        return {
+            f"{path}.{name}": buffer
+            for path, module in self._model.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+        }
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Takes in the parameters that have begun to train since the last call (gradual unfreezing).
+
+        To be called before each update of the optimizer: they have not moved yet, so that their average at any earlier
+        moment is their present value.
+        """
+        shared = self._best_is_average
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad or name in self._parameters:
+                continue
+            self._parameters[name] = parameter
+            weight = local(parameter.detach()).to("cpu", copy=True)
+            if self.updates:
+                self._average[name] = weight.float()
+            if self._best:
+                self._best[name] = self._average[name] if shared else weight.clone()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -108,21 +140,25 @@ class WeightAverage:
     def mark_best(self) -> None:
         """The average as it is now is the best one."""
         self._best = dict(self._average)
+        self._best_buffers = {name: local(b.detach()).to("cpu", copy=True) for name, b in self._buffers().items()}
 
     @torch.no_grad()
     def restore_best(self) -> None:
-        """Gives the model its best average."""
+        """Gives the model its best average, and the buffers of then."""
         reshard(self._model)
+        buffers = self._buffers()
         try:
             for name, best in self._best.items():
                 local(self._parameters[name].detach()).copy_(best)
+            for name, buffer in self._best_buffers.items():
+                local(buffers[name].detach()).copy_(buffer)
         except KeyboardInterrupt:  # all of it, or none
             self.restore_best()
             raise
 
     def release(self) -> None:
         """Frees all buffers."""
-        self._average, self._best = {}, {}
+        self._average, self._best, self._best_buffers = {}, {}, {}
 
     def state_dict(self) -> tuple[dict[str, int | bool], dict[str, Tensor]]:
         """JSON-able values, and tensors: 4 bytes per trained parameter, and as much again as the weights have where
@@ -130,14 +166,17 @@ class WeightAverage:
         tensors = {f"average/{name}": t for name, t in self._average.items()}
         if not self._best_is_average:  # one tensor cannot be written twice
             tensors |= {f"best/{name}": t for name, t in self._best.items()}
+        tensors |= {f"buffer/{name}": t for name, t in self._best_buffers.items()}
         return {"updates": self.updates, "best_is_average": self._best_is_average}, tensors
 
     def load_state_dict(self, state: dict[str, int | bool], tensors: dict[str, Tensor]) -> None:
         """Restores what `state_dict` gave."""
         self.updates = int(state["updates"])
-        self._average, self._best = (
+        self._average, self._best, self._best_buffers = (
             {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
-            for kind in ("average/", "best/")
+            for kind in ("average/", "best/", "buffer/")
         )
         if state["best_is_average"]:
-            self.mark_best()
+            self._best = dict(self._average)
+        # With those that a callback has unfrozen, and will unfreeze again later on
+        self._parameters |= {name: p for name, p in self._model.named_parameters() if name in self._average}

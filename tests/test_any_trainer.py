@@ -3,9 +3,19 @@
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3ForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    Qwen3ForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers import trainer as trainer_module
 from trl import (
     DPOConfig,
@@ -122,6 +132,48 @@ def test_labels_of_several_classes_at_once_are_no_tokens(tmp_path, tokenizer):
     assert scored() == pytest.approx(expected, rel=1e-5)
 
 
+SMALL_T5 = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+SMALL_BERT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_labels": 3}
+
+
+def not_causal(kind):
+    """A model that predicts labels in their own places. All take `**kwargs`, and ignore `num_items_in_batch`."""
+    torch.manual_seed(0)
+    if kind == "t5":
+        config = T5Config(**SMALL_T5, decoder_start_token_id=0)
+        return T5ForConditionalGeneration(config)
+    config = BertConfig(**SMALL_BERT, num_attention_heads=4, max_position_embeddings=64)
+    return (BertForMaskedLM if kind == "masked" else BertForTokenClassification)(config)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["t5", "masked", "token classification"])
+def test_the_score_of_a_model_that_is_not_causal_is_per_token(tmp_path, kind, lora):
+    """Also of the first token of a row, and although rows have different numbers of labels."""
+    labels = [[i % 3] * (1 + i) + [-100] * (15 - i) for i in range(16)]
+    rows = Dataset.from_dict({"input_ids": torch.randint(3, 60, (16, 16)).tolist(), "labels": labels})
+    model, adapters = not_causal(kind), LoraConfig(r=4, target_modules="all-linear")
+    trainer = type("Mixed", (GradESMixin, Trainer), {})(
+        model=get_peft_model(model, adapters) if lora else model,
+        args=TrainingArguments(str(tmp_path), **COMMON),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=lambda rows: {name: torch.tensor([row[name] for row in rows]) for name in rows[0]},
+    )
+    trainer.train()  # for tokens that are right
+    batch, labels = {name: torch.tensor(rows[name]) for name in rows.column_names}, torch.tensor(labels)
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+    right = (logits.argmax(-1) == labels)[labels != -100].float().mean().item()
+    assert right > 0
+    assert trainer.model_accepts_loss_kwargs
+    for size in (1, 3, 16):
+        trainer._train_batch_size = size
+        assert HeldoutRows(trainer, 16)() == pytest.approx(loss, rel=1e-5)
+        assert HeldoutRows(trainer, 16, "token_accuracy")() == pytest.approx((right, loss), rel=1e-5)
+
+
 def test_a_trainer_that_is_no_sft_trainer_has_no_training_accuracy(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="reads the mean_token_accuracy"):
         build("plain", tokenizer, tmp_path, GradESConfig(stopping="train_accuracy"), lora=False)
@@ -216,3 +268,19 @@ def test_weights_saved_under_other_names_are_loaded_without_a_list_of_missing_ke
     missing, unexpected = said
     assert "missing keys" in missing and "'model.multi_modal_projector.linear_1.weight'" in missing
     assert "unexpected keys" in unexpected
+
+
+def test_weights_saved_under_other_names_keep_their_precision_beside_a_tower_of_16_bits(tmp_path):
+    """`dtype` of a model is that of its first parameter, here of the frozen tower."""
+    model = llava()
+    model.model.vision_tower.to(torch.bfloat16).requires_grad_(False)
+    assert model.dtype == torch.bfloat16
+    trainer = type("T", (GradESMixin, Trainer), {})(model, TrainingArguments(str(tmp_path), **COMMON), grades=None)
+    model.save_pretrained(tmp_path)
+    right = weights(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    trainer._load_from_checkpoint(str(tmp_path))
+    assert same(weights(model), right)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}

@@ -518,6 +518,25 @@ def test_the_best_average_is_restored_once_and_only_before_close():
     assert len(losses) == 3
 
 
+def test_the_best_average_has_the_value_of_then_of_what_was_unfrozen_later():
+    model = Toy().requires_grad_(False)
+    weight, late = (layer.proj.weight for layer in model.layers)
+    weight.requires_grad_(True)
+    first, losses = late.detach().clone(), iter(range(9))
+    settings = {"metric": "none", "keep": "best_average", "heldout_every": 1, "heldout_grace": 0.0}
+    grades = GradES(model, GradESConfig(**settings), 20, None, lambda: float(next(losses)))
+    for step in (1, 2, 3):
+        late.requires_grad_(step > 1)
+        for p in (weight, late):
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        grades.step(step)
+        for p in (weight, late):
+            p.data += step * p.requires_grad
+    grades.finish()
+    assert (grades.restored_best, grades.heldout.best_step) == (True, 1)
+    assert torch.equal(late, first)
+
+
 def test_a_heldout_loss_is_measured_without_gradients():
     """In the step and at the end: forward passes keep nothing for a backward."""
     modes = []

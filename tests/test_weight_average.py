@@ -336,3 +336,78 @@ def test_tied_weights_are_averaged_once():
     with average.in_model():
         torch.testing.assert_close(model.head.weight.detach(), (one + 2 * two) / 3)
     assert torch.equal(model.head.weight, two)
+
+
+class Normalized(nn.Module):
+    """Its buffers: statistics, and a mask that no checkpoint has."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("mask", torch.ones(3), persistent=False)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("moves_on", [False, True])
+def test_the_best_average_comes_back_with_the_buffers_it_was_measured_with(moves_on, resumed):
+    model = Normalized()
+    average, measured = WeightAverage(model), {}
+    for seed in range(4):
+        move(model, seed)
+        model.norm(torch.randn(8, 3, generator=torch.Generator().manual_seed(seed)))
+        if moves_on or seed < 3:
+            average.update()
+        if seed == 2:
+            with average.in_model():
+                measured = {name: t.clone() for name, t in model.state_dict().items() if t.is_floating_point()}
+            average.mark_best()
+    assert average.host_bytes == 8 * 6 + 4 * 6
+    model.mask.zero_()
+    if resumed:
+        state, tensors = average.state_dict()
+        average = WeightAverage(model)
+        average.load_state_dict(json.loads(json.dumps(state)), {name: t.clone() for name, t in tensors.items()})
+        assert equal(average.state_dict()[1], tensors)
+    average.restore_best()
+    assert equal({name: t for name, t in model.state_dict().items() if t.is_floating_point()}, measured)
+    assert torch.equal(model.mask, torch.zeros(3))
+    average.release()
+    assert average.state_dict()[1] == {}
+
+
+@DTYPES
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("best", [1, 2, 4])
+def test_a_parameter_that_a_callback_unfreezes_later_was_what_it_is_until_then(dtype, best, resumed):
+    """Its average is exact, and the best average has it, also where that is an earlier one (1) or the present (2)."""
+    model = toy(dtype)
+    late = model.layers[1].proj.weight.requires_grad_(False)
+    average, path = WeightAverage(model), []
+    for step in range(1, 5):
+        if step == 3:
+            late.requires_grad_(True)
+        if step == 4 and resumed:
+            state, tensors = average.state_dict()
+            late.requires_grad_(False)  # until the callback is called again
+            average = WeightAverage(model)
+            average.load_state_dict(json.loads(json.dumps(state)), {name: t.clone() for name, t in tensors.items()})
+        average.follow()
+        before = weights(model)
+        move(model, step)
+        for name, p in model.named_parameters():
+            if name == "head.bias" or (p is late and step < 3):
+                p.data.copy_(before[name])
+        average.update()
+        path.append(weights(model))
+        if step == best:
+            average.mark_best()
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+
+    def check(found, steps):
+        for name, weight in found.items():
+            exact = sum((k + 1) * w[name].double() for k, w in enumerate(path[:steps])) / (steps * (steps + 1) / 2)
+            torch.testing.assert_close(weight.double(), exact, **tolerance)
+
+    check(in_model(average, model), 4)
+    average.restore_best()
+    check(weights(model), best)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -138,7 +140,11 @@ def load_renamed_weights(model: Any, checkpoint: str | Path) -> bool:
         return False  # adapters alone
     if not names - set(model.state_dict()):
         return False
-    saved, found = type(model).from_pretrained(checkpoint, dtype=model.dtype, output_loading_info=True)
+    # The widest dtype of the model, whose own `dtype` is that of its first parameter (perhaps a frozen 16-bit tower):
+    # narrower weights come back exactly from it.
+    dtypes = [t.dtype for t in model.state_dict().values() if t.is_floating_point()]
+    widest = functools.reduce(torch.promote_types, dtypes)
+    saved, found = type(model).from_pretrained(checkpoint, dtype=widest, output_loading_info=True)
     if found["missing_keys"] or found["unexpected_keys"] or found["mismatched_keys"]:
         return False
     model.load_state_dict(saved.state_dict())

@@ -20,6 +20,8 @@ from transformers import set_seed
 from grades_trl.distributed import gathered, rank, world_size
 
 IGNORED = -100  # label of a token that is not learned
+# `loss_type` of models of Transformers that predict a label in its own place. Other decoders predict the next token.
+UNSHIFTED_LOSSES = ("ForMaskedLM", "ForTokenClassification")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class HeldoutRows:
                 "max_length too short for the prompts, or the response empty?"
             )
         self._has_been_finite = False
+        # Whether the model's loss of a batch is a mean; asked in the first batch of those that should return a sum
+        self._loss_is_mean: bool | None = None if trainer.model_accepts_loss_kwargs else True
 
     def _is_learned(self, row: int) -> bool:
         batch = self._trainer.data_collator([self._dataset[row]])
@@ -109,9 +113,15 @@ class HeldoutRows:
             )
         return not _are_tokens(labels) or bool(self._learned(labels).any())
 
+    @property
+    def _shifts_labels(self) -> bool:
+        """Whether the model compares the prediction in a place with the label of the next one."""
+        model = self._trainer.model
+        return not model.config.is_encoder_decoder and getattr(model, "loss_type", None) not in UNSHIFTED_LOSSES
+
     def _learned(self, labels: Tensor) -> Tensor:
         """Which tokens are learned: where each is predicted from those before it, never the first of a row."""
-        return (labels if self._trainer.model.config.is_encoder_decoder else labels[:, 1:]) != IGNORED
+        return (labels[:, 1:] if self._shifts_labels else labels) != IGNORED
 
     def __call__(self) -> float | tuple[float, float]:
         """The mean loss of the rows now; with `metric="token_accuracy"` the accuracy and the loss.
@@ -168,13 +178,24 @@ class HeldoutRows:
             inputs["output_router_logits"] = False
         if trainer.args.use_liger_kernel:
             inputs |= {"skip_logits": True, "return_token_accuracy": self._metric == "token_accuracy"}
-        if trainer.model_accepts_loss_kwargs:  # the sum over tokens, divided by 1
-            outputs = trainer.model(**inputs, num_items_in_batch=1)
-            loss = outputs["loss"].float()
-        else:
-            outputs = trainer.model(**inputs)
-            loss = outputs["loss"].float() * count
+        half = None
+        if self._loss_is_mean is None:
+            with nothing_random_moves():
+                half = self._outputs(inputs, 2)["loss"]
+        outputs = self._outputs(inputs, 1)  # the sum over tokens, divided by 1
+        loss = outputs["loss"].float()
+        if half is not None:  # T5, Whisper and others take the number, and do not divide by it
+            self._loss_is_mean = bool(half > 0.75 * loss)
+        if self._loss_is_mean:
+            loss = loss * count
         return loss, self._correct_tokens(outputs, labels, count) if self._metric == "token_accuracy" else 0, count
+
+    def _outputs(self, inputs: dict[str, Any], items: int) -> Any:
+        trainer = self._trainer
+        if trainer.model_accepts_loss_kwargs:
+            # A tensor, as in training: a compiled model would be compiled anew for another integer.
+            inputs = {**inputs, "num_items_in_batch": torch.tensor(items, device=trainer.args.device)}
+        return trainer.model(**inputs)
 
     def _correct_tokens(self, outputs: Any, labels: Tensor, count: Any) -> Any:
         if outputs.get("num_correct_tokens") is not None:  # TRL's loss in chunks
@@ -189,7 +210,7 @@ class HeldoutRows:
                 'set heldout_metric="loss".'
             )
         logits = logits[:, -labels.shape[1] :]  # without the virtual tokens of prompt tuning
-        if not self._trainer.model.config.is_encoder_decoder:
+        if self._shifts_labels:
             logits, labels = logits[:, :-1], labels[:, 1:]
         return ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
 
