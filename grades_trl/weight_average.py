@@ -39,6 +39,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module):
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._others = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self._model = model
         self._average: dict[str, Tensor] = {}
         self._best: dict[str, Tensor] = {}
@@ -67,11 +68,10 @@ class WeightAverage:
         To be called before each update of the optimizer: they have not moved yet, so that their average at any earlier
         moment is their present value.
         """
-        shared = self._best_is_average
-        for name, parameter in self._model.named_parameters():
-            if not parameter.requires_grad or name in self._parameters:
-                continue
-            self._parameters[name] = parameter
+        begun = [name for name, p in self._others.items() if p.requires_grad]
+        shared = bool(begun) and self._best_is_average
+        for name in begun:
+            self._parameters[name] = parameter = self._others.pop(name)
             weight = local(parameter.detach()).to("cpu", copy=True)
             if self.updates:
                 self._average[name] = weight.float()
@@ -179,4 +179,4 @@ class WeightAverage:
         if state["best_is_average"]:
             self._best = dict(self._average)
         # With those that a callback has unfrozen, and will unfreeze again later on
-        self._parameters |= {name: p for name, p in self._model.named_parameters() if name in self._average}
+        self._parameters |= {name: self._others.pop(name) for name in self._average.keys() & self._others.keys()}
