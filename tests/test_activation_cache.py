@@ -11,7 +11,7 @@ from vision_models import ROWS, llava_rows
 
 from grades_trl import GradESTrainer
 from grades_trl.freezing.activation_cache import ActivationCache
-from grades_trl.freezing.batch_content import images_of
+from grades_trl.freezing.batch_content import images_of, segments_of
 from grades_trl.freezing.encoder_cache import EncoderCache
 from grades_trl.freezing.freeze import Freezer
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
@@ -384,6 +384,10 @@ def test_memory_is_bounded():
         ({"of_two_rows": torch.ones(2, 3)}, "of_two_rows does not have one entry for each token"),
         ({"lengths": [3, 4]}, "lengths is neither a tensor nor a plain value"),
         ({"pixel_values": torch.ones(3, 3, 4, 4)}, "which images belong to which row"),
+        # Fuyu, Video-LLaVA and Phi-4-multimodal have other names for their pixels.
+        ({"image_patches": torch.ones(2, 4, 5)}, "image_patches does not have one entry for each token"),
+        ({"pixel_values_images": torch.ones(2, 3, 4, 4)}, "pixel_values_images does not have one entry"),
+        ({"image_pixel_values": torch.ones(2, 3, 4, 4)}, "image_pixel_values does not have one entry"),
     ],
 )
 def test_what_the_key_would_not_tell_is_computed_and_said_once(inputs, reason, caplog):
@@ -394,6 +398,17 @@ def test_what_the_key_would_not_tell_is_computed_and_said_once(inputs, reason, c
         assert not cache.stores
     assert (cache.use.hits, cache.use.misses) == (0, 2)
     assert [reason in message for message in warnings_in(caplog)] == [True]
+
+
+@pytest.mark.parametrize("name", ["image_patches", "pixel_values_images", "image_pixel_values"])
+def test_another_image_under_another_name_is_another_example(name):
+    inputs = {"input_ids": random_ids(1), name: torch.ones(1, 3, 4, 4)}
+    keys = []
+    for pixels in (torch.ones(1, 3, 4, 4), torch.ones(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)):
+        inputs[name] = pixels
+        [segment] = segments_of(nn.Module(), inputs, images_of(inputs), b"").segments
+        keys.append(segment.key)
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_other_position_ids_are_another_example():

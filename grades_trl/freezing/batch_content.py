@@ -127,10 +127,10 @@ def segments_of(model: nn.Module, inputs: dict[str, Any], images: Images | None,
         return Segments(problem="there are no input_ids of shape (rows, tokens)")
     if images is not None and images.problem:
         return Segments(problem=images.problem)
+    # Some models call the pixels otherwise, and `images_of` knows nothing of them: they count like other tensors.
+    hashed = [name for name in read if images is not None and (name == "pixel_values" or _describes_images(name))]
     tensors = {
-        name: value.detach().cpu()
-        for name, value in read.items()
-        if isinstance(value, Tensor) and name != "pixel_values" and not _describes_images(name)
+        name: value.detach().cpu() for name, value in read.items() if isinstance(value, Tensor) and name not in hashed
     }
     starts = _packed_starts(model, read, tensors) if images is None else None
     for name in BOUNDARIES if starts is not None else ():
