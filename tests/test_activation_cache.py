@@ -189,6 +189,27 @@ class SharesKeysLayer(nn.Module):
         return hidden + self.value(hidden) * shared[0]
 
 
+def phi3():
+    """Its frequencies are others as soon as a row of the batch is longer than eight tokens."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 5.0, 9.0, 13.0]}
+    length = {"original_max_position_embeddings": 8}
+    rope |= {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, **length}
+    return T.Phi3ForCausalLM(T.Phi3Config(**sizes(pad_token_id=0), rope_parameters=rope, **length))
+
+
+def llama_dynamic():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    return T.LlamaForCausalLM(T.LlamaConfig(**sizes(max_position_embeddings=8), rope_parameters=rope))
+
+
+def gemma3_dynamic():
+    rope = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")}
+    rope["full_attention"] |= {"rope_type": "dynamic", "factor": 4.0}
+    config = sizes(head_dim=8, pad_token_id=0, sliding_window=8, max_position_embeddings=8)
+    layer_types = ["sliding_attention", "full_attention"] * 2
+    return T.Gemma3ForCausalLM(T.Gemma3TextConfig(**config, layer_types=layer_types, rope_parameters=rope))
+
+
 SEVERAL = "more than one"
 RANDOM = "random numbers"
 MORE = "loss reads more"
@@ -249,6 +270,31 @@ def test_gradients_are_those_without_the_cache_or_the_cache_turns_itself_off(bui
     assert off in prefix.cache.off
     assert (prefix.cache.use.hits, len(warnings_in(caplog))) == ((0, 1) if off else (2, 0))
     assert (prefix.cache.bytes > 0) == (not off)
+
+
+@pytest.mark.parametrize("build", [phi3, llama_dynamic, gemma3_dynamic])
+def test_rotary_embeddings_that_depend_on_the_longest_row_turn_it_off(build):
+    torch.manual_seed(0)
+    model = build().train()
+    for name, parameter in model.named_parameters():
+        parameter.data *= 8 if "layers" in name and parameter.ndim == 2 else 1  # so that positions matter
+    model.requires_grad_(False)
+    model.model.layers[2:].requires_grad_(True)
+    ids, lengths = random_ids(4), torch.tensor([5, 6, 12, 11])
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    batches = []
+    for rows in ([0, 2], [1, 3], [0, 1], [2, 3]):
+        width = lengths[rows].max()
+        inputs = {"input_ids": ids[rows, :width], "attention_mask": mask[rows, :width]}
+        batches.append(inputs | {"labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)})
+    expected = [gradients(model, **inputs) for inputs in batches]
+    prefix = FrozenPrefix(model, ActivationCache(MIB))
+    gradients(model, **batches[0])
+    assert prefix.update()
+    found = [gradients(model, **inputs) for inputs in batches]
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert "longest row" in prefix.cache.off
+    assert prefix.cache.use.hits == 0
 
 
 class ImageAndText(nn.Module):

@@ -36,6 +36,7 @@ class ActivationCache:
     - each skipped layer returns exactly one tensor, of the shape of its input; in the language tower that is
       (batch, tokens, hidden);
     - each skipped layer is called once in a pass;
+    - no rotary embedding looks at the longest row of the batch (`longrope`, dynamic NTK);
     - the pass leaves the random state and the model's buffers untouched until the last skipped layer returns (no
       dropout, noise, jitter or batch statistics);
     - the loss reads nothing else of the skipped layers: no router logits, no keys that live layers share, no image
@@ -97,6 +98,8 @@ class ActivationCache:
         self.off, self._announced = "", False
         self._rest.clear()
         self._model, self._state = model, PassState(model)
+        if _positions_depend_on_the_batch(model):
+            self.turn_off("the frequencies of its rotary embeddings depend on the longest row of a batch")
 
     def begin_pass(self, inputs: dict[str, Any], images: Images | None) -> None:
         """Looks up the examples of a training batch.
@@ -239,6 +242,13 @@ class ActivationCache:
             f"{needed / MIB:,.0f}",
             "" if needed <= self.max_bytes else f", of which activation_cache_mib allows {self.max_bytes / MIB:,.0f}",
         )
+
+
+def _positions_depend_on_the_batch(model: nn.Module) -> bool:
+    """Whether rotary embeddings take other frequencies for all rows of a batch as soon as one of them is long."""
+    types = (getattr(module, "rope_type", None) for module in model.modules())  # a name, or one for each kind of layer
+    names = (name for rope in types for name in (rope.values() if isinstance(rope, dict) else (rope,)))
+    return any(isinstance(name, str) and ("dynamic" in name or name == "longrope") for name in names)
 
 
 def _hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
