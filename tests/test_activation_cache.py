@@ -623,6 +623,64 @@ def test_packed_examples_come_back_in_other_batches(attention):
     assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
+def gpt_oss():
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    layer_types = ["sliding_attention", "full_attention"] * 2
+    return T.GptOssForCausalLM(T.GptOssConfig(**sizes(head_dim=8), **experts, layer_types=layer_types))
+
+
+@pytest.mark.parametrize("build", [gpt_oss, falcon, lambda: falcon(alibi=True)], ids=["gpt_oss", "falcon", "alibi"])
+def test_packed_examples_that_do_see_each_other_are_kept_as_a_whole(build):
+    """Not every model makes a mask of its position ids."""
+    torch.manual_seed(0)
+    model = build().train()
+    for parameter in model.parameters():
+        parameter.data *= 6 if parameter.ndim > 1 else 1  # so that examples matter to each other
+    stack = list(find_layers(model))
+    model.requires_grad_(False)
+    for path in stack[2:]:
+        model.get_submodule(path).requires_grad_(True)
+    batches = [packed(batch) | {"use_cache": False} for batch in [(0, 1), (2, 3), (0, 3), (2, 1), (0, 3)]]
+    expected = [gradients(model, **inputs) for inputs in batches]
+    prefix = FrozenPrefix(model, ActivationCache(MIB))
+    gradients(model, **batches[0])
+    assert prefix.update()
+    found = [gradients(model, **inputs) for inputs in batches]
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert (prefix.cache.off, prefix.cache.use.hits) == ("", 1)
+
+
+def test_packed_rows_with_a_router_loss_are_not_tried():
+    """It would read the router logits of that too."""
+    torch.manual_seed(0)
+    model = router_loss().train()
+    model.requires_grad_(False)
+    model.model.layers[2:].requires_grad_(True)
+    batches = [packed(batch) | {"use_cache": False} for batch in [(0, 1), (2, 3)]]
+    expected = [gradients(model, **inputs) for inputs in batches]
+    prefix = FrozenPrefix(model, ActivationCache(MIB))
+    gradients(model, **batches[0])
+    assert prefix.update()
+    found = [gradients(model, **inputs) for inputs in batches]
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert MORE in prefix.cache.off
+
+
+def test_to_try_whether_packed_examples_see_each_other_changes_no_random_number():
+    """Dropout, with which the cache turns itself off: what comes later is drawn from the same random state."""
+    states = []
+    for cache_bytes in (0, MIB):
+        model, prefix = half_frozen(cache_bytes)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout) or hasattr(module, "attention_dropout"):
+                module.p = module.attention_dropout = 0.5
+        torch.manual_seed(0)
+        model(**packed((0, 1)), use_cache=False)
+        states.append(torch.get_rng_state())
+    assert "random" in prefix.cache.off
+    assert torch.equal(*states)
+
+
 def test_packed_examples_that_may_see_each_other_are_kept_as_a_whole(caplog):
     """With a KV cache, Transformers makes no mask between them."""
     batches = [(0, 1, 2), (1, 2, 0), (0, 1, 2)]
