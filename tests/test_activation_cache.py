@@ -11,7 +11,7 @@ from vision_models import ROWS, llava_rows
 
 from grades_trl import GradESTrainer
 from grades_trl.freezing.activation_cache import ActivationCache
-from grades_trl.freezing.batch_content import images_of
+from grades_trl.freezing.batch_content import images_of, segments_of
 from grades_trl.freezing.encoder_cache import EncoderCache
 from grades_trl.freezing.freeze import Freezer
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
@@ -189,6 +189,27 @@ class SharesKeysLayer(nn.Module):
         return hidden + self.value(hidden) * shared[0]
 
 
+def phi3():
+    """Its frequencies are others as soon as a row of the batch is longer than eight tokens."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 5.0, 9.0, 13.0]}
+    length = {"original_max_position_embeddings": 8}
+    rope |= {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, **length}
+    return T.Phi3ForCausalLM(T.Phi3Config(**sizes(pad_token_id=0), rope_parameters=rope, **length))
+
+
+def llama_dynamic():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    return T.LlamaForCausalLM(T.LlamaConfig(**sizes(max_position_embeddings=8), rope_parameters=rope))
+
+
+def gemma3_dynamic():
+    rope = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")}
+    rope["full_attention"] |= {"rope_type": "dynamic", "factor": 4.0}
+    config = sizes(head_dim=8, pad_token_id=0, sliding_window=8, max_position_embeddings=8)
+    layer_types = ["sliding_attention", "full_attention"] * 2
+    return T.Gemma3ForCausalLM(T.Gemma3TextConfig(**config, layer_types=layer_types, rope_parameters=rope))
+
+
 SEVERAL = "more than one"
 RANDOM = "random numbers"
 MORE = "loss reads more"
@@ -249,6 +270,31 @@ def test_gradients_are_those_without_the_cache_or_the_cache_turns_itself_off(bui
     assert off in prefix.cache.off
     assert (prefix.cache.use.hits, len(warnings_in(caplog))) == ((0, 1) if off else (2, 0))
     assert (prefix.cache.bytes > 0) == (not off)
+
+
+@pytest.mark.parametrize("build", [phi3, llama_dynamic, gemma3_dynamic])
+def test_rotary_embeddings_that_depend_on_the_longest_row_turn_it_off(build):
+    torch.manual_seed(0)
+    model = build().train()
+    for name, parameter in model.named_parameters():
+        parameter.data *= 8 if "layers" in name and parameter.ndim == 2 else 1  # so that positions matter
+    model.requires_grad_(False)
+    model.model.layers[2:].requires_grad_(True)
+    ids, lengths = random_ids(4), torch.tensor([5, 6, 12, 11])
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    batches = []
+    for rows in ([0, 2], [1, 3], [0, 1], [2, 3]):
+        width = lengths[rows].max()
+        inputs = {"input_ids": ids[rows, :width], "attention_mask": mask[rows, :width]}
+        batches.append(inputs | {"labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)})
+    expected = [gradients(model, **inputs) for inputs in batches]
+    prefix = FrozenPrefix(model, ActivationCache(MIB))
+    gradients(model, **batches[0])
+    assert prefix.update()
+    found = [gradients(model, **inputs) for inputs in batches]
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert "longest row" in prefix.cache.off
+    assert prefix.cache.use.hits == 0
 
 
 class ImageAndText(nn.Module):
@@ -384,6 +430,10 @@ def test_memory_is_bounded():
         ({"of_two_rows": torch.ones(2, 3)}, "of_two_rows does not have one entry for each token"),
         ({"lengths": [3, 4]}, "lengths is neither a tensor nor a plain value"),
         ({"pixel_values": torch.ones(3, 3, 4, 4)}, "which images belong to which row"),
+        # Fuyu, Video-LLaVA and Phi-4-multimodal have other names for their pixels.
+        ({"image_patches": torch.ones(2, 4, 5)}, "image_patches does not have one entry for each token"),
+        ({"pixel_values_images": torch.ones(2, 3, 4, 4)}, "pixel_values_images does not have one entry"),
+        ({"image_pixel_values": torch.ones(2, 3, 4, 4)}, "image_pixel_values does not have one entry"),
     ],
 )
 def test_what_the_key_would_not_tell_is_computed_and_said_once(inputs, reason, caplog):
@@ -394,6 +444,17 @@ def test_what_the_key_would_not_tell_is_computed_and_said_once(inputs, reason, c
         assert not cache.stores
     assert (cache.use.hits, cache.use.misses) == (0, 2)
     assert [reason in message for message in warnings_in(caplog)] == [True]
+
+
+@pytest.mark.parametrize("name", ["image_patches", "pixel_values_images", "image_pixel_values"])
+def test_another_image_under_another_name_is_another_example(name):
+    inputs = {"input_ids": random_ids(1), name: torch.ones(1, 3, 4, 4)}
+    keys = []
+    for pixels in (torch.ones(1, 3, 4, 4), torch.ones(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)):
+        inputs[name] = pixels
+        [segment] = segments_of(nn.Module(), inputs, images_of(inputs), b"").segments
+        keys.append(segment.key)
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_other_position_ids_are_another_example():
@@ -560,6 +621,64 @@ def test_packed_examples_come_back_in_other_batches(attention):
     found = packed_passes(batches, cache, attention, use_cache=False)
     assert (cache.use.hits, cache.use.misses) == (2, 2)
     assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def gpt_oss():
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    layer_types = ["sliding_attention", "full_attention"] * 2
+    return T.GptOssForCausalLM(T.GptOssConfig(**sizes(head_dim=8), **experts, layer_types=layer_types))
+
+
+@pytest.mark.parametrize("build", [gpt_oss, falcon, lambda: falcon(alibi=True)], ids=["gpt_oss", "falcon", "alibi"])
+def test_packed_examples_that_do_see_each_other_are_kept_as_a_whole(build):
+    """Not every model makes a mask of its position ids."""
+    torch.manual_seed(0)
+    model = build().train()
+    for parameter in model.parameters():
+        parameter.data *= 6 if parameter.ndim > 1 else 1  # so that examples matter to each other
+    stack = list(find_layers(model))
+    model.requires_grad_(False)
+    for path in stack[2:]:
+        model.get_submodule(path).requires_grad_(True)
+    batches = [packed(batch) | {"use_cache": False} for batch in [(0, 1), (2, 3), (0, 3), (2, 1), (0, 3)]]
+    expected = [gradients(model, **inputs) for inputs in batches]
+    prefix = FrozenPrefix(model, ActivationCache(MIB))
+    gradients(model, **batches[0])
+    assert prefix.update()
+    found = [gradients(model, **inputs) for inputs in batches]
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert (prefix.cache.off, prefix.cache.use.hits) == ("", 1)
+
+
+def test_packed_rows_with_a_router_loss_are_not_tried():
+    """It would read the router logits of that too."""
+    torch.manual_seed(0)
+    model = router_loss().train()
+    model.requires_grad_(False)
+    model.model.layers[2:].requires_grad_(True)
+    batches = [packed(batch) | {"use_cache": False} for batch in [(0, 1), (2, 3)]]
+    expected = [gradients(model, **inputs) for inputs in batches]
+    prefix = FrozenPrefix(model, ActivationCache(MIB))
+    gradients(model, **batches[0])
+    assert prefix.update()
+    found = [gradients(model, **inputs) for inputs in batches]
+    assert all(close(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert MORE in prefix.cache.off
+
+
+def test_to_try_whether_packed_examples_see_each_other_changes_no_random_number():
+    """Dropout, with which the cache turns itself off: what comes later is drawn from the same random state."""
+    states = []
+    for cache_bytes in (0, MIB):
+        model, prefix = half_frozen(cache_bytes)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout) or hasattr(module, "attention_dropout"):
+                module.p = module.attention_dropout = 0.5
+        torch.manual_seed(0)
+        model(**packed((0, 1)), use_cache=False)
+        states.append(torch.get_rng_state())
+    assert "random" in prefix.cache.off
+    assert torch.equal(*states)
 
 
 def test_packed_examples_that_may_see_each_other_are_kept_as_a_whole(caplog):

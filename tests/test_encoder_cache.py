@@ -13,6 +13,7 @@ from grades_trl.freezing.batch_content import Images
 from grades_trl.freezing.encoder_cache import EncoderCache
 from grades_trl.freezing.freeze import Freezer
 from grades_trl.freezing.frozen_prefix import FrozenPrefix
+from grades_trl.model.structure import is_lora
 from grades_trl.model.towers import towers_of_parameters
 from grades_trl.report.summary import format_summary
 from helpers import CountMatmuls, arguments, gradients, llava, losses, warnings_in
@@ -202,6 +203,41 @@ def test_adapters_of_the_language_layers_make_no_other_encoder(tmp_path, batches
     language = LoraConfig(r=4, target_modules=r".*language_model.*q_proj")
     model = get_peft_model(llava(image_token_index=60), language)
     assert run_with_disk(tmp_path, model, batches)[0].use.hits == 3
+
+
+@pytest.mark.parametrize("other", [{"lora_alpha": 64}, {"use_rslora": True}], ids=["alpha", "rslora"])
+def test_the_same_adapter_with_another_scale_is_another_encoder(tmp_path, batches, other):
+    def adapted(**settings):
+        torch.manual_seed(0)
+        vision = LoraConfig(r=4, target_modules=r".*vision_tower.*q_proj", init_lora_weights=False, **settings)
+        return get_peft_model(llava(image_token_index=60), vision)
+
+    run_with_disk(tmp_path, adapted(), batches)
+    assert run_with_disk(tmp_path, adapted(), batches)[0].use.hits == 3
+    cache, found = run_with_disk(tmp_path, adapted(**other), batches)
+    assert cache.use.hits == 0
+    _, expected = run_with_disk(tmp_path / "other", adapted(**other), batches)
+    assert all(
+        torch.equal(ours[name], theirs[name]) for ours, theirs in zip(found, expected, strict=True) for name in theirs
+    )
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 2
+
+
+def test_an_image_with_a_rescaled_adapter_is_another_image():
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(llava(image_token_index=60), lora)
+    prefix = frozen_tower(model)
+    inputs = llava_batch(model, (0, 1))
+    gradients(model, **inputs)
+    assert prefix.update()
+    for _ in range(3):
+        gradients(model, **inputs)
+    assert prefix.encoder_cache.use.hits == 2
+    for module in model.base_model.model.model.vision_tower.modules():
+        if is_lora(module):
+            module.set_scale("default", 3.0)
+    gradients(model, **inputs)
+    assert prefix.encoder_cache.use.hits == 2
 
 
 def test_a_damaged_file_is_left_out_with_one_warning(tmp_path, batches, caplog):

@@ -3,7 +3,8 @@
 The output of frozen layers for an example depends on that example alone: on its tokens and images, not on the rest of
 the batch nor, with causal attention, on the padding after it. So the output is kept under a hash of the example's own
 content: tokens, images, position ids. Shuffling and other batches do not matter, and a collator that changes examples
-at random finds nothing. Packed examples that do not see each other are examples like others.
+at random finds nothing. Packed examples that do not see each other are examples like others; whether they do is tried
+on the first packed row, since not every model makes a mask of its position ids.
 
 Whether that holds for a model is seen from what its passes do, see `ActivationCache`.
 """
@@ -24,6 +25,8 @@ from grades_trl.freezing.pass_state import PassState, same_state
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
+# A part of what a layer adds to a token. Packed examples that change it by no more are independent: rounding.
+MIXING = 0.01
 NOT_ONE_TENSOR = "more than one (batch, tokens, hidden) tensor passes between the skipped layers"
 
 
@@ -36,6 +39,7 @@ class ActivationCache:
     - each skipped layer returns exactly one tensor, of the shape of its input; in the language tower that is
       (batch, tokens, hidden);
     - each skipped layer is called once in a pass;
+    - no rotary embedding looks at the longest row of the batch (`longrope`, dynamic NTK);
     - the pass leaves the random state and the model's buffers untouched until the last skipped layer returns (no
       dropout, noise, jitter or batch statistics);
     - the loss reads nothing else of the skipped layers: no router logits, no keys that live layers share, no image
@@ -67,12 +71,14 @@ class ActivationCache:
         self._announced = False
         self._rest: dict[str, tuple[None, ...] | None] = {}  # what a layer returns after its hidden state, if a tuple
         self._state: Any = None  # a PassState, from `reset` on
+        self._apart: bool | None = None  # packed examples do not see each other; `None` until that was tried
         # Of the pass:
         self._output: Tensor | None = None
         self._segments: list[Segment] = []
         self._shape: tuple[int, ...] = ()
         self._before: list[Any] = []
         self._seen: set[str] = set()
+        self._tries = False  # whether packed examples see each other
 
     @property
     def hit(self) -> bool:
@@ -94,9 +100,11 @@ class ActivationCache:
         """Starts anew, for another prefix of `model`."""
         self.clear()
         self.use.next_layers()
-        self.off, self._announced = "", False
+        self.off, self._announced, self._apart = "", False, None
         self._rest.clear()
         self._model, self._state = model, PassState(model)
+        if _positions_depend_on_the_batch(model):
+            self.turn_off("the frequencies of its rotary embeddings depend on the longest row of a batch")
 
     def begin_pass(self, inputs: dict[str, Any], images: Images | None) -> None:
         """Looks up the examples of a training batch.
@@ -110,12 +118,13 @@ class ActivationCache:
             return
         ids = inputs["input_ids"]
         settings = repr(self._state.settings(ids.device.type)).encode()
-        found = segments_of(self._model, inputs, images, settings)
+        found = segments_of(self._model, inputs, images, settings, apart=self._apart is not False)
         for remark in {found.problem, found.remark} - self._said - {""}:
             self._said.add(remark)
             logger.warning("The activation cache of the frozen layers: %s.", remark)
         self._segments = found.segments
-        if found.problem or any(segment.key not in self._rows for segment in self._segments):
+        self._tries = self._apart is None and len(ids) == 1 < len(self._segments)
+        if found.problem or self._tries or any(segment.key not in self._rows for segment in self._segments):
             self.use.misses += 1
             if not found.problem:
                 self._shape, self._before = tuple(ids.shape), self._state.random_state()
@@ -130,7 +139,7 @@ class ActivationCache:
     def end_pass(self) -> None:
         """Forgets the batch."""
         self.use.end_pass()
-        self._output, self._segments, self._before, self._seen = None, [], [], set()
+        self._output, self._segments, self._before, self._seen, self._tries = None, [], [], set(), False
 
     def read(self, layer: str, args: tuple, kwargs: dict[str, Any], *, last: bool) -> Any:
         """The output of a skipped layer in a pass that is read from the cache. Only that of the last one matters; the
@@ -155,7 +164,13 @@ class ActivationCache:
             self.turn_off(NOT_ONE_TENSOR if hidden is None else "a skipped layer is called twice in a pass")
             with torch.no_grad():
                 return forward(*args, **kwargs)
-        self.use.begin_forward(hidden.device)
+        if self._tries and not self._keeps_apart(forward, hidden, args, kwargs):
+            self._apart = False  # the next packed row is kept as a whole
+            self.end_pass()
+            with torch.no_grad():
+                return forward(*args, **kwargs)
+        if not self._tries:  # which takes more time
+            self.use.begin_forward(hidden.device)
         self._seen.add(layer)
         with torch.enable_grad():
             if first:
@@ -168,10 +183,39 @@ class ActivationCache:
                 return output
             result = result.detach() if last else self._watched(result)
         if last:
+            if self._tries:
+                self._apart = True
             self.use.end_forward(result.device)
             self._store(result)
         self._rest[layer] = rest
         return result if rest is None else (result, *rest)
+
+    def _keeps_apart(self, forward: Callable, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether what a layer makes of every second packed example stays the same when those between them change."""
+        from transformers import Cache  # not before unsloth
+
+        if hidden.shape[:-1] != self._shape:
+            return False
+        others = torch.zeros(*self._shape, 1, dtype=torch.bool)
+        for segment in self._segments[::2]:
+            others[segment.row, segment.start : segment.end] = True
+        others = others.to(hidden.device)
+        # No trace is left in the KV cache and in the random state, so that the run is the one without this.
+        args = tuple(None if isinstance(value, Cache) else value for value in args)
+        kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        outputs = []
+        with torch.no_grad():
+            for example in (hidden.clone(), torch.where(others, -hidden, hidden)):
+                with torch.random.fork_rng([hidden.device] if hidden.device.type == "cuda" else []):
+                    its_args, its_kwargs = _with_hidden(example, args, kwargs)
+                    output = forward(*its_args, **its_kwargs)
+                outputs.append(output[0] if isinstance(output, tuple) else output)
+            if any(not isinstance(output, Tensor) or output.shape != hidden.shape for output in outputs):
+                return False
+            output, behind_others = outputs
+            change = (behind_others - output).float().norm(dim=-1, keepdim=True)
+            added = (output - hidden).float().norm(dim=-1, keepdim=True)
+            return bool(((change <= MIXING * added) | others).all())
 
     def _problem(self, hidden: Tensor, result: Any, rest: tuple | None, last: bool) -> str:
         if not isinstance(result, Tensor) or any(value is not None for value in rest or ()):
@@ -239,6 +283,13 @@ class ActivationCache:
             f"{needed / MIB:,.0f}",
             "" if needed <= self.max_bytes else f", of which activation_cache_mib allows {self.max_bytes / MIB:,.0f}",
         )
+
+
+def _positions_depend_on_the_batch(model: nn.Module) -> bool:
+    """Whether rotary embeddings take other frequencies for all rows of a batch as soon as one of them is long."""
+    types = (getattr(module, "rope_type", None) for module in model.modules())  # a name, or one for each kind of layer
+    names = (name for rope in types for name in (rope.values() if isinstance(rope, dict) else (rope,)))
+    return any(isinstance(name, str) and ("dynamic" in name or name == "longrope") for name in names)
 
 
 def _hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:

@@ -111,7 +111,9 @@ class Segments:
     remark: str = ""
 
 
-def segments_of(model: nn.Module, inputs: dict[str, Any], images: Images | None, settings: bytes) -> Segments:
+def segments_of(
+    model: nn.Module, inputs: dict[str, Any], images: Images | None, settings: bytes, *, apart: bool = True
+) -> Segments:
     """
     Finds and hashes the examples of a batch: its rows without their padding, or the packed examples of a single row.
 
@@ -120,6 +122,8 @@ def segments_of(model: nn.Module, inputs: dict[str, Any], images: Images | None,
         inputs (`dict[str, Any]`): its keyword arguments.
         images (`Images` or `None`): those of the batch, from `images_of`.
         settings (`bytes`): all else that the hidden states depend on.
+        apart (`bool`, *optional*, defaults to `True`): a packed row is taken apart where its examples may be
+            independent. Whether they are is for the caller to see.
     """
     read = {name: value for name, value in inputs.items() if name not in NOT_READ}
     ids = read.get("input_ids")
@@ -127,12 +131,12 @@ def segments_of(model: nn.Module, inputs: dict[str, Any], images: Images | None,
         return Segments(problem="there are no input_ids of shape (rows, tokens)")
     if images is not None and images.problem:
         return Segments(problem=images.problem)
+    # Some models call the pixels otherwise, and `images_of` knows nothing of them: they count like other tensors.
+    hashed = [name for name in read if images is not None and (name == "pixel_values" or _describes_images(name))]
     tensors = {
-        name: value.detach().cpu()
-        for name, value in read.items()
-        if isinstance(value, Tensor) and name != "pixel_values" and not _describes_images(name)
+        name: value.detach().cpu() for name, value in read.items() if isinstance(value, Tensor) and name not in hashed
     }
-    starts = _packed_starts(model, read, tensors) if images is None else None
+    starts = _packed_starts(model, read, tensors) if images is None and apart else None
     for name in BOUNDARIES if starts is not None else ():
         read.pop(name, None)
         tensors.pop(name, None)
@@ -218,10 +222,10 @@ def _images_of_rows(images: Images, ids: Tensor, token: int | None) -> list[list
 
 
 def _packed_starts(model: nn.Module, inputs: dict[str, Any], tensors: dict[str, Tensor]) -> list[int] | None:
-    """Where packed examples begin that do not see each other; `None` if there are none, or it is not known.
+    """Where packed examples begin that may be independent; `None` if there are none, or they see each other.
 
-    Transformers takes position ids that start again, without a mask, for packed examples: its flash attention always
-    does, its other attentions only without a KV cache. Recurrent layers hand their state on.
+    Transformers mostly takes position ids that start again, without a mask, for packed examples: its flash attention
+    always does, its other attentions only without a KV cache. Recurrent layers hand their state on.
     """
     positions, ids = tensors.get("position_ids"), tensors["input_ids"]
     if positions is None or "attention_mask" in tensors or len(ids) != 1 or positions.shape != ids.shape:
@@ -233,6 +237,8 @@ def _packed_starts(model: nn.Module, inputs: dict[str, Any], tensors: dict[str, 
     config = inner.config.get_text_config()
     if not {*(getattr(config, "layer_types", None) or ())} <= {"full_attention", "sliding_attention"}:
         return None  # chunks of a row do not begin where examples do
+    if inputs.get("output_router_logits") or getattr(config, "output_router_logits", False):
+        return None  # the loss reads them all, also those of a pass that only tries whether examples are independent
     cached = inputs.get("use_cache")
     cached = config.use_cache if cached is None else cached
     if cached and "flash" not in (config._attn_implementation or ""):

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grades_trl.freezing.batch_content import digest
+from grades_trl.freezing.pass_state import PassState
 from grades_trl.model.structure import base_path
 
 logger = logging.getLogger(__name__)
@@ -112,14 +113,15 @@ class EncoderStore:
 
 def fingerprint(encoder: nn.Module) -> str:
     """A hash of all that the outputs of an encoder depend on beside the image: its class and config, its attention,
-    the version of Transformers, the device, and names, dtypes and values of its weights. PEFT's wrapping of a layer
-    that it does not change makes no difference."""
+    the version of Transformers, the device, the scales of its adapters, and names, dtypes and values of its weights.
+    PEFT's wrapping of a layer that it does not change makes no difference."""
     hashed = hashlib.blake2b(digest_size=16)
     config: Any = getattr(encoder, "config", None)
     if config is not None:
         settings = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
         hashed.update(json.dumps(settings, sort_keys=True, default=str).encode())
         hashed.update(repr(config._attn_implementation).encode())
+    hashed.update(repr(PassState(encoder).adapters()).encode())
     tensors = {base_path(name): t for name, t in encoder.state_dict().items() if isinstance(t, Tensor)}
     for name in sorted(tensors):
         hashed.update(f"{name} {tensors[name].device.type}".encode())

@@ -28,10 +28,20 @@ class PassState:
         self._devices = {p.device for p in model.parameters()}
 
     def settings(self, device: str) -> tuple[Any, ...]:
-        """Active adapters, and autocast on a type of device (`"cuda"`)."""
-        adapters = [(adapter.disable_adapters, adapter.active_adapters) for adapter in self._adapters]
+        """What `adapters` says, and autocast on a type of device (`"cuda"`)."""
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return adapters, autocast
+        return self.adapters(), autocast
+
+    def adapters(self) -> list[tuple[Any, ...]]:
+        """Of each adapter whether it is active, and the numbers beside its weights that its output depends on."""
+        return [
+            (
+                adapter.disable_adapters,
+                adapter.active_adapters,
+                *((adapter.merged_adapters, _plain_values(adapter)) if is_adapter(adapter) else ()),
+            )
+            for adapter in self._adapters
+        ]
 
     def random_state(self) -> list[Any]:
         """What dropout, noise and batch statistics change."""
@@ -42,6 +52,18 @@ class PassState:
             elif device.type not in ("cpu", "meta"):
                 states.append(torch.get_device_module(device).get_rng_state(device))
         return [*states, *(buffer._version for buffer in self._buffers)]
+
+
+def _plain_values(adapter: Any) -> list[tuple[str, Any, Any]]:
+    """Rank, alpha, scaling and the like of each adapter of a layer, by the names that PEFT declares for them."""
+    declared = ((name, getattr(adapter, name, None)) for name in adapter.other_param_names)
+    return [
+        (name, key, value)
+        for name, values in declared
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if isinstance(value, (bool, int, float, str))
+    ]
 
 
 def same_state(states: list[Any], others: list[Any]) -> bool:
