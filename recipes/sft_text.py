@@ -109,7 +109,7 @@ def main() -> None:
 
     def score(count: int) -> float:  # for heldout_metric: exact_match
         rows = validation.select(range(count))
-        return exact_match(ask(rows), rows)
+        return exact_match(ask(rows), rows, tokenizer)
 
     trainer = GradESTrainer(
         model=model,
@@ -142,14 +142,16 @@ def main() -> None:
     }
 
     before = ask(shown) if shown else []
-    results = {f"before/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}
+    results = {f"before/exact_match_{split}": exact_match(ask(rows), rows, tokenizer) for split, rows in asked.items()}
     train_and_save(trainer, clock, training.resume_from_checkpoint)
 
     # 4. Score it: the loss of the held-out rows, and exact answers.
     results |= final_eval(trainer, test)
     samples = []
     if trainer.diverged_at is None:
-        results |= {f"final/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}
+        results |= {
+            f"final/exact_match_{split}": exact_match(ask(rows), rows, tokenizer) for split, rows in asked.items()
+        }
         results |= {f"rows/exact_match_{split}": len(rows) for split, rows in asked.items()}
         if shown:
             after = ask(shown)

@@ -98,7 +98,7 @@ def main() -> None:
 
     def score(count: int) -> float:  # for heldout_metric: exact_match
         rows = validation.select(range(count))
-        return exact_match(ask(rows), rows)
+        return exact_match(ask(rows), rows, processor)
 
     trainer = GradESVLMTrainer(
         model=model,
@@ -126,7 +126,7 @@ def main() -> None:
     asked = first(test, recipe.num_eval_generations)
 
     before = ask(shown) if len(shown) else []
-    results = {"before/exact_match": exact_match(ask(asked), asked)} if len(asked) else {}
+    results = {"before/exact_match": exact_match(ask(asked), asked, processor)} if len(asked) else {}
     train_and_save(trainer, clock, training.resume_from_checkpoint)
 
     # 4. Score it: the loss of the held-out rows, and exact answers, beside those of the same model given blank images,
@@ -134,8 +134,8 @@ def main() -> None:
     results, samples = results | final_eval(trainer, test), []
     if trainer.diverged_at is None:
         if len(asked):
-            results["final/exact_match"] = exact_match(ask(asked), asked)
-            results["final/exact_match_blank_images"] = exact_match(ask(asked, blank=True), asked)
+            results["final/exact_match"] = exact_match(ask(asked), asked, processor)
+            results["final/exact_match_blank_images"] = exact_match(ask(asked, blank=True), asked, processor)
             results |= dict.fromkeys(("rows/exact_match", "rows/exact_match_blank_images"), len(asked))
         if len(shown):
             after = ask(shown)
@@ -143,7 +143,7 @@ def main() -> None:
             print(format_samples(shown, {"before": before, "after": after}))
             if installed("matplotlib") and is_main():
                 sheet = Path(training.output_dir) / "samples.png"
-                save_samples(shown, before, after, sheet)
+                save_samples(shown, before, after, sheet, processor)
                 print(printable(f"With their images: {sheet}"))
 
     if others_end():

@@ -1,11 +1,23 @@
 """Batched greedy answers against the plainest loop there is, and what answers() leaves behind."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from datasets import Dataset
+import trl
+from datasets import Dataset, Features, Json
+from tokenizers import AddedToken
 
 from grades_trl.recipe.builtin import dates, tiny_qwen3
-from grades_trl.recipe.generation import answers, character_error_rate, edit_distance, exact_match, prompt_text
+from grades_trl.recipe.generation import (
+    answers,
+    character_error_rate,
+    edit_distance,
+    exact_match,
+    format_samples,
+    prompt_text,
+)
+from helpers import PLAIN, chat_tokenizer, llava_processor
 from vlm.builtin import digit_images, tiny_llava
 from vlm.generation import answers as vlm_answers
 
@@ -179,3 +191,77 @@ def test_a_vision_prompt_of_plain_text_is_taken_as_it_is():
     assert vlm_answers(model, processor, plain, max_new_tokens=4) == vlm_answers(
         model, processor, messages, max_new_tokens=4
     )
+
+
+def qwen_tokenizer(name="qwen3"):
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text("utf-8")
+    marks = ("<|im_start|>", "<|im_end|>", "<|box_start|>", "<|box_end|>")
+    tokenizer = chat_tokenizer(template, *marks, eos_token="<|im_end|>")
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])
+    return tokenizer
+
+
+def conversations(*replies, **columns):
+    """Rows with one reply each: its text, or a whole message."""
+    messages = [{"role": "assistant", "content": r} if isinstance(r, str) else r for r in replies]
+    rows = {"prompt": [[{"role": "user", "content": "?"}]] * len(replies), "completion": [[m] for m in messages]}
+    return Dataset.from_dict(rows | columns, features=Features(dict.fromkeys(rows | columns, Json())))
+
+
+def learned(tokenizer, data):
+    """What a perfectly trained model answers: the tokens that TRL learns of each row, up to the end, decoded."""
+    texts = []
+    for row in data:
+        options = row.get("chat_template_kwargs") or {}
+        asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **options)["input_ids"]
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], **options)["input_ids"]
+        assert whole[: len(asked)] == asked
+        answer = whole[len(asked) : whole.index(tokenizer.eos_token_id, len(asked))]
+        texts.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
+    return texts
+
+
+def test_an_empty_think_block_of_the_template_is_expected():
+    tokenizer, data = qwen_tokenizer(), conversations("a1", "a2")
+    perfect = learned(tokenizer, data)
+    assert perfect[0] == "<think>\n\n</think>\n\na1"
+    assert exact_match(perfect, data, tokenizer) == 1.0
+    assert exact_match([perfect[0], perfect[0]], data, tokenizer) == 0.5
+    assert character_error_rate(perfect, data, tokenizer) == 0.0
+    assert character_error_rate([perfect[0], perfect[0]], data, tokenizer) == 0.25  # of the letters of the answers
+    data = data.add_column("chat_template_kwargs", [{"enable_thinking": False}] * 2)  # then it is in the prompt
+    assert learned(tokenizer, data) == ["a1", "a2"]
+    assert exact_match(["a1", "a2"], data, tokenizer) == 1.0
+    assert format_samples(data.select([0]), {"after": perfect[:1]}).splitlines()[2:] == [
+        "  expected  a1",
+        "  after     a1",
+    ]
+
+
+def test_of_a_reply_with_reasoning_the_final_answer_is_compared():
+    tokenizer = qwen_tokenizer()
+    data = conversations(
+        {"role": "assistant", "content": "a1", "reasoning_content": "1 is one."}, "<think>\n2.\n</think>\n\na2"
+    )
+    assert learned(tokenizer, data)[0] == "<think>\n1 is one.\n</think>\n\na1"
+    assert exact_match(learned(tokenizer, data), data, tokenizer) == 1.0
+    thought_of_otherwise = [f"<think>\nHm.\n</think>\n\n{answer}" for answer in ("a1", "a2")]
+    assert exact_match(thought_of_otherwise, data, tokenizer) == 1.0
+    assert exact_match(["<think>\na1", "<think>\nHm.\n</think>\n\na1"], data, tokenizer) == 0.0
+    assert exact_match([thought_of_otherwise[1]], data.select([1])) == 1.0  # also without a tokenizer
+
+
+def test_a_prompt_that_does_not_begin_the_whole_leaves_the_text_as_expected():
+    template = PLAIN.replace("<|assistant|>{% endif %}", "<|assistant|>Well: {% endif %}")
+    tokenizer, data = chat_tokenizer(template), conversations("a1")
+    assert prompt_text(tokenizer, data[0]) == "<|user|>?<|end|><|assistant|>Well: "
+    assert exact_match(["a1"], data, tokenizer) == 1.0
+
+
+def test_what_the_template_of_a_vision_model_adds_is_expected():
+    processor = llava_processor(chat_tokenizer(""), size=16)
+    processor.chat_template = PLAIN.replace("<|{{ m.role }}|>", "<|{{ m.role }}|>{{ 'A: ' if m.role == 'assistant' }}")
+    data = digit_images(train=1, test=4)["test"]
+    texts = [completion[0]["content"] for completion in data["completion"]]
+    assert exact_match([f"A: {text}" for text in texts], data, processor) == 1.0
+    assert exact_match(texts, data, processor) == 0.0

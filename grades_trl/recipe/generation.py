@@ -81,8 +81,7 @@ def answers(
             "answers() pads prompts to one length, and this tokenizer has no padding token. Set tokenizer.pad_token, "
             "to a token that never occurs in text."
         )
-    read = [name for name in ("prompt", "tools", "chat_template_kwargs") if name in dataset.column_names]
-    prompts = [prompt_text(tokenizer, row) for row in dataset.select_columns(read)]
+    prompts = [prompt_text(tokenizer, row) for row in _texts(dataset)]
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     starts = own_share(model, range(0, len(prompts), batch_size))
     batches = (
@@ -118,10 +117,54 @@ def prompt_text(processor: PreTrainedTokenizerBase | ProcessorMixin, row: dict[s
     the row's own `tools` and `chat_template_kwargs`."""
     if isinstance(row["prompt"], str):
         return row["prompt"]
+    return _rendered(processor, row, row["prompt"], add_generation_prompt=True)
+
+
+def _rendered(
+    processor: PreTrainedTokenizerBase | ProcessorMixin, row: dict[str, Any], messages: list[dict], **options: Any
+) -> str:
+    """Messages through the chat template, with the row's own `tools` and `chat_template_kwargs`."""
     tools = row.get("tools")  # TRL takes them as JSON too
-    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else {}
+    options |= {"tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else {}
     options |= row.get("chat_template_kwargs") or {}
-    return processor.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False, **options)
+    return processor.apply_chat_template(messages, tokenize=False, **options)
+
+
+def expected_ids(processor: PreTrainedTokenizerBase | ProcessorMixin, row: dict[str, Any]) -> list[int]:
+    """
+    The tokens of a row's reply up to its end, as the model learns to write them.
+
+    Chat templates add to a reply: an empty `<think>` block, or the calls of tools. So a reply is what the template
+    writes after the prompt. Where the prompt as it is asked is not the beginning of the whole, it is the text alone.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    text = text_of(row["completion"])
+    if not isinstance(row["completion"], str):
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(processor, ProcessorMixin):  # their templates expect lists of parts
+            prompt, completion = _in_parts(prompt), _in_parts(completion)
+        asked = _rendered(processor, row, prompt, add_generation_prompt=True)
+        whole = _rendered(processor, row, prompt + completion)
+        if whole.startswith(asked):
+            text = whole.removeprefix(asked)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+
+
+def _in_parts(messages: list[dict]) -> list[dict]:
+    """The messages with each text as a list of one part, as TRL gives them to the chat template of a processor."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
+
+
+def final_answer(text: str) -> str:
+    """What comes after the reasoning of a reply (`<think> ... </think>`), if there is any."""
+    before, end, after = text.partition("</think>")
+    return (after if end else before).strip()
 
 
 def text_of(turns: str | list[dict]) -> str:
@@ -132,13 +175,19 @@ def text_of(turns: str | list[dict]) -> str:
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
-def exact_match(answers: list[str], dataset: Dataset) -> float:
+def exact_match(
+    answers: list[str], dataset: Dataset, processor: PreTrainedTokenizerBase | ProcessorMixin | None = None
+) -> float:
     """
-    Fraction of the answers that are the completion's text, outer spaces aside.
+    Fraction of the answers that are the expected reply, outer spaces aside. Of replies with reasoning
+    (`<think> ... </think>`), what comes after it is compared.
 
     Args:
         answers (`list[str]`): one per example, in the order of the dataset.
-        dataset ([`~datasets.Dataset`]): with a column `completion`.
+        dataset ([`~datasets.Dataset`]): with a column `completion`, and `prompt` where a processor is given.
+        processor ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*): of the
+            model. What is expected is then the reply as its chat template writes it, encoded and decoded as an answer
+            is. Without it, the completion's text.
 
     Returns:
         `float`: between 0 and 1.
@@ -146,18 +195,19 @@ def exact_match(answers: list[str], dataset: Dataset) -> float:
     Raises:
         `ValueError`: if there are no answers, or not one per example.
     """
-    right = [answer == expected for answer, expected in _pairs("exact_match", answers, dataset)]
+    right = [answer == expected for answer, expected in _pairs("exact_match", answers, dataset, processor)]
     return sum(right) / len(right)
 
 
-def character_error_rate(answers: list[str], dataset: Dataset) -> float:
+def character_error_rate(
+    answers: list[str], dataset: Dataset, processor: PreTrainedTokenizerBase | ProcessorMixin | None = None
+) -> float:
     """
-    Characters to insert, delete or replace to turn the answers into the completions' texts, outer spaces aside, per
-    character of those texts: the usual score of text recognition.
+    Characters to insert, delete or replace to turn the answers into the expected replies, outer spaces aside, per
+    character of those replies: the usual score of text recognition.
 
     Args:
-        answers (`list[str]`): one per example, in the order of the dataset.
-        dataset ([`~datasets.Dataset`]): with a column `completion`.
+        answers (`list[str]`), dataset ([`~datasets.Dataset`]), processor (*optional*): as in [`exact_match`].
 
     Returns:
         `float`: 0 if all is right; above 1 where answers are much longer than what was expected.
@@ -165,7 +215,7 @@ def character_error_rate(answers: list[str], dataset: Dataset) -> float:
     Raises:
         `ValueError`: if there are no answers, or not one per example.
     """
-    pairs = _pairs("character_error_rate", answers, dataset)
+    pairs = _pairs("character_error_rate", answers, dataset, processor)
     return sum(edit_distance(*pair) for pair in pairs) / max(1, sum(len(expected) for _, expected in pairs))
 
 
@@ -181,26 +231,39 @@ def edit_distance(a: str, b: str) -> int:
     return distances[-1]
 
 
-def _pairs(score: str, answers: list[str], dataset: Dataset) -> list[tuple[str, str]]:
-    """Each answer beside what was expected, without outer spaces."""
+def _pairs(
+    score: str, answers: list[str], dataset: Dataset, processor: PreTrainedTokenizerBase | ProcessorMixin | None
+) -> list[tuple[str, str]]:
+    """Each answer beside what was expected, without reasoning and outer spaces."""
     if not answers or len(answers) != len(dataset):
         raise ValueError(
             f"{score}() got {counted(len(answers), 'answer')} to {counted(len(dataset), 'example')}. It needs one "
             "answer per example, in the order of the dataset, and at least one."
         )
-    expected = [text_of(completion) for completion in dataset["completion"]]
-    return [(ours.strip(), theirs.strip()) for ours, theirs in zip(answers, expected, strict=True)]
+    if processor is None:
+        expected = [text_of(completion) for completion in dataset["completion"]]
+    else:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        ids = [expected_ids(processor, row) for row in _texts(dataset, "completion")]
+        expected = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [(final_answer(ours), final_answer(theirs)) for ours, theirs in zip(answers, expected, strict=True)]
+
+
+def _texts(dataset: Dataset, *columns: str) -> Dataset:
+    """What a prompt is made of, and those columns. Images stay on the disk."""
+    read = ("prompt", "tools", "chat_template_kwargs", *columns)
+    return dataset.select_columns([name for name in read if name in dataset.column_names])
 
 
 def format_samples(dataset: Dataset, answers: dict[str, list[str]]) -> str:
-    """Prompts with what was expected and what was answered, by each of those named in `answers`."""
+    """Prompts with what was expected and what was answered, by each of those named in `answers`, without reasoning."""
     answers = {printable(name): given for name, given in answers.items()}
     width = max(map(len, ["expected", *answers]))
     lines = []
     for i, (prompt, completion) in enumerate(zip(dataset["prompt"], dataset["completion"], strict=True)):
         lines += ["", f"  {'prompt':<{width}}  {_one_line(text_of(prompt))}"]
-        lines.append(f"  {'expected':<{width}}  {_one_line(text_of(completion))}")
-        lines += [f"  {name:<{width}}  {_one_line(given[i])}" for name, given in answers.items()]
+        lines.append(f"  {'expected':<{width}}  {_one_line(final_answer(text_of(completion)))}")
+        lines += [f"  {name:<{width}}  {_one_line(final_answer(given[i]))}" for name, given in answers.items()]
     return "\n".join(lines)
 
 
