@@ -265,3 +265,16 @@ def test_what_the_template_of_a_vision_model_adds_is_expected():
     texts = [completion[0]["content"] for completion in data["completion"]]
     assert exact_match([f"A: {text}" for text in texts], data, processor) == 1.0
     assert exact_match(texts, data, processor) == 0.0
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}], ids=["missing", "null", "empty"])
+def test_a_reply_that_calls_a_tool_is_expected_as_the_template_writes_it(content):
+    tokenizer = qwen_tokenizer("qwen2_5")
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Orléans"}}}
+    data = conversations(content | {"role": "assistant", "tool_calls": [call]})
+    shown = '{"name": "weather", "arguments": {"city": "Orléans"}}'
+    assert learned(tokenizer, data) == [f"<tool_call>\n{shown}\n</tool_call>"]
+    assert exact_match(learned(tokenizer, data), data, tokenizer) == 1.0
+    assert character_error_rate(learned(tokenizer, data), data, tokenizer) == 0.0
+    assert exact_match([""], data, tokenizer) == exact_match([""], data) == 0.0
+    assert f"expected  {shown}\n" in format_samples(data, {"after": [""]})

@@ -168,11 +168,15 @@ def final_answer(text: str) -> str:
 
 
 def text_of(turns: str | list[dict]) -> str:
-    """The text of a prompt or completion: of its last message, and of that the text parts (images stand beside it)."""
-    content = turns if isinstance(turns, str) else turns[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
+    """The text of a prompt or completion: of its last message, and of that the text parts (images stand beside it) and
+    the calls of tools."""
+    if isinstance(turns, str):
+        return turns
+    content = turns[-1].get("content") or ""  # there may be none beside a call
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    text = "".join(part["text"] for part in parts if part["type"] == "text")
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in turns[-1].get("tool_calls") or []]
+    return "\n".join([text, *calls] if text else calls)
 
 
 def exact_match(
