@@ -1,12 +1,13 @@
 """Batched greedy answers against the plainest loop there is, and what answers() leaves behind."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
 import trl
 from datasets import Dataset, Features, Json
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 
 from grades_trl.recipe.builtin import dates, tiny_qwen3
 from grades_trl.recipe.generation import (
@@ -278,3 +279,21 @@ def test_a_reply_that_calls_a_tool_is_expected_as_the_template_writes_it(content
     assert character_error_rate(learned(tokenizer, data), data, tokenizer) == 0.0
     assert exact_match([""], data, tokenizer) == exact_match([""], data) == 0.0
     assert f"expected  {shown}\n" in format_samples(data, {"after": [""]})
+
+
+def test_special_tokens_in_a_reply_do_not_count():
+    tokenizer, reply = qwen_tokenizer("qwen2_5"), "<|box_start|>(1,2)<|box_end|>"
+    data = conversations(reply)
+    assert learned(tokenizer, data) == ["(1,2)"]
+    assert exact_match(["(1,2)"], data, tokenizer) == 1.0
+    assert exact_match(["(1,2)"], Dataset.from_dict({"prompt": ["?"], "completion": [reply]}), tokenizer) == 1.0
+    assert exact_match(["(2,1)"], data, tokenizer) == 0.0
+
+
+def test_a_reply_in_another_unicode_form_than_the_tokenizer_writes():
+    tokenizer, data = chat_tokenizer(PLAIN), conversations(unicodedata.normalize("NFD", "Việt Nam, café"))
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    assert learned(tokenizer, data) == [unicodedata.normalize("NFC", "Việt Nam, café")]
+    assert exact_match(learned(tokenizer, data), data, tokenizer) == 1.0
+    assert character_error_rate(learned(tokenizer, data), data, tokenizer) == 0.0
+    assert exact_match(learned(tokenizer, data), data) == 0.0  # the letters are others
