@@ -7,9 +7,11 @@ import pytest
 import torch
 import trl
 from datasets import Dataset, Features, Json
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, normalizers, processors
+from trl import SFTTrainer
 
 from grades_trl.recipe.builtin import dates, tiny_qwen3
+from grades_trl.recipe.export import prompt_inputs
 from grades_trl.recipe.generation import (
     answers,
     character_error_rate,
@@ -18,7 +20,7 @@ from grades_trl.recipe.generation import (
     format_samples,
     prompt_text,
 )
-from helpers import PLAIN, chat_tokenizer, llava_processor
+from helpers import PLAIN, arguments, chat_tokenizer, llava_processor, qwen3
 from vlm.builtin import digit_images, tiny_llava
 from vlm.generation import answers as vlm_answers
 
@@ -178,6 +180,24 @@ def test_tools_and_template_options_of_a_row_reach_its_prompt(tiny):
     assert prompt_text(tokenizer, row) == "hi - "
     row |= {"tools": '[{"name": "clock"}]', "chat_template_kwargs": {"style": "short"}}
     assert prompt_text(tokenizer, row) == "hi clock short"
+
+
+@pytest.mark.parametrize("single", ["<bos> $A", "<bos> $A <|end|>"], ids=["bos", "bos and eos"])
+def test_plain_text_is_asked_as_trl_trains_it(tmp_path, single):
+    """With the special tokens that the tokenizer puts before it, and not with those that it puts after it."""
+    tokenizer = chat_tokenizer(PLAIN, "<bos>", bos_token="<bos>")
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<|end|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    data = Dataset.from_dict({"prompt": ["q1", "q: 2"], "completion": ["a", "b"]})
+    model, asked = qwen3(vocab_size=len(tokenizer)), []
+    trainer = SFTTrainer(model, arguments(tmp_path), train_dataset=data, processing_class=tokenizer)
+    trained = [tokenizer.decode(ids) for ids in trainer.train_dataset["input_ids"]]
+    assert [text.partition("<|end|>")[0] for text in trained] == ["<bos>q1a", "<bos>q: 2b"]
+    model.register_forward_pre_hook(lambda _, args, inputs: asked.append(inputs["input_ids"]), with_kwargs=True)
+    answers(model, tokenizer, data, max_new_tokens=1)
+    assert [tokenizer.decode(row) for row in asked[0]] == ["<bos>q: 2", "<pad><pad><bos>q1"]
+    alone = [row["input_ids"] for row in prompt_inputs(tokenizer, data, vision=False)]
+    assert [tokenizer.decode(row[0]) for row in alone] == ["<bos>q1", "<bos>q: 2"]
 
 
 def test_a_vision_prompt_of_plain_text_is_taken_as_it_is():

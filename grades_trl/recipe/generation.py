@@ -84,22 +84,36 @@ def answers(
     prompts = [prompt_text(tokenizer, row) for row in _texts(dataset)]
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     starts = own_share(model, range(0, len(prompts), batch_size))
+    is_plain = len(dataset) > 0 and isinstance(dataset[0]["prompt"], str)
     batches = (
-        # The template has written the special tokens already. Padding on the left, in this call alone: an answer has
-        # to follow its prompt directly.
-        tokenizer(
-            [prompts[i] for i in longest_first[start : start + batch_size]],
-            add_special_tokens=False,
-            padding=True,
-            padding_side="left",
-            return_token_type_ids=False,
-            return_tensors="pt",
-        ).to(model.device)
+        encoded(tokenizer, [prompts[i] for i in longest_first[start : start + batch_size]], is_plain).to(model.device)
         for start in tqdm(starts, desc="answers", unit="batch", disable=None if is_main() else True)
     )
     own = [i for start in starts for i in longest_first[start : start + batch_size]]
     found = merged(dict(zip(own, generate_greedily(model, tokenizer, batches, max_new_tokens), strict=True)))
     return [found[i] for i in range(len(prompts))]
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, prompts: list[str], is_plain: bool) -> BatchEncoding:
+    """
+    Prompts as the tensors that a text model is asked with.
+
+    TRL trains plain text with the special tokens that the tokenizer puts before it (BOS). A chat template has written
+    them already.
+    """
+    # Padding on the left, in this call alone: an answer has to follow its prompt directly.
+    inputs = tokenizer(
+        prompts,
+        add_special_tokens=is_plain,
+        padding=len(prompts) > 1,  # one alone may have no padding token
+        padding_side="left",
+        return_token_type_ids=False,
+        return_tensors="pt",
+    )
+    with_special, without = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    if is_plain and with_special[-1] != without[-1]:  # an EOS: in training it comes after the answer
+        inputs = BatchEncoding({name: tensor[:, :-1] for name, tensor in inputs.items()})
+    return inputs
 
 
 def own_share(model: PreTrainedModel, starts: range) -> range:
