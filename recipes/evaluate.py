@@ -32,7 +32,13 @@ from grades_trl.recipe.arguments import parse_scoring, scored_with
 from grades_trl.recipe.bad_input import printable, run
 from grades_trl.recipe.console import set_up_console, show_progress
 from grades_trl.recipe.data import first, load_data, whole_conversations_problem
-from grades_trl.recipe.generation import answers, character_error_rate, exact_match, format_samples
+from grades_trl.recipe.generation import (
+    answers,
+    character_error_rate,
+    exact_match,
+    format_samples,
+    warn_long_replies,
+)
 from grades_trl.recipe.harness import check_harness, run_tasks
 from grades_trl.recipe.packed import warn_if_packed_examples_mix
 from grades_trl.recipe.places import command_of, this_command
@@ -124,6 +130,7 @@ def main() -> None:
             show_progress(trainer)
             of_rows, scored[name] = losses(trainer, len(test), groups)
             found |= of_rows
+            warn_long_replies(processor, recipe.max_new_tokens, *asked.values())
             given[name] = {k: ask(model, processor, asked[k], max_new_tokens=recipe.max_new_tokens) for k in asked}
             for split, rows in asked.items():
                 kind = split.removeprefix("test")

@@ -33,7 +33,7 @@ from grades_trl.recipe.data import (
     warn_truncated_examples,
 )
 from grades_trl.recipe.export import check_exports, export_run
-from grades_trl.recipe.generation import answers, exact_match, format_samples
+from grades_trl.recipe.generation import answers, exact_match, format_samples, warn_long_replies
 from grades_trl.recipe.models import check_model, load_model, make_trainable
 from grades_trl.recipe.packed import warn_if_packed_examples_mix
 from grades_trl.recipe.plan import print_plan
@@ -140,6 +140,8 @@ def main() -> None:
         for split, rows in dataset.items()
         if has_prompts and recipe.num_eval_generations and split.startswith("test")
     }
+    measured = [validation] if has_prompts and recipe.grades and grades.heldout_metric == "exact_match" else []
+    warn_long_replies(tokenizer, recipe.max_new_tokens, *asked.values(), *measured)
 
     before = ask(shown) if shown else []
     results = {f"before/exact_match_{split}": exact_match(ask(rows), rows, tokenizer) for split, rows in asked.items()}

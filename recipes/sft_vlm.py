@@ -26,7 +26,7 @@ from grades_trl.recipe.comparison import exit_with_comparison
 from grades_trl.recipe.console import format_start, set_up_console, show_progress
 from grades_trl.recipe.data import LeaveNoFolder, first, load_data, show_example, training_rows
 from grades_trl.recipe.export import check_exports, export_run
-from grades_trl.recipe.generation import exact_match, format_samples
+from grades_trl.recipe.generation import exact_match, format_samples, warn_long_replies
 from grades_trl.recipe.models import check_model, load_model, make_trainable
 from grades_trl.recipe.plan import print_plan
 from grades_trl.recipe.record import record_arguments, samples_of
@@ -124,6 +124,8 @@ def main() -> None:
     # 3. Train, with a few answers before and after. The model is saved as soon as it is trained.
     shown = first(test, recipe.num_samples)
     asked = first(test, recipe.num_eval_generations)
+    measured = [validation] if recipe.grades and grades.heldout_metric == "exact_match" else []
+    warn_long_replies(processor, recipe.max_new_tokens, asked, *measured)
 
     before = ask(shown) if len(shown) else []
     results = {"before/exact_match": exact_match(ask(asked), asked, processor)} if len(asked) else {}

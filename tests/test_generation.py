@@ -19,8 +19,9 @@ from grades_trl.recipe.generation import (
     exact_match,
     format_samples,
     prompt_text,
+    warn_long_replies,
 )
-from helpers import PLAIN, arguments, chat_tokenizer, llava_processor, qwen3
+from helpers import PLAIN, arguments, chat_tokenizer, llava_processor, qwen3, warnings_in
 from vlm.builtin import digit_images, tiny_llava
 from vlm.generation import answers as vlm_answers
 
@@ -317,3 +318,15 @@ def test_a_reply_in_another_unicode_form_than_the_tokenizer_writes():
     assert exact_match(learned(tokenizer, data), data, tokenizer) == 1.0
     assert character_error_rate(learned(tokenizer, data), data, tokenizer) == 0.0
     assert exact_match(learned(tokenizer, data), data) == 0.0  # the letters are others
+
+
+def test_replies_longer_than_the_longest_answer_are_counted(caplog):
+    tokenizer = chat_tokenizer(PLAIN.replace("<|end|>", "  <|end|>"))  # a token per letter, and two that do not count
+    rows, more = conversations("1234", "12345", "1234567"), conversations("123456789")
+    warn_long_replies(tokenizer, 9, rows, more)
+    warn_long_replies(tokenizer, 4, rows.select([0]))
+    assert not warnings_in(caplog)
+    warn_long_replies(tokenizer, 4, rows, more)
+    (warning,) = warnings_in(caplog)
+    assert warning.startswith("3 of 4 expected answers are longer than --max_new_tokens 4.")
+    assert "The longest has 11 tokens" in warning

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import textwrap
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +15,8 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from grades_trl.distributed import gathered_objects, is_main, is_sharded, rank, world_size
 from grades_trl.recipe.bad_input import printable
 from grades_trl.wording import counted
+
+logger = logging.getLogger(__name__)
 
 # Without temperature, top_p and top_k there are no warnings about sampling defaults.
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
@@ -163,6 +166,27 @@ def expected_ids(processor: PreTrainedTokenizerBase | ProcessorMixin, row: dict[
             text = whole.removeprefix(asked)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+
+
+def warn_long_replies(
+    processor: PreTrainedTokenizerBase | ProcessorMixin, max_new_tokens: int, *datasets: Dataset
+) -> None:
+    """Warns, with counts, if answers of `max_new_tokens` are too short for what is expected in these rows."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    replies = [expected_ids(processor, row) for dataset in datasets for row in _texts(dataset, "completion")]
+    too_long = [
+        len(ids)
+        for ids in replies
+        if len(ids) > max_new_tokens  # its end may be white space and special tokens, which do not count
+        and tokenizer.decode(ids, skip_special_tokens=True).strip()
+        != tokenizer.decode(ids[:max_new_tokens], skip_special_tokens=True).strip()
+    ]
+    if too_long:
+        logger.warning(
+            f"{len(too_long):,} of {counted(len(replies), 'expected answer')} {'is' if len(too_long) == 1 else 'are'} "
+            f"longer than --max_new_tokens {max_new_tokens}. Generated answers end there, and exact match counts them "
+            f"as wrong. The longest has {max(too_long):,} tokens: --max_new_tokens {max(too_long)} is enough for all."
+        )
 
 
 def _in_parts(messages: list[dict]) -> list[dict]:
