@@ -320,6 +320,18 @@ def test_a_reply_in_another_unicode_form_than_the_tokenizer_writes():
     assert exact_match(learned(tokenizer, data), data) == 0.0  # the letters are others
 
 
+def test_rows_without_images_among_those_with_one():
+    model, processor = tiny_llava()
+    data = digit_images(train=1, test=4)["test"]
+    columns = data[:] | {"images": [images if i in (0, 3) else [] for i, images in enumerate(data["images"])]}
+    rows = Dataset.from_dict(columns, features=data.features)
+    together = vlm_answers(model, processor, rows, max_new_tokens=4)
+    assert vlm_answers(model, processor, rows, batch_size=1, max_new_tokens=4) == together
+    assert vlm_answers(model, processor, rows.select([1, 2]), max_new_tokens=4) == together[1:3]
+    alone = prompt_inputs(processor, rows, vision=True)
+    assert ["pixel_values" in inputs for inputs in alone] == [True, False, False, True]
+
+
 def test_replies_longer_than_the_longest_answer_are_counted(caplog):
     tokenizer = chat_tokenizer(PLAIN.replace("<|end|>", "  <|end|>"))  # a token per letter, and two that do not count
     rows, more = conversations("1234", "12345", "1234567"), conversations("123456789")

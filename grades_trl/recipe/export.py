@@ -403,7 +403,8 @@ def prompt_inputs(processor: Any, rows: Dataset, vision: bool) -> list[Any]:
             row["prompt"] = prepare_multimodal_messages(row["prompt"], images=row["images"])
         text = prompt_text(processor, row)
         # TRL's collator adds no special tokens to plain text with images either
-        inputs.append(processor(images=row["images"], text=text, add_special_tokens=False, return_tensors="pt"))
+        images = row["images"] or None  # processors refuse an empty list
+        inputs.append(processor(images=images, text=text, add_special_tokens=False, return_tensors="pt"))
     return inputs
 
 
