@@ -35,7 +35,7 @@ def main() -> None:
     for run in json.loads((given.folder / "compare.json").read_text("utf-8"))["runs"]:
         name = f"{run['variant']}-seed{run['seed']}"
         model, processor = load_trained(str(given.folder / name), ModelConfig(), vision=True)
-        found = exact_match(answers(model, processor, test, max_new_tokens=10), test)
+        found = exact_match(answers(model, processor, test, max_new_tokens=10), test, processor)
         runs.append({"variant": run["variant"], "seed": run["seed"], "exact_match": found})
         print(f"{name}: {100 * found:.2f} %", flush=True)
     path = given.folder / "more_images.json"

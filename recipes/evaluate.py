@@ -32,7 +32,13 @@ from grades_trl.recipe.arguments import parse_scoring, scored_with
 from grades_trl.recipe.bad_input import printable, run
 from grades_trl.recipe.console import set_up_console, show_progress
 from grades_trl.recipe.data import first, load_data, whole_conversations_problem
-from grades_trl.recipe.generation import answers, character_error_rate, exact_match, format_samples
+from grades_trl.recipe.generation import (
+    answers,
+    character_error_rate,
+    exact_match,
+    format_samples,
+    warn_long_replies,
+)
 from grades_trl.recipe.harness import check_harness, run_tasks
 from grades_trl.recipe.packed import warn_if_packed_examples_mix
 from grades_trl.recipe.places import command_of, this_command
@@ -124,16 +130,17 @@ def main() -> None:
             show_progress(trainer)
             of_rows, scored[name] = losses(trainer, len(test), groups)
             found |= of_rows
+            warn_long_replies(processor, recipe.max_new_tokens, *asked.values())
             given[name] = {k: ask(model, processor, asked[k], max_new_tokens=recipe.max_new_tokens) for k in asked}
             for split, rows in asked.items():
                 kind = split.removeprefix("test")
-                found[f"exact_match{kind}"] = exact_match(given[name][split], rows)
-                found[f"character_error_rate{kind}"] = character_error_rate(given[name][split], rows)
+                found[f"exact_match{kind}"] = exact_match(given[name][split], rows, processor)
+                found[f"character_error_rate{kind}"] = character_error_rate(given[name][split], rows, processor)
             for score in (exact_match, character_error_rate) if asked else ():
-                found |= by_category(score, given[name]["test"], asked["test"], groups)
+                found |= by_category(score, given[name]["test"], asked["test"], groups, processor)
             if vision and asked:  # what can be answered without seeing
                 blind = ask(model, processor, asked["test"], max_new_tokens=recipe.max_new_tokens, blank=True)
-                found["exact_match_blank_images"] = exact_match(blind, asked["test"])
+                found["exact_match_blank_images"] = exact_match(blind, asked["test"], processor)
             del model, trainer
             release()
         if tasks:
@@ -204,14 +211,19 @@ def losses(trainer: SFTTrainer, given: int, groups: dict[str, list[int]]) -> tup
 
 
 def by_category(
-    score: Callable[[list[str], Dataset], float], given: list[str], asked: Dataset, groups: dict[str, list[int]]
+    score: Callable[[list[str], Dataset, Any], float],
+    given: list[str],
+    asked: Dataset,
+    groups: dict[str, list[int]],
+    processor: Any,
 ) -> dict[str, float]:
     """A score of the answers of each category; those of which no row was asked are left out."""
     scores = {}
     for category, indices in groups.items():
         of_category = [i for i in indices if i < len(asked)]
         if of_category:
-            scores[f"{category}/{score.__name__}"] = score([given[i] for i in of_category], asked.select(of_category))
+            rows = asked.select(of_category)
+            scores[f"{category}/{score.__name__}"] = score([given[i] for i in of_category], rows, processor)
     return scores
 
 

@@ -71,7 +71,7 @@ def main() -> None:
     grades.finish()  # GradES: the better of the last weights and their best average
 
     # 4. Test: read whole numbers.
-    right = 100 * exact_match(answers(model, processor, test, batch_size=100, max_new_tokens=8), test)
+    right = 100 * exact_match(answers(model, processor, test, batch_size=100, max_new_tokens=8), test, processor)
     print(f"{step} of {args.steps} steps ({grades.stop_reason or 'schedule finished'}), exact match {right:.1f} %")
 
 

@@ -33,7 +33,7 @@ from grades_trl.recipe.data import (
     warn_truncated_examples,
 )
 from grades_trl.recipe.export import check_exports, export_run
-from grades_trl.recipe.generation import answers, exact_match, format_samples
+from grades_trl.recipe.generation import answers, exact_match, format_samples, warn_long_replies
 from grades_trl.recipe.models import check_model, load_model, make_trainable
 from grades_trl.recipe.packed import warn_if_packed_examples_mix
 from grades_trl.recipe.plan import print_plan
@@ -109,7 +109,7 @@ def main() -> None:
 
     def score(count: int) -> float:  # for heldout_metric: exact_match
         rows = validation.select(range(count))
-        return exact_match(ask(rows), rows)
+        return exact_match(ask(rows), rows, tokenizer)
 
     trainer = GradESTrainer(
         model=model,
@@ -140,16 +140,20 @@ def main() -> None:
         for split, rows in dataset.items()
         if has_prompts and recipe.num_eval_generations and split.startswith("test")
     }
+    measured = [validation] if has_prompts and recipe.grades and grades.heldout_metric == "exact_match" else []
+    warn_long_replies(tokenizer, recipe.max_new_tokens, *asked.values(), *measured)
 
     before = ask(shown) if shown else []
-    results = {f"before/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}
+    results = {f"before/exact_match_{split}": exact_match(ask(rows), rows, tokenizer) for split, rows in asked.items()}
     train_and_save(trainer, clock, training.resume_from_checkpoint)
 
     # 4. Score it: the loss of the held-out rows, and exact answers.
     results |= final_eval(trainer, test)
     samples = []
     if trainer.diverged_at is None:
-        results |= {f"final/exact_match_{split}": exact_match(ask(rows), rows) for split, rows in asked.items()}
+        results |= {
+            f"final/exact_match_{split}": exact_match(ask(rows), rows, tokenizer) for split, rows in asked.items()
+        }
         results |= {f"rows/exact_match_{split}": len(rows) for split, rows in asked.items()}
         if shown:
             after = ask(shown)

@@ -26,7 +26,7 @@ from grades_trl.recipe.comparison import exit_with_comparison
 from grades_trl.recipe.console import format_start, set_up_console, show_progress
 from grades_trl.recipe.data import LeaveNoFolder, first, load_data, show_example, training_rows
 from grades_trl.recipe.export import check_exports, export_run
-from grades_trl.recipe.generation import exact_match, format_samples
+from grades_trl.recipe.generation import exact_match, format_samples, warn_long_replies
 from grades_trl.recipe.models import check_model, load_model, make_trainable
 from grades_trl.recipe.plan import print_plan
 from grades_trl.recipe.record import record_arguments, samples_of
@@ -98,7 +98,7 @@ def main() -> None:
 
     def score(count: int) -> float:  # for heldout_metric: exact_match
         rows = validation.select(range(count))
-        return exact_match(ask(rows), rows)
+        return exact_match(ask(rows), rows, processor)
 
     trainer = GradESVLMTrainer(
         model=model,
@@ -124,9 +124,11 @@ def main() -> None:
     # 3. Train, with a few answers before and after. The model is saved as soon as it is trained.
     shown = first(test, recipe.num_samples)
     asked = first(test, recipe.num_eval_generations)
+    measured = [validation] if recipe.grades and grades.heldout_metric == "exact_match" else []
+    warn_long_replies(processor, recipe.max_new_tokens, asked, *measured)
 
     before = ask(shown) if len(shown) else []
-    results = {"before/exact_match": exact_match(ask(asked), asked)} if len(asked) else {}
+    results = {"before/exact_match": exact_match(ask(asked), asked, processor)} if len(asked) else {}
     train_and_save(trainer, clock, training.resume_from_checkpoint)
 
     # 4. Score it: the loss of the held-out rows, and exact answers, beside those of the same model given blank images,
@@ -134,8 +136,8 @@ def main() -> None:
     results, samples = results | final_eval(trainer, test), []
     if trainer.diverged_at is None:
         if len(asked):
-            results["final/exact_match"] = exact_match(ask(asked), asked)
-            results["final/exact_match_blank_images"] = exact_match(ask(asked, blank=True), asked)
+            results["final/exact_match"] = exact_match(ask(asked), asked, processor)
+            results["final/exact_match_blank_images"] = exact_match(ask(asked, blank=True), asked, processor)
             results |= dict.fromkeys(("rows/exact_match", "rows/exact_match_blank_images"), len(asked))
         if len(shown):
             after = ask(shown)
@@ -143,7 +145,7 @@ def main() -> None:
             print(format_samples(shown, {"before": before, "after": after}))
             if installed("matplotlib") and is_main():
                 sheet = Path(training.output_dir) / "samples.png"
-                save_samples(shown, before, after, sheet)
+                save_samples(shown, before, after, sheet, processor)
                 print(printable(f"With their images: {sheet}"))
 
     if others_end():

@@ -1,11 +1,27 @@
 """Batched greedy answers against the plainest loop there is, and what answers() leaves behind."""
 
+import unicodedata
+from pathlib import Path
+
 import pytest
 import torch
-from datasets import Dataset
+import trl
+from datasets import Dataset, Features, Json
+from tokenizers import AddedToken, normalizers, processors
+from trl import SFTTrainer
 
 from grades_trl.recipe.builtin import dates, tiny_qwen3
-from grades_trl.recipe.generation import answers, character_error_rate, edit_distance, exact_match, prompt_text
+from grades_trl.recipe.export import prompt_inputs
+from grades_trl.recipe.generation import (
+    answers,
+    character_error_rate,
+    edit_distance,
+    exact_match,
+    format_samples,
+    prompt_text,
+    warn_long_replies,
+)
+from helpers import PLAIN, arguments, chat_tokenizer, llava_processor, qwen3, warnings_in
 from vlm.builtin import digit_images, tiny_llava
 from vlm.generation import answers as vlm_answers
 
@@ -167,6 +183,24 @@ def test_tools_and_template_options_of_a_row_reach_its_prompt(tiny):
     assert prompt_text(tokenizer, row) == "hi clock short"
 
 
+@pytest.mark.parametrize("single", ["<bos> $A", "<bos> $A <|end|>"], ids=["bos", "bos and eos"])
+def test_plain_text_is_asked_as_trl_trains_it(tmp_path, single):
+    """With the special tokens that the tokenizer puts before it, and not with those that it puts after it."""
+    tokenizer = chat_tokenizer(PLAIN, "<bos>", bos_token="<bos>")
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<|end|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    data = Dataset.from_dict({"prompt": ["q1", "q: 2"], "completion": ["a", "b"]})
+    model, asked = qwen3(vocab_size=len(tokenizer)), []
+    trainer = SFTTrainer(model, arguments(tmp_path), train_dataset=data, processing_class=tokenizer)
+    trained = [tokenizer.decode(ids) for ids in trainer.train_dataset["input_ids"]]
+    assert [text.partition("<|end|>")[0] for text in trained] == ["<bos>q1a", "<bos>q: 2b"]
+    model.register_forward_pre_hook(lambda _, args, inputs: asked.append(inputs["input_ids"]), with_kwargs=True)
+    answers(model, tokenizer, data, max_new_tokens=1)
+    assert [tokenizer.decode(row) for row in asked[0]] == ["<bos>q: 2", "<pad><pad><bos>q1"]
+    alone = [row["input_ids"] for row in prompt_inputs(tokenizer, data, vision=False)]
+    assert [tokenizer.decode(row[0]) for row in alone] == ["<bos>q1", "<bos>q: 2"]
+
+
 def test_a_vision_prompt_of_plain_text_is_taken_as_it_is():
     model, processor = tiny_llava()
     messages = digit_images(train=1, test=4)["test"]
@@ -179,3 +213,132 @@ def test_a_vision_prompt_of_plain_text_is_taken_as_it_is():
     assert vlm_answers(model, processor, plain, max_new_tokens=4) == vlm_answers(
         model, processor, messages, max_new_tokens=4
     )
+
+
+def qwen_tokenizer(name="qwen3"):
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text("utf-8")
+    marks = ("<|im_start|>", "<|im_end|>", "<|box_start|>", "<|box_end|>")
+    tokenizer = chat_tokenizer(template, *marks, eos_token="<|im_end|>")
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])
+    return tokenizer
+
+
+def conversations(*replies, **columns):
+    """Rows with one reply each: its text, or a whole message."""
+    messages = [{"role": "assistant", "content": r} if isinstance(r, str) else r for r in replies]
+    rows = {"prompt": [[{"role": "user", "content": "?"}]] * len(replies), "completion": [[m] for m in messages]}
+    return Dataset.from_dict(rows | columns, features=Features(dict.fromkeys(rows | columns, Json())))
+
+
+def learned(tokenizer, data):
+    """What a perfectly trained model answers: the tokens that TRL learns of each row, up to the end, decoded."""
+    texts = []
+    for row in data:
+        options = row.get("chat_template_kwargs") or {}
+        asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **options)["input_ids"]
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], **options)["input_ids"]
+        assert whole[: len(asked)] == asked
+        answer = whole[len(asked) : whole.index(tokenizer.eos_token_id, len(asked))]
+        texts.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
+    return texts
+
+
+def test_an_empty_think_block_of_the_template_is_expected():
+    tokenizer, data = qwen_tokenizer(), conversations("a1", "a2")
+    perfect = learned(tokenizer, data)
+    assert perfect[0] == "<think>\n\n</think>\n\na1"
+    assert exact_match(perfect, data, tokenizer) == 1.0
+    assert exact_match([perfect[0], perfect[0]], data, tokenizer) == 0.5
+    assert character_error_rate(perfect, data, tokenizer) == 0.0
+    assert character_error_rate([perfect[0], perfect[0]], data, tokenizer) == 0.25  # of the letters of the answers
+    data = data.add_column("chat_template_kwargs", [{"enable_thinking": False}] * 2)  # then it is in the prompt
+    assert learned(tokenizer, data) == ["a1", "a2"]
+    assert exact_match(["a1", "a2"], data, tokenizer) == 1.0
+    assert format_samples(data.select([0]), {"after": perfect[:1]}).splitlines()[2:] == [
+        "  expected  a1",
+        "  after     a1",
+    ]
+
+
+def test_of_a_reply_with_reasoning_the_final_answer_is_compared():
+    tokenizer = qwen_tokenizer()
+    data = conversations(
+        {"role": "assistant", "content": "a1", "reasoning_content": "1 is one."}, "<think>\n2.\n</think>\n\na2"
+    )
+    assert learned(tokenizer, data)[0] == "<think>\n1 is one.\n</think>\n\na1"
+    assert exact_match(learned(tokenizer, data), data, tokenizer) == 1.0
+    thought_of_otherwise = [f"<think>\nHm.\n</think>\n\n{answer}" for answer in ("a1", "a2")]
+    assert exact_match(thought_of_otherwise, data, tokenizer) == 1.0
+    assert exact_match(["<think>\na1", "<think>\nHm.\n</think>\n\na1"], data, tokenizer) == 0.0
+    assert exact_match([thought_of_otherwise[1]], data.select([1])) == 1.0  # also without a tokenizer
+
+
+def test_a_prompt_that_does_not_begin_the_whole_leaves_the_text_as_expected():
+    template = PLAIN.replace("<|assistant|>{% endif %}", "<|assistant|>Well: {% endif %}")
+    tokenizer, data = chat_tokenizer(template), conversations("a1")
+    assert prompt_text(tokenizer, data[0]) == "<|user|>?<|end|><|assistant|>Well: "
+    assert exact_match(["a1"], data, tokenizer) == 1.0
+
+
+def test_what_the_template_of_a_vision_model_adds_is_expected():
+    processor = llava_processor(chat_tokenizer(""), size=16)
+    processor.chat_template = PLAIN.replace("<|{{ m.role }}|>", "<|{{ m.role }}|>{{ 'A: ' if m.role == 'assistant' }}")
+    data = digit_images(train=1, test=4)["test"]
+    texts = [completion[0]["content"] for completion in data["completion"]]
+    assert exact_match([f"A: {text}" for text in texts], data, processor) == 1.0
+    assert exact_match(texts, data, processor) == 0.0
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}], ids=["missing", "null", "empty"])
+def test_a_reply_that_calls_a_tool_is_expected_as_the_template_writes_it(content):
+    tokenizer = qwen_tokenizer("qwen2_5")
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Orléans"}}}
+    data = conversations(content | {"role": "assistant", "tool_calls": [call]})
+    shown = '{"name": "weather", "arguments": {"city": "Orléans"}}'
+    assert learned(tokenizer, data) == [f"<tool_call>\n{shown}\n</tool_call>"]
+    assert exact_match(learned(tokenizer, data), data, tokenizer) == 1.0
+    assert character_error_rate(learned(tokenizer, data), data, tokenizer) == 0.0
+    assert exact_match([""], data, tokenizer) == exact_match([""], data) == 0.0
+    assert f"expected  {shown}\n" in format_samples(data, {"after": [""]})
+
+
+def test_special_tokens_in_a_reply_do_not_count():
+    tokenizer, reply = qwen_tokenizer("qwen2_5"), "<|box_start|>(1,2)<|box_end|>"
+    data = conversations(reply)
+    assert learned(tokenizer, data) == ["(1,2)"]
+    assert exact_match(["(1,2)"], data, tokenizer) == 1.0
+    assert exact_match(["(1,2)"], Dataset.from_dict({"prompt": ["?"], "completion": [reply]}), tokenizer) == 1.0
+    assert exact_match(["(2,1)"], data, tokenizer) == 0.0
+
+
+def test_a_reply_in_another_unicode_form_than_the_tokenizer_writes():
+    tokenizer, data = chat_tokenizer(PLAIN), conversations(unicodedata.normalize("NFD", "Việt Nam, café"))
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    assert learned(tokenizer, data) == [unicodedata.normalize("NFC", "Việt Nam, café")]
+    assert exact_match(learned(tokenizer, data), data, tokenizer) == 1.0
+    assert character_error_rate(learned(tokenizer, data), data, tokenizer) == 0.0
+    assert exact_match(learned(tokenizer, data), data) == 0.0  # the letters are others
+
+
+def test_rows_without_images_among_those_with_one():
+    model, processor = tiny_llava()
+    data = digit_images(train=1, test=4)["test"]
+    columns = data[:] | {"images": [images if i in (0, 3) else [] for i, images in enumerate(data["images"])]}
+    rows = Dataset.from_dict(columns, features=data.features)
+    together = vlm_answers(model, processor, rows, max_new_tokens=4)
+    assert vlm_answers(model, processor, rows, batch_size=1, max_new_tokens=4) == together
+    assert vlm_answers(model, processor, rows.select([1, 2]), max_new_tokens=4) == together[1:3]
+    alone = prompt_inputs(processor, rows, vision=True)
+    assert ["pixel_values" in inputs for inputs in alone] == [True, False, False, True]
+
+
+def test_replies_longer_than_the_longest_answer_are_counted(caplog):
+    tokenizer = chat_tokenizer(PLAIN.replace("<|end|>", "  <|end|>"))  # a token per letter, and two that do not count
+    rows, more = conversations("1234", "12345", "1234567"), conversations("123456789")
+    warn_long_replies(tokenizer, 9, rows, more)
+    warn_long_replies(tokenizer, 4, rows.select([0]))
+    assert not warnings_in(caplog)
+    warn_long_replies(tokenizer, 4, rows, more)
+    (warning,) = warnings_in(caplog)
+    assert warning.startswith("3 of 4 expected answers are longer than --max_new_tokens 4.")
+    assert "The longest has 11 tokens" in warning

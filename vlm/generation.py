@@ -65,7 +65,7 @@ def answers(
                 row["prompt"] = prepare_multimodal_messages(row["prompt"], images=of_row)
             texts.append(prompt_text(processor, row))
         return processor(
-            images=images,
+            images=images if any(images) else None,  # processors refuse a batch that has none, and TRL does the same
             text=texts,
             padding=True,
             padding_side="left",

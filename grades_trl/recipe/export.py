@@ -26,7 +26,7 @@ from grades_trl.extras import require
 from grades_trl.recipe.arguments import RecipeArguments
 from grades_trl.recipe.bad_input import printable
 from grades_trl.recipe.data import first
-from grades_trl.recipe.generation import GREEDY, prompt_text
+from grades_trl.recipe.generation import GREEDY, encoded, prompt_text
 from grades_trl.recipe.gguf_tokenizer import vocabulary_of
 from grades_trl.recipe.modelfile import modelfile
 from grades_trl.recipe.models import find_gguf, load_gguf, read_config
@@ -395,14 +395,16 @@ def prompt_inputs(processor: Any, rows: Dataset, vision: bool) -> list[Any]:
     """The tensors of each prompt, one at a time: nothing is padded."""
     inputs = []
     for row in rows:
-        options: dict[str, Any] = {"add_special_tokens": False, "return_tensors": "pt"}
-        if vision:
-            options["images"] = row["images"]
-            if not isinstance(row["prompt"], str):
-                row["prompt"] = prepare_multimodal_messages(row["prompt"], images=row["images"])
-        else:
-            options["return_token_type_ids"] = False
-        inputs.append(processor(text=prompt_text(processor, row), **options))
+        is_plain = isinstance(row["prompt"], str)
+        if not vision:
+            inputs.append(encoded(processor, [prompt_text(processor, row)], is_plain))
+            continue
+        if not is_plain:
+            row["prompt"] = prepare_multimodal_messages(row["prompt"], images=row["images"])
+        text = prompt_text(processor, row)
+        # TRL's collator adds no special tokens to plain text with images either
+        images = row["images"] or None  # processors refuse an empty list
+        inputs.append(processor(images=images, text=text, add_special_tokens=False, return_tensors="pt"))
     return inputs
 
 
