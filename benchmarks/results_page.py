@@ -37,8 +37,8 @@ TITLES = {
     ),
     "demo_vlm_bema": (
         "The same, with BEMA",
-        "The whole baseline, scored with TRL's average of the weights (`BEMACallback`, moved in each step). It is below "
-        "the last weights of the baseline in each seed.",
+        "The whole baseline, scored with TRL's average of the weights (`BEMACallback`, moved in each step). It is "
+        "below the last weights of the baseline in each seed.",
     ),
     "demo_vlm_lora": (
         "The same, with LoRA",

@@ -260,6 +260,14 @@ def test_an_empty_think_block_of_the_template_is_expected():
     ]
 
 
+def test_a_long_sample_is_cut_where_there_are_no_spaces_too():
+    long = "\u4f60\u597d" * 80
+    shown = format_samples(Dataset.from_list([{"prompt": long, "completion": f"a\nb {long}"}]), {})
+    prompt, expected = shown.splitlines()[1:]
+    assert prompt.split() == ["prompt", long[:96], "..."]
+    assert expected.split() == ["expected", "a", "b", long[:92], "..."]
+
+
 def test_of_a_reply_with_reasoning_the_final_answer_is_compared():
     tokenizer = qwen_tokenizer()
     data = conversations(

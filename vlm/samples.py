@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 
 from datasets import Dataset
@@ -10,6 +9,7 @@ from transformers import ProcessorMixin
 
 from grades_trl.extras import require
 from grades_trl.recipe.generation import exact_match, final_answer, text_of
+from grades_trl.wording import shortened
 
 
 def save_samples(
@@ -39,7 +39,7 @@ def save_samples(
         lines.append(("after", last, "tab:green" if right_answer else "tab:red"))
         for y, (label, text, color) in zip((0.82, 0.5, 0.18), lines, strict=True):
             printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in final_answer(text))
-            shown = textwrap.shorten(printable, 90, placeholder=" ...").replace("$", r"\$")  # $ would start mathtext
+            shown = shortened(printable, 90).replace("$", r"\$")  # $ would start mathtext
             right.text(0, y, f"{label:<9} {shown}", color=color, family="monospace", fontsize=9, va="center")
         left.axis("off")
         right.axis("off")

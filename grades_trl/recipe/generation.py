@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from grades_trl.distributed import gathered_objects, is_main, is_sharded, rank, world_size
 from grades_trl.recipe.bad_input import printable
-from grades_trl.wording import counted
+from grades_trl.wording import counted, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -310,4 +309,4 @@ def format_samples(dataset: Dataset, answers: dict[str, list[str]]) -> str:
 
 
 def _one_line(text: str) -> str:
-    return textwrap.shorten(printable(text), 100, placeholder=" ...")
+    return shortened(printable(text), 100)
