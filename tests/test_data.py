@@ -214,7 +214,86 @@ def test_relative_paths_of_images(tmp_path):
     (with_image,) = (row for row in loaded["test"] if row["images"])
     assert color(with_image["images"][0]) == BLUE
     assert loaded["train"][1]["images"] == []
-    assert loaded["train"].features["images"] == List(Image(mode="RGB"))
+    assert loaded["train"].features["images"] == List(data.images.RGB)
+
+
+def gray(image):
+    """The values of the upper left and the lower right pixel, which are gray."""
+    assert image.mode == "RGB"
+    pixels = image.getpixel((0, 0)), image.getpixel((15, 15))
+    assert all(len(set(pixel)) == 1 for pixel in pixels)
+    return pixels[0][0], pixels[1][0]
+
+
+def halves(dark, bright, dtype="uint16"):
+    values = torch.full((16, 16), dark, dtype=torch.float64).numpy()
+    values[8:] = bright
+    return PILImage.fromarray(values.astype(dtype))
+
+
+def transparent(mode):
+    """Black, and opaque only in its lower half."""
+    alpha = halves(0, 255, "uint8")
+    if mode == "P":
+        image = PILImage.new("P", (16, 16))
+        image.putpalette([0, 0, 0, 10, 10, 10])
+        image.paste(1, (0, 8, 16, 16))
+        image.info["transparency"] = 0
+        return image
+    image = PILImage.new(mode, (16, 16))
+    image.putalpha(alpha)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "expected"),
+    [
+        ("a.png", halves(100 * 256, 200 * 256), (100, 200)),
+        ("a.tif", halves(100 * 256, 200 * 256), (100, 200)),
+        ("black.png", halves(0, 0), (0, 0)),
+        ("a.png", transparent("RGBA"), (255, 0)),
+        ("a.png", transparent("LA"), (255, 0)),
+        ("a.png", transparent("P"), (255, 10)),
+        ("a.png", halves(0, 255, "uint8").convert("1"), (0, 255)),
+        ("a.png", halves(100, 200, "uint8"), (100, 200)),
+        ("a.tif", halves(100, 200, "uint8").convert("RGB").convert("CMYK"), (100, 200)),
+    ],
+    ids=["16-bit", "16-bit-tif", "16-bit-black", "RGBA", "LA", "palette", "1-bit", "8-bit", "CMYK"],
+)
+@pytest.mark.parametrize("source", ["path", "bytes", "folders"])
+def test_images_keep_what_they_show(tmp_path, name, image, expected, source):
+    """However they come into a dataset, and from there to the answers that a model gives."""
+    image.save(tmp_path / name)
+    rows = [{"messages": [USER, ASSISTANT], "images": [str(tmp_path / name)]}] * 4
+    path = tmp_path / "data"
+    if source == "bytes":
+        path.mkdir()
+        rows = [{**row, "images": [{"bytes": (tmp_path / name).read_bytes(), "path": None}]} for row in rows]
+        Dataset.from_list(rows).to_parquet(path / "a.parquet")
+    else:
+        for folder in ("b", "c") if source == "folders" else ("b",):
+            write(path / folder / "data.jsonl", rows)
+    loaded = load(str(path), vision=True, test_size=2)
+    assert gray(loaded["train"][0]["images"][0]) == expected
+    for _ in range(2):  # the second comes from the cache
+        (row,) = to_prompt_completion(loaded["test"].select([0]))
+        assert gray(row["images"][0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "match"),
+    [
+        ("a.tif", halves(100, 70000, "int32"), "integers of 32 bits, of which black and white are not known: save it"),
+        ("a.tif", halves(0.2, 0.9, "float32"), "floating-point numbers, of which black and white are not known: save"),
+        ("a.png", halves(1600, 3200), "the brightest is 3,200 of 65,535, as in images of 12 bits, .*: save it"),
+    ],
+    ids=["32-bit", "float", "12-bit"],
+)
+def test_images_of_an_unknown_range_are_refused(tmp_path, name, image, match):
+    image.save(tmp_path / name)
+    rows = [{"messages": [USER, ASSISTANT], "images": [name]}] * 4
+    with pytest.raises(DataError, match=rf"row 0 \(the first is 0\): image \(.*{name}\) cannot be shown .*{match}"):
+        load(str(write(tmp_path / "data.jsonl", rows)), vision=True)
 
 
 def test_single_image_column_becomes_a_list(tmp_path):

@@ -117,7 +117,8 @@ def load(
 
     The result has only the columns that TRL reads: `messages`, or `prompt` and `completion`, or `text` (where several
     are there, the first of these), `images` for vision, and `tools` and `chat_template_kwargs` beside messages; see
-    [`formats.clean`] for what happens to messages. Images are decoded as RGB when they are read, not here.
+    [`formats.clean`] for what happens to messages. Images are decoded as RGB ([`images.to_rgb`]) when they are read,
+    not here.
 
     Args:
         name (`str`): id of a dataset on the hub, or path of a local file or folder.
