@@ -503,6 +503,27 @@ def test_bad_placeholders(tmp_path, bad, match):
     fault(tmp_path, bad, good, match, vision=True)
 
 
+@pytest.mark.parametrize(
+    ("beside", "none", "match"),
+    [
+        ("tools", "[]", "has tools, which TRL does not show .* remove the column, or write the tools into the system"),
+        ("tools", None, "has tools"),
+        ("chat_template_kwargs", {}, "has chat_template_kwargs, which TRL does not show .* --chat_template_path"),
+    ],
+)
+def test_what_trl_drops_beside_images(tmp_path, beside, none, match):
+    """Answers would be with it, and the training without."""
+    tools = [{"type": "function", "function": {"name": "zoom", "parameters": {"type": "object", "properties": {}}}}]
+    value = {"tools": json.dumps(tools), "chat_template_kwargs": {"enable_thinking": False}}[beside]
+    path = str(write_image(tmp_path / "a.png"))
+    rows = [{"messages": [USER, ASSISTANT], "images": [path], beside: of_row} for of_row in (none, none, value)]
+    with pytest.raises(DataError, match=rf"row 2 \(the first is 0\): {match}"):
+        load(str(write(tmp_path / "data.jsonl", rows)), vision=True)
+    assert load(str(write(tmp_path / "none.jsonl", rows[:2])), vision=True, test_size=1)
+    del rows[2]["images"]
+    assert load(str(write(tmp_path / "text.jsonl", [{**rows[2]}] * 2)), test_size=1)["train"][0][beside]
+
+
 def test_placeholders_of_prompt_and_completion(tmp_path):
     write_image(tmp_path / "a.png")
     good = {"prompt": "<image>a", "completion": "b", "image": "a.png"}

@@ -94,6 +94,9 @@ def check(dataset: Dataset, vision: bool, name: str = "train", text_column: str 
         problem = _problem(example, of_text, vision, count)
         for column in beside if isinstance(example[of_text[0]], list) else ():
             problem = problem or BESIDE_MESSAGES[column](example[column])
+            if vision and not problem and _is_given(example[column]):
+                problem = f"has {column}, which TRL does not show to the chat template with images: "
+                problem += BESIDE_IMAGES[column]
         if "objects" in columns and any(mark in str([example[c] for c in of_text]) for mark in OBJECT_MARKS):
             problem = problem or (
                 f'has {" or ".join(OBJECT_MARKS)}, which ms-swift fills in from the column "objects", with boxes in '
@@ -290,6 +293,17 @@ def _problem_in_kwargs(kwargs: Any) -> str | None:
 
 # What chat templates read beside messages
 BESIDE_MESSAGES = {"tools": _problem_in_tools, "chat_template_kwargs": _problem_in_kwargs}
+# What to do with it where there are images: TRL's collator of images drops it, while answers would be asked with it
+BESIDE_IMAGES = {
+    "tools": "remove the column, or write the tools into the system message, as this model's template does",
+    "chat_template_kwargs": "remove the column, or give --chat_template_path a template that has them as its defaults",
+}
+
+
+def _is_given(beside: Any) -> bool:
+    """Whether tools or arguments are more than an empty list or object, perhaps in JSON, with null of Arrow in it."""
+    value = json.loads(beside) if isinstance(beside, str) and beside else beside
+    return any(item is not None for item in value.values()) if isinstance(value, dict) else bool(value)
 
 
 def _short(value: Any) -> str:
