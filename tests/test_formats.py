@@ -87,6 +87,26 @@ def test_system_and_history_beside_alpaca(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_system_beside_texts_makes_conversations(tmp_path, suffix):
+    row = {"prompt": "3?", "completion": "7", "system": "Be brief."}
+    if suffix == "jsonl":
+        assert messages(tmp_path, row) == [turn("system", "Be brief."), turn("user", "3?"), turn("assistant", "7")]
+        assert messages(tmp_path, {**row, "system": ""}) == [turn("user", "3?"), turn("assistant", "7")]
+        return
+    (tmp_path / "data.csv").write_text("prompt,completion,System\n3?,007,Be brief.\n3?,007,\n")
+    loaded = load(str(tmp_path / "data.csv"), test_size=1)
+    found = sorted((row["messages"] for part in loaded.values() for row in part), key=len)
+    assert found == [[turn("user", "3?"), turn("assistant", "007")], [turn("system", "Be brief."), *found[0]]]
+
+
+def test_earlier_turns_beside_texts_make_conversations(tmp_path):
+    row = {"prompt": "2?", "completion": "b", "history": [["1?", "a"]]}
+    assert messages(tmp_path, row) == [
+        turn("user", "1?"), turn("assistant", "a"), turn("user", "2?"), turn("assistant", "b")
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("prompt", "reply"),
     [

@@ -166,7 +166,8 @@ def recognize(dataset: Dataset, vision: bool, text_column: str = "text") -> tupl
 
     Returns:
         `tuple[str, dict[str, str]]`: its name in `FORMATS`, and the columns by what they stand for; `None` for TRL's
-            own formats, and for columns that are no format.
+            own formats (but not for texts that have a system message or earlier turns beside them), and for columns
+            that are no format.
 
     Raises:
         [`DataError`]: several columns could be the same thing.
@@ -175,7 +176,12 @@ def recognize(dataset: Dataset, vision: bool, text_column: str = "text") -> tupl
     own = text_columns(columns, text_column)
     # `text` beside the columns of another format is what they were made into for another model
     if own and (own != [text_column] or text_column != "text"):
-        return None
+        # Texts have no place for a system message or earlier turns: with these, they are a question and its answer.
+        # The columns decide, and not what is in them, so that all files and splits become the same
+        turns = {what: named[0] for what in ("system", "history") if (named := _named(columns, BESIDE[what]))}
+        are_texts = own == ["prompt", "completion"] and not any(_is_conversation(dataset.features[c]) for c in own)
+        reads = {"prompt": "prompt", "reply": "completion"} | turns
+        return ("question and answer", reads) if are_texts and turns else None
     for name, (needed, _) in FORMATS.items():
         if name == "caption" and (not vision or (own and _has_marks(dataset, text_column))):
             continue
