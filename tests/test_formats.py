@@ -507,6 +507,18 @@ def test_llava(tmp_path):
     assert none["messages"] == [turn("user", "No image."), turn("assistant", "yes")]
 
 
+def test_an_image_in_some_rows_and_several_in_others(tmp_path):
+    talk = {"messages": [turn("user", "What?"), turn("assistant", "b")]}
+    red, blue = "img/red.png", "img/blue.png"
+    rows = [{"image": red, **talk}, {"images": [blue, red], **talk}, {"image": red, "images": [], **talk}, talk]
+    assert [colors(row) for row in read(tmp_path, rows, vision=True)] == [[RED], [BLUE, RED], [RED], []]
+    rows.append({"image": red, "images": [blue], **talk})
+    with pytest.raises(DataError, match=r'row 4 \(the first is 0\) has images in "image" and in "images", exp'):
+        read(tmp_path, rows, vision=True)
+    chosen = read(tmp_path, rows, vision=True, columns={"images": "images", "messages": "messages"})
+    assert [len(row["images"]) for row in chosen] == [0, 2, 0, 0, 1]
+
+
 @pytest.mark.parametrize("style", ["LLaMA-Factory", "ms-swift", "alpaca"])
 def test_marks_beside_a_list_of_images(tmp_path, style):
     """LLaMA-Factory's mllm_demo.json, ms-swift's messages (images as dicts too), and alpaca with images."""

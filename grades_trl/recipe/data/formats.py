@@ -43,7 +43,8 @@ TEXTS = ("prompt", "reply", "input", "system")
 TEXT_KEYS = ("content", "value", "human", "user", "question", "assistant", "gpt", "bot", "answer")
 # What `--columns` may name, and what it leaves beside the named columns
 MAPPED = ("messages", "prompt", "completion", "text", "image", "images", "input", "system", "history", "tools")
-KEPT = ("image", "images", *OTHER_NAMES, "tools", "chat_template_kwargs", "system", "history")
+KEPT_IMAGES = ("image", "images", *OTHER_NAMES)  # where `--columns` names no images
+KEPT = (*KEPT_IMAGES, "tools", "chat_template_kwargs", "system", "history")
 
 
 def text_columns(columns: list[str], text_column: str) -> list[str]:
@@ -91,7 +92,8 @@ def rename_columns(dataset: Dataset, columns: dict[str, str], name: str) -> Data
         raise DataError(
             f"{name}: --columns names {', '.join(missing)}; the columns are: {', '.join(dataset.column_names)}"
         )
-    kept = [column for column in KEPT if column in dataset.column_names and column not in columns]
+    given = KEPT_IMAGES if {"image", "images"} & {*columns} else ()
+    kept = [c for c in KEPT if c in dataset.column_names and c not in columns and c not in given]
     renamed = dataset.select_columns(list(dict.fromkeys([*columns.values(), *kept])))
     # In two steps: a swap such as input=output output=input would meet a name that is taken
     of_file = {theirs: f"\0{theirs}" for theirs in columns.values()}

@@ -104,13 +104,14 @@ def read_images(dataset: Dataset, folder: Path) -> Dataset:
         [`~datasets.Dataset`]: with one image per row in `image`, or a list of images per row in `images`.
 
     Raises:
-        [`DataError`]: the column holds something else.
+        [`DataError`]: the column holds something else, or a row has both.
     """
-    for old, new in OTHER_NAMES.items():
-        if old in dataset.column_names and new not in dataset.column_names:
-            dataset = dataset.rename_column(old, new)
+    if image_column(dataset.column_names) is None:
+        for old, new in OTHER_NAMES.items():
+            if old in dataset.column_names and new not in dataset.column_names:
+                dataset = dataset.rename_column(old, new)
     if "images" in dataset.column_names and "image" in dataset.column_names:
-        dataset = dataset.remove_columns("image")
+        return _of_both_columns(dataset, folder)
     column = image_column(dataset.column_names)
     if column is None:
         return dataset
@@ -145,6 +146,26 @@ def read_images(dataset: Dataset, folder: Path) -> Dataset:
         ),
         desc="Finding images",
     )
+
+
+def _of_both_columns(dataset: Dataset, folder: Path) -> Dataset:
+    """Rows of which some have `image` and others have `images`."""
+    one, several = (images_in_lists(read_images(dataset.select_columns([c]), folder)) for c in ("image", "images"))
+    pairs = zip(count_images(one, "images"), count_images(several, "images"), strict=True)
+    both = next((row for row, counts in enumerate(pairs) if all(counts)), None)
+    if both is not None:
+        raise DataError(
+            f'row {both} (the first is 0) has images in "image" and in "images", expected one of the two: remove a '
+            "column, or name the one that is meant, as in --columns images=images"
+        )
+
+    def merge(table: pa.Table) -> dict[str, list]:
+        rows = zip(table["images"].to_pylist(), table["image"].to_pylist(), strict=True)
+        return {"images": [images or image for images, image in rows]}
+
+    images = _to_images(concatenate_datasets([one.rename_column("images", "image"), several], axis=1), merge)
+    rest = dataset.remove_columns(["image", "images"])
+    return concatenate_datasets([rest, images], axis=1) if rest.column_names else images
 
 
 def image_folders(folder: Path) -> list[str]:
