@@ -312,7 +312,8 @@ def _short(value: Any) -> str:
 
 
 def warn_truncated_examples(rows: dict[str, RowsLeft], max_length: int | None) -> None:
-    """Warns of examples that `max_length` truncates. TRL drops those that lose their whole reply without a word.
+    """Warns of examples that `max_length` truncates. TRL drops those that lose their whole reply without a word; with
+    images, it learns nothing from them.
 
     Args:
         rows (`dict[str, RowsLeft]`): split -> what is left of it, see [`scored.rows_left`].
@@ -322,12 +323,15 @@ def warn_truncated_examples(rows: dict[str, RowsLeft], max_length: int | None) -
         [`DataError`]: nothing is left to train on, to validate on, or to test on.
     """
     for split, of in rows.items():
-        found = f"{split}: of {counted(of.given, 'example')}, "
-        found += f"{counted(of.given - of.left, 'has', 'have')} no reply left within --max_length {max_length}"
+        looked_at = of.given if of.measured is None else of.measured
+        found = f"{split}: of {counted(looked_at, 'example')}"
+        found += f" (a sample of the {of.given:,})" if looked_at < of.given else ""
+        found += f", {counted(looked_at - of.left, 'has', 'have')} no reply left within --max_length {max_length}"
         if of.left == 0:
             raise DataError(f"{found}: raise it.")
-        if of.left < of.given or of.full:
-            used = "dropped" if split == "train" else "dropped, and not scored"
+        if of.left < looked_at or of.full:
+            used = "dropped" if of.measured is None else "nothing is learned there"
+            used = used if split == "train" else "dropped, and not scored" if of.measured is None else "not scored"
             warning = f"{found}: {used}. {counted(of.full, 'more reaches', 'more reach')} it"
             if of.cut:
                 warning += f", of which {counted(of.cut, 'is', 'are')} cut off"
