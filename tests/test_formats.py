@@ -5,7 +5,7 @@ import io
 import json
 
 import pytest
-from datasets import Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from grades_trl.recipe.data import DataError, load, to_prompt_completion
@@ -133,6 +133,31 @@ def test_pairs_with_a_context_a_system_and_numbers(tmp_path):
         turn("user", "x + 1?\nx = 1"),
         turn("assistant", "2"),
     ]
+
+
+@pytest.mark.parametrize("columns", [None, {"prompt": "question", "completion": "answer"}])
+def test_an_answer_that_is_a_class_is_its_name(tmp_path, columns):
+    features = Features({"question": Value("string"), "answer": ClassLabel(names=["neg", "pos"])})
+    rows = {"question": ["a", "a"], "answer": [1, 1]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data.parquet")
+    found = load(str(tmp_path / "data.parquet"), test_size=1, columns=columns)["train"]
+    assert found[0]["messages"] == [turn("user", "a"), turn("assistant", "pos")]
+    Dataset.from_dict({**rows, "answer": [1, -1]}, features=features).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=r"row 1 .* has the content None"):
+        load(str(tmp_path / "data.parquet"), test_size=1, columns=columns)
+
+
+def test_columns_that_are_not_read_are_named(tmp_path, caplog):
+    row = {"id": 1, "question": "a", "choices": ["x", "y"], "answer": "B", "history": [["1", "2"]], "system": "s"}
+    read(tmp_path, [row, row])
+    (said,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
+    assert said.startswith("Columns not read: choices. If the model should see one")
+    caplog.clear()
+    read(tmp_path, [row, row], columns={"prompt": "question", "completion": "answer"})
+    assert "not read" not in caplog.text
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    read(tmp_path, [{"conversations": turns, "history": [["1", "2"]], "input": "c", "system": "s"}] * 2)
+    assert "Columns not read: history, input." in caplog.text
 
 
 def test_a_csv_of_pairs_keeps_its_text(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Json, LargeList, List, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, Json, LargeList, List, Value, concatenate_datasets
 
 from .errors import DataError
 from .images import IMAGE_STORAGE, OTHER_NAMES, image_folders, images_in_lists, take_inline_images, to_image
@@ -201,7 +201,7 @@ def recognize(dataset: Dataset, vision: bool, text_column: str = "text") -> tupl
                 else f"the columns {' and '.join(several[0])} could each be the conversation: --columns messages=..."
             )
         reads = {what: names[0] for what, names in found.items() if what != "image"}
-        for what, names in BESIDE.items():
+        for what, names in BESIDE.items() if "prompt" in reads else [("system", BESIDE["system"])]:
             beside = [column for column in _named(columns, names) if column not in reads.values()]
             reads |= {what: beside[0]} if beside and what not in reads else {}
         return name, reads
@@ -251,7 +251,7 @@ def to_trl_format(
         beside = system or "tools" in dataset.column_names
         if not made or not (always or vision or beside or any(_is_unusual(dataset, column) for column in made)):
             return dataset
-    read, stored = _undecoded_texts(dataset.select_columns(list(rows)), rows)
+    read, stored = _undecoded_texts(_with_class_names(dataset.select_columns(list(rows))), rows)
     converted = read.map(
         _to_messages,
         fn_kwargs={
@@ -270,6 +270,19 @@ def to_trl_format(
     whole = concatenate_datasets([rest, converted], axis=1) if rest.column_names else converted
     whole = _with_tools(whole, name == "sharegpt") if "tools" in whole.column_names else whole
     return take_inline_images(whole, "inline_images")
+
+
+def _with_class_names(dataset: Dataset) -> Dataset:
+    """Columns of classes, which are stored as numbers, as the names of these classes. Below 0 is no class."""
+    classes = {c: feature for c, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
+    if not classes:
+        return dataset
+
+    def named(batch: dict[str, list]) -> dict[str, list]:
+        return {c: [of.names[i] if i is not None and i >= 0 else None for i in batch[c]] for c, of in classes.items()}
+
+    features = Features({**dataset.features, **dict.fromkeys(classes, Value("string"))})
+    return dataset.map(named, batched=True, features=features, desc="Reading names of classes")
 
 
 def _undecoded_texts(dataset: Dataset, reads: dict[str, str]) -> tuple[Dataset, dict[str, list[str]]]:
