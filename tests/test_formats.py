@@ -262,6 +262,35 @@ def test_calls_and_tools_that_are_json_in_texts(tmp_path):
     assert messages(tmp_path, {"messages": talk})[1]["tool_calls"][0]["function"]["arguments"] == "a = 1"
 
 
+@pytest.mark.parametrize("suffix", ["json", "parquet"])
+def test_null_in_json_is_a_value(tmp_path, suffix):
+    """Of a call and of a tool. What Arrow adds, to give all calls the same keys, is none."""
+    given = {"city": "Paris", "unit": None, "of": [{"a": None}]}
+    unit = {"type": ["string", "null"], "default": None, "enum": ["C", None]}
+    schema = {"type": "object", "properties": {"unit": unit}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+
+    def row(arguments, **others):
+        calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}} | others]
+        called = {"role": "assistant", "content": None, "tool_calls": calls}
+        return {"messages": [A, called], "tools": json.dumps(tools)}
+
+    def found(*rows):
+        if suffix == "json":
+            return read(tmp_path, rows)
+        Dataset.from_list(list(rows)).to_parquet(tmp_path / "train.parquet")
+        Dataset.from_list(list(rows)).to_parquet(tmp_path / "test.parquet")
+        return list(load(str(tmp_path))["train"])
+
+    one, other = found(row(json.dumps(given)), row(json.dumps({}), id="1"))
+    assert "content" not in one["messages"][1] and "id" not in one["messages"][1]["tool_calls"][0]
+    assert one["messages"][1]["tool_calls"][0]["function"]["arguments"] == given
+    assert other["messages"][1]["tool_calls"][0] == row({}, id="1")["messages"][1]["tool_calls"][0]
+    assert one["tools"] == tools
+    one, other = found(row({"a": 1}), row({"b": 2}))  # objects, which get the keys of each other
+    assert [m["messages"][1]["tool_calls"][0]["function"]["arguments"] for m in (one, other)] == [{"a": 1}, {"b": 2}]
+
+
 def test_several_calls_at_once_are_one_message(tmp_path):
     calls = [turn("tool_call", json.dumps({"name": "add", "arguments": {"a": i}})) for i in (1, 2)]
     row = {"messages": [A, *calls, turn("tool_response", "3"), turn("tool_response", "4"), B]}

@@ -260,6 +260,7 @@ def to_trl_format(
             "vision": vision,
             "folders": image_folders(folder),
             "stored": stored,
+            "features": read.features,
         },
         remove_columns=list(rows),
         features=Features({column: Json() for column in made} | {"inline_images": List(IMAGE_STORAGE)}),
@@ -339,7 +340,9 @@ def _to_messages(
     vision: bool,
     folders: Sequence[str],
     stored: dict[str, list[str]],
+    features: Features,
 ) -> dict[str, Any]:
+    example = {column: _without_added_null(value, features[column]) for column, value in example.items()}
     for column, keys in stored.items():
         if keys == [""]:
             example[column] = _decoded(example[column], is_reply=reads[column] == "reply")
@@ -512,8 +515,10 @@ def _with_tools(dataset: Dataset, bare: bool) -> Dataset:
     """LLaMA-Factory's and ms-swift's tools are JSON in a text, LLaMA-Factory's without the envelope that chat
     templates expect; axolotl's parameters are JSON in a text."""
 
+    stored = dataset.features["tools"]
+
     def parse(example: dict[str, Any]) -> dict[str, Any]:
-        tools = _from_json(example["tools"], list)
+        tools = _from_json(_without_added_null(example["tools"], stored), list)
         if isinstance(tools, str) and not tools.strip():
             return {"tools": None}
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -536,10 +541,10 @@ def clean(dataset: Dataset, text_column: str, keep: Collection[str] = ()) -> Dat
     """
     Keeps the columns that TRL reads, with messages as chat templates expect them.
 
-    Null entries that Arrow adds to messages are taken out again: chat templates ask whether a key is there. A
-    `developer` becomes a `system`. A reply that is marked not to be learned gets [`marks.LEFT_OUT`]. Where a row has
-    `{"type": "image"}` parts, all its user messages become lists of parts, as TRL needs. Without images, a list of
-    parts becomes their text.
+    Null entries that Arrow adds to messages are taken out again: chat templates ask whether a key is there. Those in
+    arguments and parameters of tools that were JSON are kept. A `developer` becomes a `system`. A reply that is marked
+    not to be learned gets [`marks.LEFT_OUT`]. Where a row has `{"type": "image"}` parts, all its user messages become
+    lists of parts, as TRL needs. Without images, a list of parts becomes their text.
 
     Args:
         dataset ([`~datasets.Dataset`]): checked rows in one of TRL's formats.
@@ -568,7 +573,7 @@ def clean(dataset: Dataset, text_column: str, keep: Collection[str] = ()) -> Dat
         return dataset
     cleaned = dataset.select_columns(unclean).map(
         _clean,
-        fn_kwargs={"has_images": "images" in dataset.column_names},
+        fn_kwargs={"has_images": "images" in dataset.column_names, "features": dataset.features},
         features=Features({column: Json() for column in unclean}),
         desc="Cleaning messages",
     )
@@ -586,8 +591,8 @@ def _roles(messages: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.struct_field(pc.list_flatten(messages), "role")
 
 
-def _clean(example: dict[str, Any], has_images: bool) -> dict[str, Any]:
-    example = {column: _without_null(value) for column, value in example.items()}
+def _clean(example: dict[str, Any], has_images: bool, features: Features) -> dict[str, Any]:
+    example = {c: _without_null(_without_added_null(value, features[c])) for c, value in example.items()}
     conversations = [example[c] for c in ("messages", "prompt", "completion") if c in example]
     explicit = any(count_placeholders(messages) for messages in conversations)
     for messages in conversations:
@@ -614,9 +619,23 @@ def _clean(example: dict[str, Any], has_images: bool) -> dict[str, Any]:
     return example
 
 
+def _without_added_null(value: Any, feature: Any) -> Any:
+    """A value without what Arrow adds, which gives all objects of a column the same keys. JSON has its null itself."""
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: _without_added_null(item, feature[key]) for key, item in value.items() if item is not None}
+    if isinstance(feature, (List, LargeList)) and isinstance(value, list):
+        return [_without_added_null(item, feature.feature) for item in value]
+    return value
+
+
 def _without_null(value: Any) -> Any:
+    """Null keys of messages and tools are none. In arguments of a call, and in the schema of them, null is a value."""
     if isinstance(value, dict):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
+        return {
+            key: item if key in ("arguments", "parameters") else _without_null(item)
+            for key, item in value.items()
+            if item is not None
+        }
     return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
