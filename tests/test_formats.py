@@ -484,6 +484,17 @@ def test_data_for_another_kind_of_training(tmp_path, name):
         read(tmp_path, [row, row])
 
 
+@pytest.mark.parametrize(
+    "given", [{"prompt": "a", "completion": "b"}, {"messages": [A, B]}, {"query": "a", "answer": "b"}]
+)
+def test_feedback_in_numbers(tmp_path, given):
+    with pytest.raises(DataError, match='the column "label" says of each answer whether it is good, for KTO'):
+        read(tmp_path, [{**given, "label": label} for label in (1, 0, 1)])
+    for labels in ([1, 1], [0, 1, 2]):  # categories
+        assert read(tmp_path, [{**given, "label": label} for label in labels])
+    assert read(tmp_path, [{"text": "a", "label": label} for label in (1, 0)])
+
+
 def test_a_whole_conversation_is_learned_beside_other_columns(tmp_path):
     """UltraFeedback's messages are the better answer, and a label that is no true or false is a category."""
     pair = {"prompt": "a", "chosen": [A, B], "rejected": [A, turn("assistant", "c")], "messages": [A, B]}

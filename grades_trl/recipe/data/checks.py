@@ -176,13 +176,24 @@ def _refuse_preferences(dataset: Dataset, of_text: list[str], name: str) -> None
             f"--columns messages={pair[0]} (where it is a whole conversation) or prompt=NAME completion={pair[0]}. "
             "TRL's DPOTrainer learns from both, with GradESMixin too"
         )
-    feedback = next((c for c in FEEDBACK if c in columns and dataset.features[c] == Value("bool")), None)
+    feedback = next((c for c in FEEDBACK if c in columns and _is_feedback(dataset, c, of_text)), None)
     if feedback and of_text:
         raise DataError(
             f'{name}: the column "{feedback}" says of each answer whether it is good, for KTO; these recipes would '
             "learn the bad ones too. Remove their rows, and then the column. TRL's KTOTrainer learns from both, with "
             "GradESMixin too"
         )
+
+
+def _is_feedback(dataset: Dataset, column: str, of_text: list[str]) -> bool:
+    """Whether a column is true or false; beside prompts and replies, whether it is 1 in some rows and 0 in the others.
+    Beside texts that is a class, for a classifier."""
+    feature = dataset.features[column]
+    if feature == Value("bool"):
+        return True
+    is_number = isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "float"))
+    are_replies = of_text in (["messages"], ["prompt", "completion"])
+    return is_number and are_replies and {*dataset.unique(column)} - {None} == {0, 1}
 
 
 def _problem_in_messages(column: str, messages: Any, vision: bool) -> str | None:
