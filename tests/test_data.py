@@ -121,6 +121,18 @@ def test_splits_by_file_name(tmp_path, train, test):
     assert loaded["test"]["text"][:] == ["c"]
 
 
+@pytest.mark.parametrize("train", ["training_extra.jsonl", "train-00000-of-00001.jsonl", "training/extra.jsonl"])
+def test_files_without_a_split_are_named(tmp_path, caplog, train):
+    """Once the names of others have one, as in `datasets`."""
+    for name in ("chats_a.jsonl", "more/chats_b.jsonl", train):
+        write(tmp_path / name, [{"text": f"{name} {i}"} for i in range(3)])
+    assert {row["text"].split()[0] for part in load(str(tmp_path)).values() for row in part} == {train}
+    assert "are left out, since others have one: chats_a.jsonl, more/chats_b.jsonl. Rename them" in caplog.text
+    caplog.clear()
+    load(str(tmp_path / "more"))
+    assert "left out" not in caplog.text
+
+
 def test_folder_without_split_names_is_one_training_split(tmp_path):
     write(tmp_path / "a.jsonl", [{"text": "a"}])
     write(tmp_path / "b.jsonl", [{"text": "b"}])
