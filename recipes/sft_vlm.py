@@ -24,7 +24,14 @@ from grades_trl.recipe.card import push, write_card
 from grades_trl.recipe.choice import choice_flops, format_choice
 from grades_trl.recipe.comparison import exit_with_comparison
 from grades_trl.recipe.console import format_start, set_up_console, show_progress
-from grades_trl.recipe.data import LeaveNoFolder, first, load_data, show_example, training_rows
+from grades_trl.recipe.data import (
+    LeaveNoFolder,
+    first,
+    load_data,
+    show_example,
+    training_rows,
+    warn_truncated_examples,
+)
 from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import exact_match, format_samples, warn_long_replies
 from grades_trl.recipe.models import check_model, load_model, make_trainable
@@ -116,6 +123,7 @@ def main() -> None:
     rows = rows_left(trainer, {"train": train, "validation": validation, "test": test})
     print(format_start(environment, rows, training.output_dir))
     print(format_choice(trainer.model, choice))
+    warn_truncated_examples(rows, training.max_length)
     show_example(trainer, rows, whole=recipe.preview)
     if recipe.preview:
         return

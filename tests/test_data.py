@@ -121,6 +121,18 @@ def test_splits_by_file_name(tmp_path, train, test):
     assert loaded["test"]["text"][:] == ["c"]
 
 
+@pytest.mark.parametrize("train", ["training_extra.jsonl", "train-00000-of-00001.jsonl", "training/extra.jsonl"])
+def test_files_without_a_split_are_named(tmp_path, caplog, train):
+    """Once the names of others have one, as in `datasets`."""
+    for name in ("chats_a.jsonl", "more/chats_b.jsonl", train):
+        write(tmp_path / name, [{"text": f"{name} {i}"} for i in range(3)])
+    assert {row["text"].split()[0] for part in load(str(tmp_path)).values() for row in part} == {train}
+    assert "are left out, since others have one: chats_a.jsonl, more/chats_b.jsonl. Rename them" in caplog.text
+    caplog.clear()
+    load(str(tmp_path / "more"))
+    assert "left out" not in caplog.text
+
+
 def test_folder_without_split_names_is_one_training_split(tmp_path):
     write(tmp_path / "a.jsonl", [{"text": "a"}])
     write(tmp_path / "b.jsonl", [{"text": "b"}])
@@ -214,7 +226,86 @@ def test_relative_paths_of_images(tmp_path):
     (with_image,) = (row for row in loaded["test"] if row["images"])
     assert color(with_image["images"][0]) == BLUE
     assert loaded["train"][1]["images"] == []
-    assert loaded["train"].features["images"] == List(Image(mode="RGB"))
+    assert loaded["train"].features["images"] == List(data.images.RGB)
+
+
+def gray(image):
+    """The values of the upper left and the lower right pixel, which are gray."""
+    assert image.mode == "RGB"
+    pixels = image.getpixel((0, 0)), image.getpixel((15, 15))
+    assert all(len(set(pixel)) == 1 for pixel in pixels)
+    return pixels[0][0], pixels[1][0]
+
+
+def halves(dark, bright, dtype="uint16"):
+    values = torch.full((16, 16), dark, dtype=torch.float64).numpy()
+    values[8:] = bright
+    return PILImage.fromarray(values.astype(dtype))
+
+
+def transparent(mode):
+    """Black, and opaque only in its lower half."""
+    alpha = halves(0, 255, "uint8")
+    if mode == "P":
+        image = PILImage.new("P", (16, 16))
+        image.putpalette([0, 0, 0, 10, 10, 10])
+        image.paste(1, (0, 8, 16, 16))
+        image.info["transparency"] = 0
+        return image
+    image = PILImage.new(mode, (16, 16))
+    image.putalpha(alpha)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "expected"),
+    [
+        ("a.png", halves(100 * 256, 200 * 256), (100, 200)),
+        ("a.tif", halves(100 * 256, 200 * 256), (100, 200)),
+        ("black.png", halves(0, 0), (0, 0)),
+        ("a.png", transparent("RGBA"), (255, 0)),
+        ("a.png", transparent("LA"), (255, 0)),
+        ("a.png", transparent("P"), (255, 10)),
+        ("a.png", halves(0, 255, "uint8").convert("1"), (0, 255)),
+        ("a.png", halves(100, 200, "uint8"), (100, 200)),
+        ("a.tif", halves(100, 200, "uint8").convert("RGB").convert("CMYK"), (100, 200)),
+    ],
+    ids=["16-bit", "16-bit-tif", "16-bit-black", "RGBA", "LA", "palette", "1-bit", "8-bit", "CMYK"],
+)
+@pytest.mark.parametrize("source", ["path", "bytes", "folders"])
+def test_images_keep_what_they_show(tmp_path, name, image, expected, source):
+    """However they come into a dataset, and from there to the answers that a model gives."""
+    image.save(tmp_path / name)
+    rows = [{"messages": [USER, ASSISTANT], "images": [str(tmp_path / name)]}] * 4
+    path = tmp_path / "data"
+    if source == "bytes":
+        path.mkdir()
+        rows = [{**row, "images": [{"bytes": (tmp_path / name).read_bytes(), "path": None}]} for row in rows]
+        Dataset.from_list(rows).to_parquet(path / "a.parquet")
+    else:
+        for folder in ("b", "c") if source == "folders" else ("b",):
+            write(path / folder / "data.jsonl", rows)
+    loaded = load(str(path), vision=True, test_size=2)
+    assert gray(loaded["train"][0]["images"][0]) == expected
+    for _ in range(2):  # the second comes from the cache
+        (row,) = to_prompt_completion(loaded["test"].select([0]))
+        assert gray(row["images"][0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "match"),
+    [
+        ("a.tif", halves(100, 70000, "int32"), "integers of 32 bits, of which black and white are not known: save it"),
+        ("a.tif", halves(0.2, 0.9, "float32"), "floating-point numbers, of which black and white are not known: save"),
+        ("a.png", halves(1600, 3200), "the brightest is 3,200 of 65,535, as in images of 12 bits, .*: save it"),
+    ],
+    ids=["32-bit", "float", "12-bit"],
+)
+def test_images_of_an_unknown_range_are_refused(tmp_path, name, image, match):
+    image.save(tmp_path / name)
+    rows = [{"messages": [USER, ASSISTANT], "images": [name]}] * 4
+    with pytest.raises(DataError, match=rf"row 0 \(the first is 0\): image \(.*{name}\) cannot be shown .*{match}"):
+        load(str(write(tmp_path / "data.jsonl", rows)), vision=True)
 
 
 def test_single_image_column_becomes_a_list(tmp_path):
@@ -422,6 +513,27 @@ def test_bad_placeholders(tmp_path, bad, match):
     write_image(tmp_path / "a.png")
     good = {"messages": [turn("user", [IMAGE, text("a")]), ASSISTANT], "images": ["a.png"]}
     fault(tmp_path, bad, good, match, vision=True)
+
+
+@pytest.mark.parametrize(
+    ("beside", "none", "match"),
+    [
+        ("tools", "[]", "has tools, which TRL does not show .* remove the column, or write the tools into the system"),
+        ("tools", None, "has tools"),
+        ("chat_template_kwargs", {}, "has chat_template_kwargs, which TRL does not show .* --chat_template_path"),
+    ],
+)
+def test_what_trl_drops_beside_images(tmp_path, beside, none, match):
+    """Answers would be with it, and the training without."""
+    tools = [{"type": "function", "function": {"name": "zoom", "parameters": {"type": "object", "properties": {}}}}]
+    value = {"tools": json.dumps(tools), "chat_template_kwargs": {"enable_thinking": False}}[beside]
+    path = str(write_image(tmp_path / "a.png"))
+    rows = [{"messages": [USER, ASSISTANT], "images": [path], beside: of_row} for of_row in (none, none, value)]
+    with pytest.raises(DataError, match=rf"row 2 \(the first is 0\): {match}"):
+        load(str(write(tmp_path / "data.jsonl", rows)), vision=True)
+    assert load(str(write(tmp_path / "none.jsonl", rows[:2])), vision=True, test_size=1)
+    del rows[2]["images"]
+    assert load(str(write(tmp_path / "text.jsonl", [{**rows[2]}] * 2)), test_size=1)["train"][0][beside]
 
 
 def test_placeholders_of_prompt_and_completion(tmp_path):

@@ -5,7 +5,7 @@ import io
 import json
 
 import pytest
-from datasets import Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from grades_trl.recipe.data import DataError, load, to_prompt_completion
@@ -87,6 +87,26 @@ def test_system_and_history_beside_alpaca(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_system_beside_texts_makes_conversations(tmp_path, suffix):
+    row = {"prompt": "3?", "completion": "7", "system": "Be brief."}
+    if suffix == "jsonl":
+        assert messages(tmp_path, row) == [turn("system", "Be brief."), turn("user", "3?"), turn("assistant", "7")]
+        assert messages(tmp_path, {**row, "system": ""}) == [turn("user", "3?"), turn("assistant", "7")]
+        return
+    (tmp_path / "data.csv").write_text("prompt,completion,System\n3?,007,Be brief.\n3?,007,\n")
+    loaded = load(str(tmp_path / "data.csv"), test_size=1)
+    found = sorted((row["messages"] for part in loaded.values() for row in part), key=len)
+    assert found == [[turn("user", "3?"), turn("assistant", "007")], [turn("system", "Be brief."), *found[0]]]
+
+
+def test_earlier_turns_beside_texts_make_conversations(tmp_path):
+    row = {"prompt": "2?", "completion": "b", "history": [["1?", "a"]]}
+    assert messages(tmp_path, row) == [
+        turn("user", "1?"), turn("assistant", "a"), turn("user", "2?"), turn("assistant", "b")
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("prompt", "reply"),
     [
@@ -113,6 +133,31 @@ def test_pairs_with_a_context_a_system_and_numbers(tmp_path):
         turn("user", "x + 1?\nx = 1"),
         turn("assistant", "2"),
     ]
+
+
+@pytest.mark.parametrize("columns", [None, {"prompt": "question", "completion": "answer"}])
+def test_an_answer_that_is_a_class_is_its_name(tmp_path, columns):
+    features = Features({"question": Value("string"), "answer": ClassLabel(names=["neg", "pos"])})
+    rows = {"question": ["a", "a"], "answer": [1, 1]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data.parquet")
+    found = load(str(tmp_path / "data.parquet"), test_size=1, columns=columns)["train"]
+    assert found[0]["messages"] == [turn("user", "a"), turn("assistant", "pos")]
+    Dataset.from_dict({**rows, "answer": [1, -1]}, features=features).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=r"row 1 .* has the content None"):
+        load(str(tmp_path / "data.parquet"), test_size=1, columns=columns)
+
+
+def test_columns_that_are_not_read_are_named(tmp_path, caplog):
+    row = {"id": 1, "question": "a", "choices": ["x", "y"], "answer": "B", "history": [["1", "2"]], "system": "s"}
+    read(tmp_path, [row, row])
+    (said,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
+    assert said.startswith("Columns not read: choices. If the model should see one")
+    caplog.clear()
+    read(tmp_path, [row, row], columns={"prompt": "question", "completion": "answer"})
+    assert "not read" not in caplog.text
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    read(tmp_path, [{"conversations": turns, "history": [["1", "2"]], "input": "c", "system": "s"}] * 2)
+    assert "Columns not read: history, input." in caplog.text
 
 
 def test_a_csv_of_pairs_keeps_its_text(tmp_path):
@@ -215,6 +260,35 @@ def test_calls_and_tools_that_are_json_in_texts(tmp_path):
     # A text that is no JSON is what the model is to write
     talk[1]["tool_calls"][0]["function"]["arguments"] = "a = 1"
     assert messages(tmp_path, {"messages": talk})[1]["tool_calls"][0]["function"]["arguments"] == "a = 1"
+
+
+@pytest.mark.parametrize("suffix", ["json", "parquet"])
+def test_null_in_json_is_a_value(tmp_path, suffix):
+    """Of a call and of a tool. What Arrow adds, to give all calls the same keys, is none."""
+    given = {"city": "Paris", "unit": None, "of": [{"a": None}]}
+    unit = {"type": ["string", "null"], "default": None, "enum": ["C", None]}
+    schema = {"type": "object", "properties": {"unit": unit}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+
+    def row(arguments, **others):
+        calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}} | others]
+        called = {"role": "assistant", "content": None, "tool_calls": calls}
+        return {"messages": [A, called], "tools": json.dumps(tools)}
+
+    def found(*rows):
+        if suffix == "json":
+            return read(tmp_path, rows)
+        Dataset.from_list(list(rows)).to_parquet(tmp_path / "train.parquet")
+        Dataset.from_list(list(rows)).to_parquet(tmp_path / "test.parquet")
+        return list(load(str(tmp_path))["train"])
+
+    one, other = found(row(json.dumps(given)), row(json.dumps({}), id="1"))
+    assert "content" not in one["messages"][1] and "id" not in one["messages"][1]["tool_calls"][0]
+    assert one["messages"][1]["tool_calls"][0]["function"]["arguments"] == given
+    assert other["messages"][1]["tool_calls"][0] == row({}, id="1")["messages"][1]["tool_calls"][0]
+    assert one["tools"] == tools
+    one, other = found(row({"a": 1}), row({"b": 2}))  # objects, which get the keys of each other
+    assert [m["messages"][1]["tool_calls"][0]["function"]["arguments"] for m in (one, other)] == [{"a": 1}, {"b": 2}]
 
 
 def test_several_calls_at_once_are_one_message(tmp_path):
@@ -410,6 +484,17 @@ def test_data_for_another_kind_of_training(tmp_path, name):
         read(tmp_path, [row, row])
 
 
+@pytest.mark.parametrize(
+    "given", [{"prompt": "a", "completion": "b"}, {"messages": [A, B]}, {"query": "a", "answer": "b"}]
+)
+def test_feedback_in_numbers(tmp_path, given):
+    with pytest.raises(DataError, match='the column "label" says of each answer whether it is good, for KTO'):
+        read(tmp_path, [{**given, "label": label} for label in (1, 0, 1)])
+    for labels in ([1, 1], [0, 1, 2]):  # categories
+        assert read(tmp_path, [{**given, "label": label} for label in labels])
+    assert read(tmp_path, [{"text": "a", "label": label} for label in (1, 0)])
+
+
 def test_a_whole_conversation_is_learned_beside_other_columns(tmp_path):
     """UltraFeedback's messages are the better answer, and a label that is no true or false is a category."""
     pair = {"prompt": "a", "chosen": [A, B], "rejected": [A, turn("assistant", "c")], "messages": [A, B]}
@@ -485,6 +570,18 @@ def test_llava(tmp_path):
     assert one["messages"][0] == turn("user", [IMAGE, text("What?")])
     assert two["messages"][0] == turn("user", [text("First "), IMAGE, text(" then "), IMAGE])
     assert none["messages"] == [turn("user", "No image."), turn("assistant", "yes")]
+
+
+def test_an_image_in_some_rows_and_several_in_others(tmp_path):
+    talk = {"messages": [turn("user", "What?"), turn("assistant", "b")]}
+    red, blue = "img/red.png", "img/blue.png"
+    rows = [{"image": red, **talk}, {"images": [blue, red], **talk}, {"image": red, "images": [], **talk}, talk]
+    assert [colors(row) for row in read(tmp_path, rows, vision=True)] == [[RED], [BLUE, RED], [RED], []]
+    rows.append({"image": red, "images": [blue], **talk})
+    with pytest.raises(DataError, match=r'row 4 \(the first is 0\) has images in "image" and in "images", exp'):
+        read(tmp_path, rows, vision=True)
+    chosen = read(tmp_path, rows, vision=True, columns={"images": "images", "messages": "messages"})
+    assert [len(row["images"]) for row in chosen] == [0, 2, 0, 0, 1]
 
 
 @pytest.mark.parametrize("style", ["LLaMA-Factory", "ms-swift", "alpaca"])

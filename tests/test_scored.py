@@ -6,8 +6,9 @@ from trl import SFTTrainer
 
 from grades_trl.recipe import builtin
 from grades_trl.recipe.card import _scores
+from grades_trl.recipe.data import warn_truncated_examples
 from grades_trl.recipe.results import final_eval, format_results
-from grades_trl.recipe.scored import RowsLeft, rows_left, rows_scored
+from grades_trl.recipe.scored import RowsLeft, rows_left, rows_scored, untruncated
 from helpers import arguments, model_for
 from vlm import GradESVLMTrainer
 from vlm import builtin as vlm_builtin
@@ -83,3 +84,35 @@ def test_rows_with_images_are_counted_when_they_are_scored(tmp_path):
     with rows_scored(trainer.model) as scored:
         trainer.evaluate()
     assert scored.count == 6
+
+
+def test_rows_with_images_that_are_truncated_are_counted(tmp_path, caplog, monkeypatch):
+    """Image tokens count. Every second reply is longer, and one prompt is longer than all."""
+    rows = vlm_builtin.digit_images(train=8, test=6, seed=0)["train"]
+    texts = [[{"role": "user", "content": "1" * (90 if i == 7 else 3)}] for i in range(8)]
+    replies = [[{"role": "assistant", "content": "2" * (40 if i % 2 else 3)}] for i in range(8)]
+    rows = rows.select_columns("images").add_column("prompt", texts).add_column("completion", replies)
+    model, processor = vlm_builtin.tiny_llava()
+    trainer = GradESVLMTrainer(
+        model=model,
+        args=arguments(tmp_path, max_length=512, completion_only_loss=True),
+        train_dataset=rows,
+        eval_dataset=rows.select([0, 2]),
+        processing_class=processor,
+        grades=None,
+    )
+    lengths = [len(labels) for labels in untruncated(trainer, rows, 8)]
+    assert rows_left(trainer, {"train": rows})["train"] == RowsLeft(8, 8, measured=8)
+    limit = lengths[0]  # of the shorter ones, which reach it and are whole
+    assert lengths[2] == limit < lengths[1] < lengths[7]
+    trainer.data_collator.max_length = trainer.args.max_length = limit
+    left = rows_left(trainer, {"train": rows, "validation": rows.select([0, 2])})
+    assert left == {"train": RowsLeft(8, 7, 7, 3, 8), "validation": RowsLeft(2, 2, 2, 0, 2)}
+    assert str(left["train"]) == "8"
+    warn_truncated_examples(left, limit)
+    assert f"train: of 8 examples, 1 has no reply left within --max_length {limit}: nothing is learned" in caplog.text
+    assert "7 more reach it, of which 3 are cut off, without the end-of-sequence token" in caplog.text
+
+    monkeypatch.setattr("grades_trl.recipe.scored.MEASURED", 4)
+    warn_truncated_examples(rows_left(trainer, {"train": rows}), limit)
+    assert "train: of 4 examples (a sample of the 8), 0 have no reply left" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-from grades_trl.trainers.heldout import IGNORED
+from grades_trl.trainers.heldout import IGNORED, nothing_random_moves
+
+MEASURED = 32  # rows of a split with images whose tokens are counted: each has to be processed for that
 
 
 @dataclass(frozen=True)
@@ -21,23 +24,28 @@ class RowsLeft:
 
     Attributes:
         given (`int`): rows of the dataset.
-        left (`int`): those with a reply, or a part of it, within `max_length`. The others are dropped.
+        left (`int`): those with a reply, or a part of it, within `max_length`. The others are dropped; with images,
+            nothing is learned from them.
         full (`int`): of these, rows that reach `max_length`.
         cut (`int`): of these, rows whose end is cut off, and with it the end-of-sequence token.
+        measured (`int`, *optional*): rows that `left`, `full` and `cut` are of, if they are not of all.
     """
 
     given: int
     left: int
     full: int = 0
     cut: int = 0
+    measured: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.given:,}" if self.left == self.given else f"{self.left:,} of {self.given:,}"
+        is_known = self.measured is None and self.left < self.given
+        return f"{self.left:,} of {self.given:,}" if is_known else f"{self.given:,}"
 
 
 def rows_left(trainer: Any, given: dict[str, Dataset]) -> dict[str, RowsLeft]:
     """
-    What TRL leaves of each split. Of rows with images, which are truncated when they are collated, all are.
+    What TRL leaves of each split. Rows with images are truncated when they are collated: up to `MEASURED` of them are,
+    spread evenly.
 
     Args:
         trainer: an SFTTrainer, which has prepared its data.
@@ -45,8 +53,10 @@ def rows_left(trainer: Any, given: dict[str, Dataset]) -> dict[str, RowsLeft]:
             `evaluate` will be given them.
     """
     args = trainer.args
-    if args.max_length is None or args.packing or "input_ids" not in trainer.train_dataset.column_names:
+    if args.max_length is None or args.packing:
         return {split: RowsLeft(len(rows), len(rows)) for split, rows in given.items()}
+    if "input_ids" not in trainer.train_dataset.column_names:
+        return {split: _left_with_images(trainer, rows, args.max_length) for split, rows in given.items()}
     prepared = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
     found = {}
     for split, rows in given.items():
@@ -70,6 +80,35 @@ def _left(given: int, prepared: Dataset, limit: int, tokenizer: Any) -> RowsLeft
             else:
                 last_of_full.append(token)
     return RowsLeft(given, len(prepared), len(last_of_full), sum(token not in ends for token in last_of_full))
+
+
+def _left_with_images(trainer: Any, rows: Dataset, limit: int) -> RowsLeft:
+    left = full = cut = 0
+    measured = untruncated(trainer, rows, MEASURED)
+    for labels in measured:
+        if any(label != IGNORED for label in labels[:limit]):
+            left, full, cut = left + 1, full + (len(labels) >= limit), cut + (len(labels) > limit)
+    return RowsLeft(len(rows), left, full, cut, len(measured))
+
+
+def untruncated(trainer: Any, rows: Dataset, count: int) -> list[list[int]]:
+    """The labels of rows with images, spread evenly, as the collator would make them without `max_length`.
+
+    Args:
+        trainer: an SFTTrainer for images.
+        rows ([`~datasets.Dataset`]): as the trainer takes them.
+        count (`int`): of how many rows, at most.
+    """
+    rows, collate = trainer._remove_unused_columns(rows, "training"), trainer.data_collator
+    if dataclasses.is_dataclass(collate) and hasattr(collate, "max_length"):
+        collate = dataclasses.replace(collate, max_length=None)  # type: ignore[type-var]
+    with nothing_random_moves():
+        return [collate([dict(rows[row])])["labels"][0].tolist() for row in evenly(len(rows), count)]
+
+
+def evenly(length: int, count: int) -> list[int]:
+    """At most `count` rows of a dataset of this length, spread evenly."""
+    return [k * length // count for k in range(min(count, length))] if length > count else list(range(length))
 
 
 class ScoredRows:

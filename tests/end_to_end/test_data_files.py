@@ -74,6 +74,10 @@ def test_a_preview_of_llava_s_json(run, refused, tmp_path):
     assert list((tmp_path / "mine").iterdir()) == []
     assert re.search(r"<image> x 16 Read the number\.<\|im_end\|>.*\n\[\[\d+<\|im_end\|>\]\]\n", printed)
     assert "train: 36 rows of " in printed and "their images included" in printed
+    rows[2]["conversations"][1]["value"] = "7 " * 60
+    write(tmp_path / "rows.json", rows)
+    printed = run("sft_vlm.py", "--preview --output_dir mine/out --dataset_name rows.json --max_length 100")
+    assert "1 more reaches it, of which 1 is cut off, without the end-of-sequence token" in printed
     rows[1]["image"] = "https://example.com/1.png"
     write(tmp_path / "rows.json", rows)
     said = refused("sft_vlm.py", "--preview --output_dir out --dataset_name rows.json")

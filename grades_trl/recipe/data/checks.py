@@ -94,6 +94,9 @@ def check(dataset: Dataset, vision: bool, name: str = "train", text_column: str 
         problem = _problem(example, of_text, vision, count)
         for column in beside if isinstance(example[of_text[0]], list) else ():
             problem = problem or BESIDE_MESSAGES[column](example[column])
+            if vision and not problem and _is_given(example[column]):
+                problem = f"has {column}, which TRL does not show to the chat template with images: "
+                problem += BESIDE_IMAGES[column]
         if "objects" in columns and any(mark in str([example[c] for c in of_text]) for mark in OBJECT_MARKS):
             problem = problem or (
                 f'has {" or ".join(OBJECT_MARKS)}, which ms-swift fills in from the column "objects", with boxes in '
@@ -173,13 +176,24 @@ def _refuse_preferences(dataset: Dataset, of_text: list[str], name: str) -> None
             f"--columns messages={pair[0]} (where it is a whole conversation) or prompt=NAME completion={pair[0]}. "
             "TRL's DPOTrainer learns from both, with GradESMixin too"
         )
-    feedback = next((c for c in FEEDBACK if c in columns and dataset.features[c] == Value("bool")), None)
+    feedback = next((c for c in FEEDBACK if c in columns and _is_feedback(dataset, c, of_text)), None)
     if feedback and of_text:
         raise DataError(
             f'{name}: the column "{feedback}" says of each answer whether it is good, for KTO; these recipes would '
             "learn the bad ones too. Remove their rows, and then the column. TRL's KTOTrainer learns from both, with "
             "GradESMixin too"
         )
+
+
+def _is_feedback(dataset: Dataset, column: str, of_text: list[str]) -> bool:
+    """Whether a column is true or false; beside prompts and replies, whether it is 1 in some rows and 0 in the others.
+    Beside texts that is a class, for a classifier."""
+    feature = dataset.features[column]
+    if feature == Value("bool"):
+        return True
+    is_number = isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "float"))
+    are_replies = of_text in (["messages"], ["prompt", "completion"])
+    return is_number and are_replies and {*dataset.unique(column)} - {None} == {0, 1}
 
 
 def _problem_in_messages(column: str, messages: Any, vision: bool) -> str | None:
@@ -290,6 +304,17 @@ def _problem_in_kwargs(kwargs: Any) -> str | None:
 
 # What chat templates read beside messages
 BESIDE_MESSAGES = {"tools": _problem_in_tools, "chat_template_kwargs": _problem_in_kwargs}
+# What to do with it where there are images: TRL's collator of images drops it, while answers would be asked with it
+BESIDE_IMAGES = {
+    "tools": "remove the column, or write the tools into the system message, as this model's template does",
+    "chat_template_kwargs": "remove the column, or give --chat_template_path a template that has them as its defaults",
+}
+
+
+def _is_given(beside: Any) -> bool:
+    """Whether tools or arguments are more than an empty list or object, perhaps in JSON, with null of Arrow in it."""
+    value = json.loads(beside) if isinstance(beside, str) and beside else beside
+    return any(item is not None for item in value.values()) if isinstance(value, dict) else bool(value)
 
 
 def _short(value: Any) -> str:
@@ -298,7 +323,8 @@ def _short(value: Any) -> str:
 
 
 def warn_truncated_examples(rows: dict[str, RowsLeft], max_length: int | None) -> None:
-    """Warns of examples that `max_length` truncates. TRL drops those that lose their whole reply without a word.
+    """Warns of examples that `max_length` truncates. TRL drops those that lose their whole reply without a word; with
+    images, it learns nothing from them.
 
     Args:
         rows (`dict[str, RowsLeft]`): split -> what is left of it, see [`scored.rows_left`].
@@ -308,12 +334,15 @@ def warn_truncated_examples(rows: dict[str, RowsLeft], max_length: int | None) -
         [`DataError`]: nothing is left to train on, to validate on, or to test on.
     """
     for split, of in rows.items():
-        found = f"{split}: of {counted(of.given, 'example')}, "
-        found += f"{counted(of.given - of.left, 'has', 'have')} no reply left within --max_length {max_length}"
+        looked_at = of.given if of.measured is None else of.measured
+        found = f"{split}: of {counted(looked_at, 'example')}"
+        found += f" (a sample of the {of.given:,})" if looked_at < of.given else ""
+        found += f", {counted(looked_at - of.left, 'has', 'have')} no reply left within --max_length {max_length}"
         if of.left == 0:
             raise DataError(f"{found}: raise it.")
-        if of.left < of.given or of.full:
-            used = "dropped" if split == "train" else "dropped, and not scored"
+        if of.left < looked_at or of.full:
+            used = "dropped" if of.measured is None else "nothing is learned there"
+            used = used if split == "train" else "dropped, and not scored" if of.measured is None else "not scored"
             warning = f"{found}: {used}. {counted(of.full, 'more reaches', 'more reach')} it"
             if of.cut:
                 warning += f", of which {counted(of.cut, 'is', 'are')} cut off"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Json, LargeList, List, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, Json, LargeList, List, Value, concatenate_datasets
 
 from .errors import DataError
 from .images import IMAGE_STORAGE, OTHER_NAMES, image_folders, images_in_lists, take_inline_images, to_image
@@ -43,7 +43,8 @@ TEXTS = ("prompt", "reply", "input", "system")
 TEXT_KEYS = ("content", "value", "human", "user", "question", "assistant", "gpt", "bot", "answer")
 # What `--columns` may name, and what it leaves beside the named columns
 MAPPED = ("messages", "prompt", "completion", "text", "image", "images", "input", "system", "history", "tools")
-KEPT = ("image", "images", *OTHER_NAMES, "tools", "chat_template_kwargs", "system", "history")
+KEPT_IMAGES = ("image", "images", *OTHER_NAMES)  # where `--columns` names no images
+KEPT = (*KEPT_IMAGES, "tools", "chat_template_kwargs", "system", "history")
 
 
 def text_columns(columns: list[str], text_column: str) -> list[str]:
@@ -91,7 +92,8 @@ def rename_columns(dataset: Dataset, columns: dict[str, str], name: str) -> Data
         raise DataError(
             f"{name}: --columns names {', '.join(missing)}; the columns are: {', '.join(dataset.column_names)}"
         )
-    kept = [column for column in KEPT if column in dataset.column_names and column not in columns]
+    given = KEPT_IMAGES if {"image", "images"} & {*columns} else ()
+    kept = [c for c in KEPT if c in dataset.column_names and c not in columns and c not in given]
     renamed = dataset.select_columns(list(dict.fromkeys([*columns.values(), *kept])))
     # In two steps: a swap such as input=output output=input would meet a name that is taken
     of_file = {theirs: f"\0{theirs}" for theirs in columns.values()}
@@ -166,7 +168,8 @@ def recognize(dataset: Dataset, vision: bool, text_column: str = "text") -> tupl
 
     Returns:
         `tuple[str, dict[str, str]]`: its name in `FORMATS`, and the columns by what they stand for; `None` for TRL's
-            own formats, and for columns that are no format.
+            own formats (but not for texts that have a system message or earlier turns beside them), and for columns
+            that are no format.
 
     Raises:
         [`DataError`]: several columns could be the same thing.
@@ -175,7 +178,12 @@ def recognize(dataset: Dataset, vision: bool, text_column: str = "text") -> tupl
     own = text_columns(columns, text_column)
     # `text` beside the columns of another format is what they were made into for another model
     if own and (own != [text_column] or text_column != "text"):
-        return None
+        # Texts have no place for a system message or earlier turns: with these, they are a question and its answer.
+        # The columns decide, and not what is in them, so that all files and splits become the same
+        turns = {what: named[0] for what in ("system", "history") if (named := _named(columns, BESIDE[what]))}
+        are_texts = own == ["prompt", "completion"] and not any(_is_conversation(dataset.features[c]) for c in own)
+        reads = {"prompt": "prompt", "reply": "completion"} | turns
+        return ("question and answer", reads) if are_texts and turns else None
     for name, (needed, _) in FORMATS.items():
         if name == "caption" and (not vision or (own and _has_marks(dataset, text_column))):
             continue
@@ -193,7 +201,7 @@ def recognize(dataset: Dataset, vision: bool, text_column: str = "text") -> tupl
                 else f"the columns {' and '.join(several[0])} could each be the conversation: --columns messages=..."
             )
         reads = {what: names[0] for what, names in found.items() if what != "image"}
-        for what, names in BESIDE.items():
+        for what, names in BESIDE.items() if "prompt" in reads else [("system", BESIDE["system"])]:
             beside = [column for column in _named(columns, names) if column not in reads.values()]
             reads |= {what: beside[0]} if beside and what not in reads else {}
         return name, reads
@@ -243,7 +251,7 @@ def to_trl_format(
         beside = system or "tools" in dataset.column_names
         if not made or not (always or vision or beside or any(_is_unusual(dataset, column) for column in made)):
             return dataset
-    read, stored = _undecoded_texts(dataset.select_columns(list(rows)), rows)
+    read, stored = _undecoded_texts(_with_class_names(dataset.select_columns(list(rows))), rows)
     converted = read.map(
         _to_messages,
         fn_kwargs={
@@ -252,6 +260,7 @@ def to_trl_format(
             "vision": vision,
             "folders": image_folders(folder),
             "stored": stored,
+            "features": read.features,
         },
         remove_columns=list(rows),
         features=Features({column: Json() for column in made} | {"inline_images": List(IMAGE_STORAGE)}),
@@ -262,6 +271,19 @@ def to_trl_format(
     whole = concatenate_datasets([rest, converted], axis=1) if rest.column_names else converted
     whole = _with_tools(whole, name == "sharegpt") if "tools" in whole.column_names else whole
     return take_inline_images(whole, "inline_images")
+
+
+def _with_class_names(dataset: Dataset) -> Dataset:
+    """Columns of classes, which are stored as numbers, as the names of these classes. Below 0 is no class."""
+    classes = {c: feature for c, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
+    if not classes:
+        return dataset
+
+    def named(batch: dict[str, list]) -> dict[str, list]:
+        return {c: [of.names[i] if i is not None and i >= 0 else None for i in batch[c]] for c, of in classes.items()}
+
+    features = Features({**dataset.features, **dict.fromkeys(classes, Value("string"))})
+    return dataset.map(named, batched=True, features=features, desc="Reading names of classes")
 
 
 def _undecoded_texts(dataset: Dataset, reads: dict[str, str]) -> tuple[Dataset, dict[str, list[str]]]:
@@ -318,7 +340,9 @@ def _to_messages(
     vision: bool,
     folders: Sequence[str],
     stored: dict[str, list[str]],
+    features: Features,
 ) -> dict[str, Any]:
+    example = {column: _without_added_null(value, features[column]) for column, value in example.items()}
     for column, keys in stored.items():
         if keys == [""]:
             example[column] = _decoded(example[column], is_reply=reads[column] == "reply")
@@ -491,8 +515,10 @@ def _with_tools(dataset: Dataset, bare: bool) -> Dataset:
     """LLaMA-Factory's and ms-swift's tools are JSON in a text, LLaMA-Factory's without the envelope that chat
     templates expect; axolotl's parameters are JSON in a text."""
 
+    stored = dataset.features["tools"]
+
     def parse(example: dict[str, Any]) -> dict[str, Any]:
-        tools = _from_json(example["tools"], list)
+        tools = _from_json(_without_added_null(example["tools"], stored), list)
         if isinstance(tools, str) and not tools.strip():
             return {"tools": None}
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -515,10 +541,10 @@ def clean(dataset: Dataset, text_column: str, keep: Collection[str] = ()) -> Dat
     """
     Keeps the columns that TRL reads, with messages as chat templates expect them.
 
-    Null entries that Arrow adds to messages are taken out again: chat templates ask whether a key is there. A
-    `developer` becomes a `system`. A reply that is marked not to be learned gets [`marks.LEFT_OUT`]. Where a row has
-    `{"type": "image"}` parts, all its user messages become lists of parts, as TRL needs. Without images, a list of
-    parts becomes their text.
+    Null entries that Arrow adds to messages are taken out again: chat templates ask whether a key is there. Those in
+    arguments and parameters of tools that were JSON are kept. A `developer` becomes a `system`. A reply that is marked
+    not to be learned gets [`marks.LEFT_OUT`]. Where a row has `{"type": "image"}` parts, all its user messages become
+    lists of parts, as TRL needs. Without images, a list of parts becomes their text.
 
     Args:
         dataset ([`~datasets.Dataset`]): checked rows in one of TRL's formats.
@@ -547,7 +573,7 @@ def clean(dataset: Dataset, text_column: str, keep: Collection[str] = ()) -> Dat
         return dataset
     cleaned = dataset.select_columns(unclean).map(
         _clean,
-        fn_kwargs={"has_images": "images" in dataset.column_names},
+        fn_kwargs={"has_images": "images" in dataset.column_names, "features": dataset.features},
         features=Features({column: Json() for column in unclean}),
         desc="Cleaning messages",
     )
@@ -565,8 +591,8 @@ def _roles(messages: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.struct_field(pc.list_flatten(messages), "role")
 
 
-def _clean(example: dict[str, Any], has_images: bool) -> dict[str, Any]:
-    example = {column: _without_null(value) for column, value in example.items()}
+def _clean(example: dict[str, Any], has_images: bool, features: Features) -> dict[str, Any]:
+    example = {c: _without_null(_without_added_null(value, features[c])) for c, value in example.items()}
     conversations = [example[c] for c in ("messages", "prompt", "completion") if c in example]
     explicit = any(count_placeholders(messages) for messages in conversations)
     for messages in conversations:
@@ -593,9 +619,23 @@ def _clean(example: dict[str, Any], has_images: bool) -> dict[str, Any]:
     return example
 
 
+def _without_added_null(value: Any, feature: Any) -> Any:
+    """A value without what Arrow adds, which gives all objects of a column the same keys. JSON has its null itself."""
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: _without_added_null(item, feature[key]) for key, item in value.items() if item is not None}
+    if isinstance(feature, (List, LargeList)) and isinstance(value, list):
+        return [_without_added_null(item, feature.feature) for item in value]
+    return value
+
+
 def _without_null(value: Any) -> Any:
+    """Null keys of messages and tools are none. In arguments of a call, and in the schema of them, null is a value."""
     if isinstance(value, dict):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
+        return {
+            key: item if key in ("arguments", "parameters") else _without_null(item)
+            for key, item in value.items()
+            if item is not None
+        }
     return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 

@@ -4,25 +4,86 @@ from __future__ import annotations
 
 import base64
 import binascii
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetInfo, Features, Image, Json, LargeList, List, Value, concatenate_datasets
+from datasets.features.features import register_feature
 from tqdm.auto import tqdm
 
 from .errors import DataError
 
 MAX_OPENED = 2000  # rows whose images `open_images` opens
-RGB = Image(mode="RGB")  # not every image processor takes gray, palette or transparent images
 IMAGE_STORAGE = {"bytes": Value("binary"), "path": Value("string")}
 # How PNG, JPEG, GIF and WebP begin in base64: such texts are images, not paths
 BASE64_STARTS = ("iVBOR", "/9j/", "R0lGOD", "UklGR")
+SAVE_AS_8_BITS = "save it with 8 bits per pixel, scaled to the range that it uses"
 OTHER_NAMES = {"file_name": "image", "file_names": "images", "image_path": "image", "image_paths": "images"}
 # In place of the path of an image that cannot be read, with what is wrong: the check names the row
 PROBLEM = "problem://"
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """
+    An image as every image processor takes it. Pillow's `convert("RGB")` alone would make images with more than 8 bits
+    per pixel all white or all black, and show the colors that are hidden under transparency.
+
+    Args:
+        image (`PIL.Image.Image`): transparent parts become white. Of 16 bits, the upper 8 are kept.
+
+    Raises:
+        ValueError: the range of its pixels is not known.
+    """
+    if image.mode in ("I", "F"):
+        kind = "integers of 32 bits" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(f"its pixels are {kind}, of which black and white are not known: {SAVE_AS_8_BITS}")
+    if image.mode.startswith("I;16"):
+        pixels = np.asarray(image)
+        if 0 < pixels.max() < 4096:
+            raise ValueError(
+                f"its pixels have 16 bits, and the brightest is {pixels.max():,} of 65,535, as in images of 12 bits, "
+                f"so that it would be almost black: {SAVE_AS_8_BITS}"
+            )
+        return PIL.Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = PIL.Image.new("RGBA", image.size, "white")
+    return PIL.Image.alpha_composite(white, image).convert("RGB")
+
+
+@dataclass
+class RGBImage(Image):
+    """A column of images that are decoded by [`to_rgb`], wherever they are read: in training, in the preview, for
+    answers and for scores. Stored are their paths, or their bytes as they are in the file."""
+
+    _type: str = field(default="RGBImage", init=False, repr=False)
+
+    def decode_example(self, value: dict, token_per_repo_id: dict | None = None) -> PIL.Image.Image:
+        """
+        Raises:
+            [`DataError`]: the range of its pixels is not known.
+        """
+        image = super().decode_example(value, token_per_repo_id)
+        try:
+            return to_rgb(image)
+        except ValueError as error:
+            where = value["path"] or "stored in the data"
+            raise DataError(f"image ({where}) cannot be shown to a model: {error}") from error
+
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "'register_feature' is experimental")
+    # `datasets` writes the types of columns into its tables, and looks them up by name when it reads them
+    register_feature(RGBImage, "RGBImage")
+RGB = RGBImage()
 
 
 def image_column(columns: list[str]) -> str | None:
@@ -43,13 +104,14 @@ def read_images(dataset: Dataset, folder: Path) -> Dataset:
         [`~datasets.Dataset`]: with one image per row in `image`, or a list of images per row in `images`.
 
     Raises:
-        [`DataError`]: the column holds something else.
+        [`DataError`]: the column holds something else, or a row has both.
     """
-    for old, new in OTHER_NAMES.items():
-        if old in dataset.column_names and new not in dataset.column_names:
-            dataset = dataset.rename_column(old, new)
+    if image_column(dataset.column_names) is None:
+        for old, new in OTHER_NAMES.items():
+            if old in dataset.column_names and new not in dataset.column_names:
+                dataset = dataset.rename_column(old, new)
     if "images" in dataset.column_names and "image" in dataset.column_names:
-        dataset = dataset.remove_columns("image")
+        return _of_both_columns(dataset, folder)
     column = image_column(dataset.column_names)
     if column is None:
         return dataset
@@ -84,6 +146,26 @@ def read_images(dataset: Dataset, folder: Path) -> Dataset:
         ),
         desc="Finding images",
     )
+
+
+def _of_both_columns(dataset: Dataset, folder: Path) -> Dataset:
+    """Rows of which some have `image` and others have `images`."""
+    one, several = (images_in_lists(read_images(dataset.select_columns([c]), folder)) for c in ("image", "images"))
+    pairs = zip(count_images(one, "images"), count_images(several, "images"), strict=True)
+    both = next((row for row, counts in enumerate(pairs) if all(counts)), None)
+    if both is not None:
+        raise DataError(
+            f'row {both} (the first is 0) has images in "image" and in "images", expected one of the two: remove a '
+            "column, or name the one that is meant, as in --columns images=images"
+        )
+
+    def merge(table: pa.Table) -> dict[str, list]:
+        rows = zip(table["images"].to_pylist(), table["image"].to_pylist(), strict=True)
+        return {"images": [images or image for images, image in rows]}
+
+    images = _to_images(concatenate_datasets([one.rename_column("images", "image"), several], axis=1), merge)
+    rest = dataset.remove_columns(["image", "images"])
+    return concatenate_datasets([rest, images], axis=1) if rest.column_names else images
 
 
 def image_folders(folder: Path) -> list[str]:
@@ -220,6 +302,8 @@ def open_images(dataset: Dataset, column: str, name: str) -> None:
             image = image if isinstance(image, dict) else {"path": image, "bytes": None}
             try:
                 RGB.decode_example(image)
+            except DataError as error:
+                raise DataError(f"{name}: row {row} (the first is 0): {error}") from error
             except Exception as error:  # PIL and its plugins raise all kinds
                 where = image["path"] or "stored in the data"
                 raise DataError(

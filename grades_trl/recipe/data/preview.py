@@ -3,7 +3,6 @@ should learn."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import statistics
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from trl import SFTConfig
 
 from grades_trl.distributed import is_main
 from grades_trl.recipe.bad_input import printable
-from grades_trl.recipe.scored import RowsLeft
+from grades_trl.recipe.scored import RowsLeft, evenly, untruncated
 from grades_trl.trainers.heldout import IGNORED, nothing_random_moves
 from grades_trl.wording import counted
 
@@ -48,7 +47,7 @@ def show_example(trainer: Any, rows: dict[str, RowsLeft], whole: bool = False) -
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     prepared = trainer.train_dataset
     with nothing_random_moves():
-        batches = [(row, *_batch(trainer, row)) for row in _evenly(len(prepared), CHECKED)]
+        batches = [(row, *_batch(trainer, row)) for row in evenly(len(prepared), CHECKED)]
     first_ids, first_labels = batches[0][1:]
 
     learned = sum(label != IGNORED for label in first_labels)
@@ -76,10 +75,6 @@ class LeaveNoFolder(TrainerCallback):
         if is_main():
             for folder in self._new:
                 folder.rmdir()
-
-
-def _evenly(length: int, count: int) -> list[int]:
-    return [k * length // count for k in range(min(count, length))] if length > count else list(range(length))
 
 
 def _batch(trainer: Any, row: int) -> tuple[list[int], list[int]]:
@@ -197,12 +192,8 @@ def _lengths(trainer: Any, rows: dict[str, RowsLeft]) -> list[str]:
 
 
 def _lengths_with_images(trainer: Any, limit: int | None) -> str:
-    rows = trainer._remove_unused_columns(trainer.train_dataset, "training")
-    collate = trainer.data_collator
-    if dataclasses.is_dataclass(collate) and hasattr(collate, "max_length"):
-        collate = dataclasses.replace(collate, max_length=None)  # type: ignore[type-var]
-    with nothing_random_moves():
-        lengths = [len(collate([dict(rows[row])])["input_ids"][0]) for row in _evenly(len(rows), MEASURED)]
+    rows = trainer.train_dataset
+    lengths = [len(labels) for labels in untruncated(trainer, rows, MEASURED)]
     line = f"train: {_summary(lengths)} of the {len(rows):,}, their images included"
     if limit is not None:
         line += f"; {sum(length > limit for length in lengths):,} are longer than --max_length {limit}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -21,6 +22,8 @@ SPLIT_WORDS = {
     "validation": "validation|valid|dev|val",
     "test": "test|testing|eval|evaluation",
 }
+
+logger = logging.getLogger(__name__)
 
 # What `datasets` raises of a name that is no dataset, or of a damaged one
 NO_DATA = (OSError, ValueError, KeyError, RuntimeError, DatasetGenerationError)
@@ -82,6 +85,13 @@ def read(
             f"{name}: expected files of one kind, found {', '.join(sorted({file.suffix for file in files}))}"
         )
     splits = {"train": files} if path.is_file() else _files_by_split(path, files)
+    left_out = sorted({*files} - {file for of_split in splits.values() for file in of_split})
+    if left_out:
+        logger.warning(
+            f"{name}: files without a split in their name are left out, since others have one: "
+            f"{', '.join(str(file.relative_to(path)) for file in left_out)}. Rename them (train_..., test_...) to read "
+            "them too."
+        )
     return {split: _read_files(files, name, text_column, columns, vision) for split, files in splits.items()}
 
 

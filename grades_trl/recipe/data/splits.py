@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -17,6 +18,11 @@ from .marks import leave_rows_out
 from .overlap import warn_of_rows_in_both
 from .replies import to_prompt_completion
 from .sources import read
+
+# Columns that say where a row comes from, which no model needs to read
+ABOUT_ROWS = ("id", "idx", "index", "uuid", "row_id", "sample_id", "source", "url", "license", "__index_level_0__")
+
+logger = logging.getLogger(__name__)
 
 
 def load_data(
@@ -117,7 +123,8 @@ def load(
 
     The result has only the columns that TRL reads: `messages`, or `prompt` and `completion`, or `text` (where several
     are there, the first of these), `images` for vision, and `tools` and `chat_template_kwargs` beside messages; see
-    [`formats.clean`] for what happens to messages. Images are decoded as RGB when they are read, not here.
+    [`formats.clean`] for what happens to messages. Images are decoded as RGB ([`images.to_rgb`]) when they are read,
+    not here.
 
     Args:
         name (`str`): id of a dataset on the hub, or path of a local file or folder.
@@ -158,13 +165,27 @@ def load(
         if missing:
             there = ", ".join(splits[split].column_names)
             raise DataError(f'{split}: there is no column "{missing[0]}"; there are: {there}')
-        ready.append(leave_rows_out(clean(splits[split], text_column, keep), split))
+        cleaned = clean(splits[split], text_column, keep)
+        if split == train_split:
+            _warn_of_columns_left_out(splits[split], cleaned, text_column)
+        ready.append(leave_rows_out(cleaned, split))
     if test_split is not None:
         return DatasetDict(train=ready[0], test=ready[1].shuffle(seed=seed))
     try:
         return ready[0].train_test_split(test_size=test_size, seed=seed)
     except ValueError as error:
         raise DataError(f"{name}: cannot hold out test_size={test_size} of {len(ready[0])} rows: {error}") from error
+
+
+def _warn_of_columns_left_out(dataset: Dataset, cleaned: Dataset, text_column: str) -> None:
+    """A part of the question may be among them, as the choices of multiple choice are."""
+    read = {*cleaned.column_names, text_column, "image", "images"}
+    unread = [column for column in dataset.column_names if column not in read and column.lower() not in ABOUT_ROWS]
+    if unread:
+        logger.warning(
+            f"Columns not read: {', '.join(unread)}. If the model should see one, write it into the question, or name "
+            "it with --columns."
+        )
 
 
 def with_validation(splits: DatasetDict, limit: int | None = None) -> DatasetDict:
