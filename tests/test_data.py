@@ -863,6 +863,26 @@ def test_a_test_split_that_is_sorted_is_shuffled_before_it_is_halved(tmp_path):
     assert set(splits["validation"]["text"]) == set(splits["test"]["text"]) == {"topic 0", "topic 1"}
 
 
+@pytest.mark.parametrize("as_list", [False, True], ids=["lines", "list"])
+def test_dates_in_json_stay_as_they_are_written(tmp_path, as_list):
+    """Arrow takes a column for times if each text in it is one."""
+    days = [f"1998-05-0{day}" for day in range(1, 5)]
+    rows = [
+        {"instruction": f"As ISO 8601:\u2028{day}", "output": day, "history": [[day, "2020-01-01 10:00:00"]], "n": 1.5}
+        for day in days
+    ]
+    path = write(tmp_path / "rows.json", rows)
+    if as_list:
+        path.write_text(json.dumps(rows))
+    loaded = load(str(path))
+    found = sorted(
+        (row["messages"] for split in loaded.values() for row in split), key=lambda turns: turns[-1]["content"]
+    )
+    assert [[message["content"] for message in turns] for turns in found] == [
+        [day, "2020-01-01 10:00:00", f"As ISO 8601:\u2028{day}", day] for day in days
+    ]
+
+
 # ---- rows that are trained on and held out as well ----
 
 

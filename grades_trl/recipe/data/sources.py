@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from grades_trl.recipe.bad_input import blamed_on
@@ -89,8 +91,8 @@ def read(
     if left_out:
         logger.warning(
             f"{name}: files without a split in their name are left out, since others have one: "
-            f"{', '.join(str(file.relative_to(path)) for file in left_out)}. Rename them (train_..., test_...) to read "
-            "them too."
+            f"{', '.join(str(file.relative_to(path)) for file in left_out)}. Rename them (train_..., test_...) to "
+            "read them too."
         )
     return {split: _read_files(files, name, text_column, columns, vision) for split, files in splits.items()}
 
@@ -157,6 +159,8 @@ def _read_files(files: list[Path], name: str, text_column: str, columns: dict[st
         try:
             dataset = load_dataset(builder, data_files=here, split="train", **options)
             dataset.data.validate(full=True)  # texts in another encoding than UTF-8
+            if builder == "json":
+                dataset = _with_dates_as_texts(dataset, here)
             if builder == "text":
                 dataset = dataset.filter(lambda row: row["text"].strip() != "", desc="Leaving empty lines out")
         except (DatasetGenerationError, StopIteration, ValueError) as error:  # the last two for files without rows
@@ -166,3 +170,30 @@ def _read_files(files: list[Path], name: str, text_column: str, columns: dict[st
             raise DataError(f"{', '.join(here)}: cannot be read: {reason}") from error
         datasets.append(_ready(dataset, folder, name, text_column, columns, vision, always=len(folders) > 1))
     return concatenate_datasets(datasets) if len(datasets) > 1 else datasets[0]
+
+
+def _with_dates_as_texts(dataset: Dataset, files: list[str]) -> Dataset:
+    """
+    Reads JSON once more where it has dates: Arrow takes a column for times if each text in it is one, as the answers
+    of which all are `"1998-05-01"`, and no longer knows how they were written.
+    """
+    features = Features({name: _dates_as_texts(feature) for name, feature in dataset.features.items()})
+    if features == dataset.features:
+        return dataset
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        text = Path(file).read_text("utf-8-sig")
+        if text.lstrip().startswith("["):
+            rows += json.loads(text)
+        else:
+            rows += [json.loads(line) for line in text.split("\n") if line.strip()]
+    return Dataset.from_list([{name: row.get(name) for name in features} for row in rows], features=features)
+
+
+def _dates_as_texts(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return {name: _dates_as_texts(part) for name, part in feature.items()}
+    if isinstance(feature, (List, LargeList)):
+        return type(feature)(_dates_as_texts(feature.feature))
+    is_date = isinstance(feature, Value) and feature.dtype.startswith(("timestamp", "date", "time"))
+    return Value("string") if is_date else feature
