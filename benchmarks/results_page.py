@@ -77,6 +77,10 @@ TITLES = {
         "SmolLM2-135M-Instruct, LoRA, one-line descriptions of functions. There is nothing to freeze, nothing to end: "
         "GradES costs its three held-out measurements, and gives the same weights.",
     ),
+    "smollm2_1000x1": (
+        "The same model, 1,000 examples once",
+        "125 steps of 8. Nothing freezes, nothing ends, and the weights are the same.",
+    ),
     "smollm2_1000x3": (
         "The same model, 1,000 examples three times",
         "SmolLM2 learns to write dates as ISO 8601. The held-out loss falls to the end, nothing freezes, and the "

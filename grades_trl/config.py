@@ -115,7 +115,7 @@ class GradESConfig:
             Fraction of all optimizer steps before the first measurement of the held-out score.
         heldout_cost (`float`, *optional*, defaults to `0.02`):
             What all measurements of the held-out score may cost, as a fraction of the training FLOPs. Short runs may
-            use 64 forward passes of a row, or 128 where they are longer than an epoch, up to 5 %. With fewer than 427
+            use 64 forward passes of a row, or 128 where they have 1.5 epochs or more, up to 5 %. With fewer than 427
             training examples in all epochs together, nothing is measured.
         heldout_samples (`int`, *optional*, defaults to `128`):
             Held-out rows per measurement, at most; always the same ones.

@@ -1,6 +1,7 @@
 """When a trainer's run ends: its held-out scores and what measuring them leaves alone, its training accuracy."""
 
 import logging
+import math
 import random
 
 import numpy as np
@@ -13,6 +14,8 @@ from trl import SFTTrainer
 from grades_trl import GradESConfig, GradESTrainer
 from grades_trl.recipe import builtin
 from grades_trl.recipe.generation import answers, exact_match
+from grades_trl.stopping.heldout import plan
+from grades_trl.trainers import mixin
 from grades_trl.trainers.heldout import HeldoutAnswers, HeldoutRows
 from helpers import LORA, arguments, losses, model_for, never, same, weights
 from vlm import GradESVLMTrainer
@@ -433,6 +436,37 @@ def test_a_run_is_measured_by_its_token_accuracy(tmp_path, text, said):
     )
     ended = f"The run ended after step 12 of 12: schedule finished. Weights of the model: {said_weights(trainer)}."
     assert ended in said.messages
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_cost_that_is_said_is_that_of_the_forward_passes(tmp_path, text, said, lora):
+    """2 of 3 products with all parameters, hardly more than 1 of 2 with adapters: no gradient of the base."""
+    settings = never(heldout_every=4, heldout_cost=1.0)
+    trainer = build(text, tmp_path, settings, peft_config=LORA if lora else None, max_steps=8)
+    trainer.train()
+    passes, steps = 3 * 16, 8 * trainer._rows_per_step
+    said_cost = float(next(m for m in said.messages if "is measured every" in m).split("on, ")[1].split(" %")[0])
+    if lora:
+        weights = sum(m.shape[0] * m.shape[1] for m in trainer.grades.matrices.values())
+        factors = sum(m.params for m in trainer.grades.matrices.values())
+        share = (weights + factors) / (2 * weights + 3 * factors)
+    assert said_cost == pytest.approx(100 * passes / steps * (share if lora else 1 / 3), abs=0.051)
+
+
+@pytest.mark.parametrize(("epochs", "again"), [(1.04, False), (1.5, True)])
+def test_a_little_more_than_an_epoch_is_measured_like_one(tmp_path, text, monkeypatch, epochs, again):
+    asked = []
+    monkeypatch.setattr(mixin, "plan", lambda *a: asked.append(a) or plan(*a))
+    rows = len(text[0]["train"])
+    trainer = build(text, tmp_path, never(), max_steps=math.ceil(epochs * rows / 2), per_device_train_batch_size=2)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert [arguments[-1] for arguments in asked] == [again]
 
 
 @pytest.mark.parametrize(("rate", "shown"), [(10.0, True), (1e-6, False)], ids=["ends early", "as SFTTrainer"])

@@ -17,8 +17,9 @@ PATIENCE, LONG_INTERVAL = 2, 1 / 10
 # A forward pass costs a third of a training step on the same row: backward is two more.
 FORWARD_SHARE = 1 / 3
 # Forward passes of a row that a run may use even where `cost` allows fewer, if they cost at most this fraction of its
-# training FLOPs. A schedule longer than an epoch may overfit. It may use more, to end at the right moment.
+# training FLOPs. A schedule of this many epochs may overfit. It may use more, to end at the right moment.
 MIN_FORWARD_PASSES, IF_ROWS_COME_BACK = 64, 128
+EPOCHS_TO_OVERFIT = 1.5
 MAX_SHORT_RUN_COST = 0.05
 
 
@@ -194,7 +195,7 @@ def plan(
 
     All measurements together, with the one at the end of the schedule, may cost `cost` of the training FLOPs, a
     forward pass being a third of a training step on the same row. Short runs may use 64 forward passes, and up to 128
-    where the schedule is longer than an epoch, if that is at most 5 %. They are spread over at most 20 measurements of
+    where the schedule has 1.5 epochs or more, if that is at most 5 %. They are spread over at most 20 measurements of
     at most `samples` rows and, unless `samples` or the data say so, of no fewer than 16. An interval that is set is
     kept; then the rows follow from it.
 
@@ -204,7 +205,7 @@ def plan(
         rows_per_step (`int`): training rows per optimizer step.
         available (`int`): held-out rows.
         passes_per_row (`float`, *optional*, defaults to `1.0`): forward passes of a row that its score costs.
-        rows_come_back (`bool`, *optional*, defaults to `False`): the schedule is longer than an epoch.
+        rows_come_back (`bool`, *optional*, defaults to `False`): the schedule has 1.5 epochs or more.
 
     Returns:
         [`Plan`]: with an interval longer than the schedule where the budget does not pay for the first measurement,

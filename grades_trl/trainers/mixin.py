@@ -30,7 +30,7 @@ from grades_trl.distributed import (
 )
 from grades_trl.engine import GradES, tracked_in
 from grades_trl.freezing.frozen_prefix import checkpoints_reentrantly
-from grades_trl.model.flops import StepCosts
+from grades_trl.model.flops import StepCosts, forward_flops, step_flops
 from grades_trl.model.matrices import describe, untracked_parameters
 from grades_trl.report.environment import Environment
 from grades_trl.report.history import restore_record
@@ -38,7 +38,7 @@ from grades_trl.report.run_report import RunReport
 from grades_trl.report.summary import INTERRUPTED, CacheSummary, Outcome, RunSummary, format_ending, stop_reason
 from grades_trl.report.timing import RunClock
 from grades_trl.report.tracking import GroupedWandbCallback, Tracker
-from grades_trl.stopping.heldout import MIN_SAMPLES, name_of, plan
+from grades_trl.stopping.heldout import EPOCHS_TO_OVERFIT, FORWARD_SHARE, MIN_SAMPLES, name_of, plan
 from grades_trl.wording import counted
 
 from .binding import is_sft_trainer, on_sft_trainer, refuse_stale_base
@@ -189,7 +189,7 @@ class GradESMixin(WholeCheckpoints):
         if config.may_measure_heldout and wanted:
             config, score = self._plan_heldout(config)
         # In several processes, most rows of an epoch come back in another one than before.
-        cache_bytes = psutil.virtual_memory().available // 10 if self._rows_come_back and world_size() == 1 else 0
+        cache_bytes = psutil.virtual_memory().available // 10 if self._epochs > 1 and world_size() == 1 else 0
         ddp = wrapper_of(self.model_wrapped)
         refuse_devices_that_send_nothing(self.model)
         refuse_reentrant_checkpointing(ddp, any(checkpoints_reentrantly(module) for module in self.model.modules()))
@@ -231,10 +231,10 @@ class GradESMixin(WholeCheckpoints):
         return rows, rows / self._rows_per_step
 
     @property
-    def _rows_come_back(self) -> bool:
-        """Whether the schedule is longer than an epoch."""
+    def _epochs(self) -> float:
+        """Of the schedule; 0 for streamed rows."""
         epoch = self._epoch()
-        return epoch is not None and self.state.max_steps > epoch[1]
+        return 0.0 if epoch is None else self.state.max_steps / epoch[1]
 
     @property
     def _rows_per_step(self) -> int:
@@ -256,7 +256,8 @@ class GradESMixin(WholeCheckpoints):
         if metric == "exact_match":
             assert answers is not None  # checked when the trainer was made
             available, passes = answers.available, answers.passes_per_row(self)
-        rows, every, cost = plan(settings, steps, self._rows_per_step, available, passes, self._rows_come_back)
+        comes_back = self._epochs >= EPOCHS_TO_OVERFIT
+        rows, every, cost = plan(settings, steps, self._rows_per_step, available, passes, comes_back)
         if every > steps:
             logger.log(
                 logging.WARNING if config.needs_heldout_rows else logging.INFO,
@@ -305,9 +306,18 @@ class GradESMixin(WholeCheckpoints):
                 self._heldout_rows,
                 heldout.every,
                 heldout.first_step,
-                100 * self._heldout_cost,
+                100 * self._heldout_cost * self._forward_share / FORWARD_SHARE,
                 description,
             )
+
+    @property
+    def _forward_share(self) -> float:
+        """Of a training step: a third with all parameters, nearly a half with adapters, since the base needs no
+        gradient."""
+        others = self.grades.others
+        matrices, names = [*self.grades.matrices.values(), *others], {matrix.name for matrix in others}
+        step = step_flops(matrices, frozen=names, checkpointing=self.args.gradient_checkpointing)
+        return forward_flops(matrices) / step
 
     def _begin_training(self) -> None:
         if self.state.global_step == 0 or self.grades is None:
