@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer, GenerationMixin
 
 from vlm import builtin as vlm_builtin
 from wandb_reader import read_run
@@ -181,6 +183,31 @@ def test_vlm_on_a_users_own_folder_of_images(run, refused, tmp_path):
     assert "vision           5                 0        1,018,752                0" in printed
     (folder / "7.png").write_bytes(b"no image")
     assert "row 7" in refused("sft_vlm.py", "--config demo_vlm", flags)
+
+
+@pytest.mark.parametrize("recipe", ["sft_text.py", "sft_vlm.py"])
+def test_answers_before_and_after_training_end_at_the_same_tokens(recipe, run, tmp_path, folder, monkeypatch):
+    """Of a model whose generation config does not know its tokenizer's end-of-sequence token."""
+    source, load = (folder, AutoTokenizer) if recipe == "sft_text.py" else (vlm_builtin.READER, AutoProcessor)
+    shutil.copytree(source, tmp_path / "base")
+    processor = load.from_pretrained(source)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    other = next(token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token)
+    tokenizer.eos_token = other
+    processor.save_pretrained(tmp_path / "base")
+    seen, generate = [], GenerationMixin.generate
+
+    def record(model, *args, **kwargs):
+        seen.append(model.generation_config.eos_token_id)
+        return generate(model, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", record)
+    flags = "--model_name_or_path base --max_steps 1 --warmup_steps 0 --max_train_samples 16 --max_eval_samples 4"
+    flags += " --eval_strategy no --num_eval_generations 1 --num_samples 1 --max_new_tokens 2 --grades false"
+    config = "demo_text" if recipe == "sft_text.py" else "demo_vlm"
+    run(recipe, f"--config {config} --report_to none --output_dir out", flags)
+    assert len(seen) > 2 and all(tokenizer.eos_token_id in stops for stops in seen)
+    assert all(stops == seen[0] for stops in seen)
 
 
 @pytest.mark.parametrize("recipe", ["sft_text.py", "sft_vlm.py"])
