@@ -33,7 +33,7 @@ from grades_trl.recipe.record import record_arguments, samples_of
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
 from grades_trl.recipe.resume import mark_finished, set_up_resume
 from grades_trl.recipe.scored import rows_left
-from grades_trl.recipe.stop_tokens import set_stop_tokens
+from grades_trl.recipe.stop_tokens import set_stop_tokens, warn_if_answers_do_not_end
 from grades_trl.recipe.trainer_settings import check_trainer_settings
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
@@ -113,6 +113,7 @@ def main() -> None:
     )
     check_trainer_settings(trainer)
     set_stop_tokens(trainer)
+    warn_if_answers_do_not_end(trainer, train)
     show_progress(trainer)
     choice = choice_flops(trainer)
     rows = rows_left(trainer, {"train": train, "validation": validation, "test": test})

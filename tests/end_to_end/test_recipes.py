@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import trl
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, GenerationMixin
 
+from helpers import chat_tokenizer, model_for
 from vlm import builtin as vlm_builtin
 from wandb_reader import read_run
 
@@ -208,6 +210,20 @@ def test_answers_before_and_after_training_end_at_the_same_tokens(recipe, run, t
     run(recipe, f"--config {config} --report_to none --output_dir out", flags)
     assert len(seen) > 2 and all(tokenizer.eos_token_id in stops for stops in seen)
     assert all(stops == seen[0] for stops in seen)
+
+
+@pytest.mark.parametrize(("flag", "warns"), [("", True), ("--eos_token <|im_end|>", False)], ids=["without", "with"])
+def test_a_base_model_with_the_template_of_a_chat_model(run, tmp_path, flag, warns):
+    """Its tokenizer has the tokens of ChatML, and ends a text otherwise."""
+    chatml = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
+    tokenizer = chat_tokenizer(chatml, "<|im_start|>", "<|im_end|>", "<|text|>", eos_token="<|text|>")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model_for(tokenizer, eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "base")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 8)
+    printed = run("sft_text.py", "--preview --model_name_or_path base --dataset_name chats.jsonl --test_size 2", flag)
+    said = "The chat template ends a reply with <|im_end|>. Answers stop at <|text|>, so that they will not end: add "
+    assert (f"WARNING: {said}--eos_token '<|im_end|>'." in " ".join(printed.split())) == warns
 
 
 @pytest.mark.parametrize("recipe", ["sft_text.py", "sft_vlm.py"])
