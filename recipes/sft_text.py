@@ -34,6 +34,7 @@ from grades_trl.recipe.data import (
 )
 from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import answers, exact_match, format_samples
+from grades_trl.recipe.lora import refuse_resized_embeddings
 from grades_trl.recipe.models import check_model, load_model, make_trainable
 from grades_trl.recipe.packed import warn_if_packed_examples_mix
 from grades_trl.recipe.plan import print_plan
@@ -100,6 +101,7 @@ def main() -> None:
             seed=training.seed,
         )
     warn_if_packed_examples_mix(model, training, BACKEND)
+    refuse_resized_embeddings(model, tokenizer, training)
     train = training_rows(train, tokenizer, training, recipe.train_on)
     check_exports(recipe, model_args, BACKEND)
     environment, clock = Environment.gather(model), RunClock()

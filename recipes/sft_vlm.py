@@ -27,6 +27,7 @@ from grades_trl.recipe.console import format_start, set_up_console, show_progres
 from grades_trl.recipe.data import LeaveNoFolder, first, load_data, show_example, training_rows
 from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import exact_match, format_samples
+from grades_trl.recipe.lora import refuse_resized_embeddings
 from grades_trl.recipe.models import check_model, load_model, make_trainable
 from grades_trl.recipe.plan import print_plan
 from grades_trl.recipe.record import record_arguments, samples_of
@@ -90,6 +91,7 @@ def main() -> None:
         )
     if model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # faster than more, on matrices this small
+    refuse_resized_embeddings(model, processor, training)
     train = training_rows(train, processor, training, recipe.train_on, vision=True)
     check_exports(recipe, model_args, BACKEND)
     environment, clock = Environment.gather(model), RunClock()
