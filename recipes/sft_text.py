@@ -34,6 +34,7 @@ from grades_trl.recipe.data import (
 )
 from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import answers, exact_match, format_samples, warn_long_replies
+from grades_trl.recipe.lora import refuse_resized_embeddings
 from grades_trl.recipe.models import check_model, load_model, make_trainable
 from grades_trl.recipe.packed import warn_if_packed_examples_mix
 from grades_trl.recipe.plan import print_plan
@@ -41,6 +42,7 @@ from grades_trl.recipe.record import record_arguments, samples_of
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
 from grades_trl.recipe.resume import mark_finished, set_up_resume
 from grades_trl.recipe.scored import rows_left
+from grades_trl.recipe.stop_tokens import set_stop_tokens, warn_if_answers_do_not_end
 from grades_trl.recipe.trainer_settings import check_trainer_settings
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
@@ -99,6 +101,7 @@ def main() -> None:
             seed=training.seed,
         )
     warn_if_packed_examples_mix(model, training, BACKEND)
+    refuse_resized_embeddings(model, tokenizer, training)
     train = training_rows(train, tokenizer, training, recipe.train_on)
     check_exports(recipe, model_args, BACKEND)
     environment, clock = Environment.gather(model), RunClock()
@@ -122,6 +125,8 @@ def main() -> None:
         callbacks=[clock, *callbacks],
     )
     check_trainer_settings(trainer)
+    set_stop_tokens(trainer)
+    warn_if_answers_do_not_end(trainer, train)
     show_progress(trainer)
     choice = choice_flops(trainer)
     rows = rows_left(trainer, {"train": train, "validation": validation, "test": test})

@@ -34,12 +34,14 @@ from grades_trl.recipe.data import (
 )
 from grades_trl.recipe.export import check_exports, export_run
 from grades_trl.recipe.generation import exact_match, format_samples, warn_long_replies
+from grades_trl.recipe.lora import refuse_resized_embeddings
 from grades_trl.recipe.models import check_model, load_model, make_trainable
 from grades_trl.recipe.plan import print_plan
 from grades_trl.recipe.record import record_arguments, samples_of
 from grades_trl.recipe.results import exit_if_diverged, final_eval, format_run, save_results, train_and_save
 from grades_trl.recipe.resume import mark_finished, set_up_resume
 from grades_trl.recipe.scored import rows_left
+from grades_trl.recipe.stop_tokens import set_stop_tokens, warn_if_answers_do_not_end
 from grades_trl.recipe.trainer_settings import check_trainer_settings
 from grades_trl.report import tracking
 from grades_trl.report.environment import Environment
@@ -96,6 +98,7 @@ def main() -> None:
         )
     if model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # faster than more, on matrices this small
+    refuse_resized_embeddings(model, processor, training)
     train = training_rows(train, processor, training, recipe.train_on, vision=True)
     check_exports(recipe, model_args, BACKEND)
     environment, clock = Environment.gather(model), RunClock()
@@ -118,6 +121,8 @@ def main() -> None:
         callbacks=[clock, *callbacks],
     )
     check_trainer_settings(trainer)
+    set_stop_tokens(trainer)
+    warn_if_answers_do_not_end(trainer, train)
     show_progress(trainer)
     choice = choice_flops(trainer)
     rows = rows_left(trainer, {"train": train, "validation": validation, "test": test})

@@ -284,9 +284,21 @@ def test_evaluate_scores_in_the_precision_of_the_run(tmp_path):
     assert not training.bf16
 
 
+def test_an_adapter_is_put_on_the_base_that_it_was_trained_on(tmp_path):
+    flags = "--use_peft --load_in_4bit --bnb_4bit_quant_type fp4 --use_bnb_nested_quant --model_revision v2"
+    run = kept(tmp_path / "run", "--model_name_or_path", "hub/name", *flags.split())
+    model = parse_scoring("", [run])[3]
+    assert (model.load_in_4bit, model.bnb_4bit_quant_type, model.use_bnb_nested_quant) == (True, "fp4", True)
+    assert model.model_revision == "v2"
+    # A run from before these were kept
+    model = scored_by_someone_else(tmp_path / "run", HARMLESS | {"load_in_4bit": True})[3]
+    assert (model.bnb_4bit_quant_type, model.use_bnb_nested_quant, model.model_revision) == ("nf4", False, "main")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
+        ("model_revision", None, "str"),
         ("seed", "3", "int"),
         ("seed", True, "int"),
         ("dataset_name", ["dates"], r"str \| None"),

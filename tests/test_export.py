@@ -12,6 +12,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     Gemma3Config,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -84,6 +85,21 @@ def test_an_adapter_merged_and_alone(folder, tmp_path, bits):
     # The comparison sees an adapter that is not there
     base, _ = load_trained(folder, args, vision=False)
     assert "differ by" in difference(expected, answers(base, tokenizer, ROWS))
+
+
+def test_the_tokenizer_of_an_adapter_says_where_answers_end(folder, tmp_path):
+    """As after `--eos_token`: the base's own files know another token."""
+    args = adapter(folder, tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    of_base = tokenizer.eos_token_id
+    tokenizer.eos_token = "<|user|>"
+    tokenizer.save_pretrained(tmp_path / "run")
+    expected = [tokenizer.eos_token_id, of_base]
+
+    model, _ = load_trained(str(tmp_path / "run"), args, vision=False)
+    assert model.generation_config.eos_token_id == expected
+    written = export(["merged"], str(tmp_path / "run"), tmp_path / "out", args, ROWS, vision=False)
+    assert GenerationConfig.from_pretrained(written["merged"]).eos_token_id == expected
 
 
 def test_all_weights_of_a_model_that_sees(tmp_path):

@@ -8,13 +8,14 @@ import pytest
 import torch
 import transformers as T
 from peft import LoraConfig, PeftModel, get_peft_model
-from trl import ModelConfig
+from trl import ModelConfig, SFTConfig
 
 from grades_trl.model.matrices import find_matrices
 from grades_trl.recipe.builtin import dates
 from grades_trl.recipe.generation import answers
+from grades_trl.recipe.lora import refuse_resized_embeddings
 from grades_trl.recipe.models import find_gguf, load_model, make_trainable
-from helpers import SMALL, llava, qwen3, qwen3_moe, write_gguf
+from helpers import PLAIN, SMALL, chat_tokenizer, llava, qwen3, qwen3_moe, write_gguf
 from vlm import builtin as vlm_builtin
 
 
@@ -267,3 +268,32 @@ def test_adapters_that_peft_puts_elsewhere_are_said(caplog):
     model = make_trainable(qwen3_moe(), args)
     assert {m.role for m in find_matrices(model).values()} == {"q_proj", "gate_up_proj", "down_proj"}
     assert "LoRA adapts parameters, which have the names that were asked for" in caplog.text
+
+
+def test_adapters_with_the_tokens_of_another_model_are_refused(tmp_path):
+    own, donor = chat_tokenizer(PLAIN), chat_tokenizer(PLAIN, "<|new|>")
+    for name, tokenizer in (("own", own), ("donor", donor)):
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "own.jinja").write_text(PLAIN)
+    padded = 64 * -(-len(own) // 64)
+    assert len(own) < padded
+    lora = ModelConfig(use_peft=True, lora_r=2)
+
+    def check(rows, template, args=lora):
+        path = str(tmp_path / template)
+        refuse_resized_embeddings(
+            make_trainable(qwen3(vocab_size=rows), args),
+            own,
+            SFTConfig(str(tmp_path / "out"), chat_template_path=path, bf16=False, use_cpu=True),
+        )
+
+    for template, new in (("donor", 1), ("own", 0)):  # TRL pads the embeddings without new tokens too
+        said = rf"\({new} are new\), and resizes the embeddings from {len(own)} to {padded} rows.*\.jinja"
+        with pytest.raises(ValueError, match=said):
+            check(len(own), template)
+    with pytest.raises(ValueError, match=r"\(1 are new\), and does not train their embeddings"):
+        check(padded, "donor")
+    check(padded, "donor", ModelConfig(use_peft=True, lora_modules_to_save=["embed_tokens", "lm_head"]))
+    check(padded, "own")
+    check(len(own), "own.jinja")
+    check(len(own), "donor", ModelConfig())

@@ -55,7 +55,8 @@ BY_METHOD = {
 }
 
 # What says which rows are scored, and how. `result.json` keeps it and evaluate.py starts from it, whoever has written
-# that file: nothing here may run code, name a place to write to, or load anything but rows.
+# that file: nothing here may run code, name a place to write to, or load anything but rows. A revision is one of a
+# model that is loaded anyway.
 ROWS: dict[str, Any] = {
     "dataset_name": str | None,
     "dataset_config": str | None,
@@ -80,6 +81,9 @@ SCORING: dict[str, Any] = ROWS | {
     "dtype": str | None,
     "load_in_4bit": bool,
     "load_in_8bit": bool,
+    "bnb_4bit_quant_type": str,
+    "use_bnb_nested_quant": bool,
+    "model_revision": str,  # of the base of an adapter; a folder has none
     "bf16": bool | None,
     "fp16": bool,
 }

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from transformers import AutoTokenizer
+from trl import SFTConfig
 
 from grades_trl.model import find_layers
 from grades_trl.model.structure import base_path, is_linear, is_lora, stacked_weights
 
 logger = logging.getLogger(__name__)
+
+ROWS_OF_EMBEDDINGS = 64  # TRL makes their number a multiple of this when it takes another model's tokens
 
 
 def default_targets(model: nn.Module, config: LoraConfig, paths: Iterable[str]) -> None:
@@ -157,6 +163,36 @@ def compare_with_adapted(
     _say(left_out, "they are asked for, and PEFT has put no adapter there")
     if instead:
         logger.warning("LoRA adapts parameters, which have the names that were asked for: %s.", _short(instead))
+
+
+def refuse_resized_embeddings(model: Any, processor: Any, training: SFTConfig) -> None:
+    """
+    Refuses adapters with the chat template of another model (`--chat_template_path MODEL`), where TRL would resize the
+    embeddings for that model's tokens: the base on which the adapter is loaded later has embeddings of the old size.
+    Also where there is room for new tokens and no embedding trains, so that these would stay as they are.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    path = training.chat_template_path
+    if path is None or Path(path).is_file() or not isinstance(model, PeftModel):
+        return
+    known = getattr(processor, "tokenizer", processor).get_vocab()
+    theirs = AutoTokenizer.from_pretrained(path).added_tokens_decoder.values()
+    new = [token.content for token in theirs if token.content not in known]
+    before = model.get_input_embeddings().weight.shape[0]
+    after = ROWS_OF_EMBEDDINGS * math.ceil((len(known) + len(new)) / ROWS_OF_EMBEDDINGS)
+    embeddings_train = any(p.requires_grad for p in model.get_input_embeddings().parameters())
+    if after == before and (embeddings_train or not new):
+        return
+    reason = "does not train their embeddings"
+    if after != before:
+        reason = f"resizes the embeddings from {before:,} to {after:,} rows: the adapter would not fit on its base"
+    raise ValueError(
+        f"--use_peft with --chat_template_path {path}: TRL takes the tokens of that model too ({len(new)} are new), "
+        f"and {reason}. Give the template as a .jinja file, written with this model's own tokens, or train all "
+        "weights, without --use_peft."
+    )
 
 
 def _linear_paths(model: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoProcessor, AutoTokenizer
+from transformers.trainer_utils import align_special_tokens
 from transformers.utils import find_adapter_config_file
 from trl import ModelConfig
 
@@ -47,7 +48,7 @@ def load_trained(
     trust_remote_code: bool = False,
     dequantized: bool = False,
 ) -> tuple[Any, Any]:
-    """Model and processor; of an adapter, on the model that it was trained on.
+    """Model and processor; of an adapter, on the model that it was trained on. Answers end where those of the run did.
 
     Args:
         name (`str`): folder of a run or of an adapter, or hub id.
@@ -70,6 +71,8 @@ def load_trained(
         model = PeftModel.from_pretrained(model, name, is_trainable=True)  # TRL then casts it as in training
         if (Path(name) / "tokenizer_config.json").exists():
             processor = (AutoProcessor if vision else AutoTokenizer).from_pretrained(name)
+    # The Trainer does this when training begins. The folder of an adapter keeps none of it but the tokenizer.
+    align_special_tokens(model, processor)
     return model, processor
 
 

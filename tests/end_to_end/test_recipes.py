@@ -3,13 +3,17 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import trl
 from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer, GenerationMixin
 
+from helpers import chat_tokenizer, model_for
 from vlm import builtin as vlm_builtin
 from wandb_reader import read_run
 
@@ -181,6 +185,45 @@ def test_vlm_on_a_users_own_folder_of_images(run, refused, tmp_path):
     assert "vision           5                 0        1,018,752                0" in printed
     (folder / "7.png").write_bytes(b"no image")
     assert "row 7" in refused("sft_vlm.py", "--config demo_vlm", flags)
+
+
+@pytest.mark.parametrize("recipe", ["sft_text.py", "sft_vlm.py"])
+def test_answers_before_and_after_training_end_at_the_same_tokens(recipe, run, tmp_path, folder, monkeypatch):
+    """Of a model whose generation config does not know its tokenizer's end-of-sequence token."""
+    source, load = (folder, AutoTokenizer) if recipe == "sft_text.py" else (vlm_builtin.READER, AutoProcessor)
+    shutil.copytree(source, tmp_path / "base")
+    processor = load.from_pretrained(source)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    other = next(token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token)
+    tokenizer.eos_token = other
+    processor.save_pretrained(tmp_path / "base")
+    seen, generate = [], GenerationMixin.generate
+
+    def record(model, *args, **kwargs):
+        seen.append(model.generation_config.eos_token_id)
+        return generate(model, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", record)
+    flags = "--model_name_or_path base --max_steps 1 --warmup_steps 0 --max_train_samples 16 --max_eval_samples 4"
+    flags += " --eval_strategy no --num_eval_generations 1 --num_samples 1 --max_new_tokens 2 --grades false"
+    config = "demo_text" if recipe == "sft_text.py" else "demo_vlm"
+    run(recipe, f"--config {config} --report_to none --output_dir out", flags)
+    assert len(seen) > 2 and all(tokenizer.eos_token_id in stops for stops in seen)
+    assert all(stops == seen[0] for stops in seen)
+
+
+@pytest.mark.parametrize(("flag", "warns"), [("", True), ("--eos_token <|im_end|>", False)], ids=["without", "with"])
+def test_a_base_model_with_the_template_of_a_chat_model(run, tmp_path, flag, warns):
+    """Its tokenizer has the tokens of ChatML, and ends a text otherwise."""
+    chatml = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
+    tokenizer = chat_tokenizer(chatml, "<|im_start|>", "<|im_end|>", "<|text|>", eos_token="<|text|>")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model_for(tokenizer, eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "base")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 8)
+    printed = run("sft_text.py", "--preview --model_name_or_path base --dataset_name chats.jsonl --test_size 2", flag)
+    said = "The chat template ends a reply with <|im_end|>. Answers stop at <|text|>, so that they will not end: add "
+    assert (f"WARNING: {said}--eos_token '<|im_end|>'." in " ".join(printed.split())) == warns
 
 
 @pytest.mark.parametrize("recipe", ["sft_text.py", "sft_vlm.py"])
