@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from grades_trl.recipe.plan import (
     mean_tokens,
     optimizer_bytes,
     plan_run,
+    print_plan,
 )
 from grades_trl.weight_average import WeightAverage
 from helpers import SMALL, llava, qwen3
@@ -452,6 +454,18 @@ def test_the_command(script, flags, says, capsys, monkeypatch, tmp_path):
     printed = capsys.readouterr().out
     assert says in printed and "    8 GB  fits\n" in printed
     assert not (tmp_path / "out").exists()  # nothing was trained or logged
+
+
+@pytest.mark.parametrize(("train_on", "steps"), [("all", 24), ("last", 8)])
+def test_steps_of_conversations_with_several_replies(train_on, steps, folder, capsys, tmp_path):
+    """This model's chat template cannot mark replies, so that a run has one row for each."""
+    turns = [{"role": role, "content": text} for role, text in [("user", "q"), ("assistant", "a")] * 3]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(f"{json.dumps({'messages': turns})}\n" * 12)
+    flags = ["--dataset_name", str(chats), "--test_size", "4", "--train_on", train_on, "--num_train_epochs", "1"]
+    flags += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_length", "64"]
+    print_plan(*settings(*flags, "--model_name_or_path", folder), {}, builtin.tiny_qwen3)
+    assert f"The run: {steps} steps, " in capsys.readouterr().out
 
 
 def test_mean_tokens():

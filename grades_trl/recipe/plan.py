@@ -28,7 +28,7 @@ from grades_trl.model.structure import base_path
 from grades_trl.recipe.activation_memory import StepMemory, step_memory
 from grades_trl.recipe.arguments import RecipeArguments
 from grades_trl.recipe.choice import ChoiceFlops, absolute_flops, format_choice
-from grades_trl.recipe.data import first, load_data
+from grades_trl.recipe.data import first, load_data, training_rows
 from grades_trl.recipe.models import find_gguf, make_trainable, read_config
 from grades_trl.stopping.heldout import plan as plan_heldout
 from grades_trl.weight_average import WeightAverage
@@ -482,15 +482,18 @@ def print_plan(
         given["config"] = model.config
     if recipe.dataset_name is not None:
         rows = load_data(recipe, training, datasets, vision=vision)
-        train, counts = rows["train"], (len(rows["train"]), len(rows["validation"]))
+        if tokenizer is None and vision:
+            tokenizer = AutoProcessor.from_pretrained(name, trust_remote_code=training.trust_remote_code)
+        elif tokenizer is None:
+            tokenizer = _read_tokenizer(name, training.trust_remote_code)
+        train = training_rows(rows["train"], tokenizer, training, recipe.train_on, vision)  # maybe one per reply
+        counts = len(train), len(rows["validation"])
         if vision:
-            processor = tokenizer or AutoProcessor.from_pretrained(name, trust_remote_code=training.trust_remote_code)
-            collate = DataCollatorForVisionLanguageModeling(processor, max_length=training.max_length)
+            collate = DataCollatorForVisionLanguageModeling(tokenizer, max_length=training.max_length)
             given["data"] = Data(
                 *counts, batch_of=lambda size: collate([train[i] for i in range(min(size, len(train)))])
             )
         else:
-            tokenizer = tokenizer or _read_tokenizer(name, training.trust_remote_code)
             given["data"] = Data(*counts, mean_tokens(train, tokenizer))
     planned = plan_run(recipe, training, model_args, grades, **given)
     cards = flags_by_card(recipe, training, model_args, grades, planned, **given)
