@@ -58,6 +58,10 @@ TITLES = {
         "The same task with 4,000 images",
         "The baseline is still learning when its 600 steps end: it has seen each image five times.",
     ),
+    "vlm_new_task_4000_lora": (
+        "4,000 images with LoRA",
+        "Adapters of rank 16, learning rate 2e-3. The tower freezes, and nothing ends early.",
+    ),
     "vlm_new_images": (
         "New images: the vision tower has to move",
         "The same model learns to read inverted images. Here it must *not* be frozen, and by default it is not.",
